@@ -1,0 +1,124 @@
+"""Training order and this rank's packs.
+
+1. The batches of epoch e stand in the order ``permutation(seed, e)``; step s is position ``s mod N`` of epoch
+   ``s div N``. So a step number is all that resuming needs.
+2. Of a batch's K packs rank r of W takes packs ``r K/W ... (r+1) K/W``: every rank makes K/W forward calls.
+3. A thread reads and checks the next batches while the present one is trained on.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from anchor.data.packing import cu_seqlens, position_ids
+from anchor.data.shards import Batch, Pack, ShardReader
+from anchor.errors import ShardError
+
+
+def batch_order(num_batches: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of an epoch's batches, int64; a pure function of its arguments."""
+    return np.random.default_rng([seed, epoch]).permutation(num_batches)
+
+
+def rank_packs(num_packs: int, rank: int, world_size: int) -> range:
+    """Indices of a rank's packs.
+
+    Raises:
+        ValueError: ``world_size`` does not divide ``num_packs``.
+    """
+    if num_packs % world_size:
+        raise ValueError(f"{world_size} ranks do not divide {num_packs} packs")
+    share = num_packs // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+def check_ranks(pack_multiple: int, world_size: int, shards: Path, where: str) -> None:
+    """Refuse a number of ranks that does not divide ``pack_multiple``.
+
+    Raises:
+        ShardError: with the numbers of ranks that would do.
+    """
+    if pack_multiple % world_size:
+        divisors = [str(d) for d in range(1, pack_multiple + 1) if pack_multiple % d == 0]
+        either = " or ".join([", ".join(divisors[:-1])] * (len(divisors) > 1) + [divisors[-1]])
+        raise ShardError(
+            f"{where}: {world_size} ranks do not divide pack_multiple ({pack_multiple}) of {shards}; use {either} "
+            f"ranks, or pack again with batch.pack_multiple={world_size}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackTensors:
+    """A pack as the models take it.
+
+    Attributes:
+        input_ids: tokens.
+        position_ids: position of each token in its segment.
+        cu_seqlens: segment boundaries.
+        max_length: tokens of the longest segment.
+        pack: the numpy arrays it was made of.
+    """
+
+    input_ids: Int[Tensor, " T"]
+    position_ids: Int[Tensor, " T"]
+    cu_seqlens: Int[Tensor, " S1"]
+    max_length: int
+    pack: Pack
+
+
+def to_tensors(pack: Pack, device: torch.device) -> PackTensors:
+    """Copy a pack to a device."""
+    lengths = pack.segment_lengths
+    return PackTensors(
+        input_ids=torch.from_numpy(pack.input_ids.astype(np.int64)).to(device),
+        position_ids=torch.from_numpy(position_ids(lengths)).to(device),
+        cu_seqlens=torch.from_numpy(cu_seqlens(lengths)).to(device),
+        max_length=int(lengths.max()),
+        pack=pack,
+    )
+
+
+def batch_stream(
+    reader: ShardReader, seed: int, first_step: int, last_step: int, ahead: int = 2
+) -> Iterator[tuple[int, Batch]]:
+    """``(step, batch)`` from a given step on, read ahead by a thread.
+
+    Args:
+        reader: the shards.
+        seed: seed of the order.
+        first_step: step to begin with, from 0.
+        last_step: step to stop before.
+        ahead: batches read in advance; no more are ever held.
+    """
+    size = len(reader)
+    orders: dict[int, np.ndarray] = {}
+
+    def read(step: int) -> Batch:
+        epoch = step // size
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = batch_order(size, seed, epoch)
+        return reader.read(int(orders[epoch][step % size]))
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-reader") as pool:
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for step in range(first_step, last_step):
+                while len(pending) <= ahead and step + len(pending) < last_step:
+                    pending.append(pool.submit(read, step + len(pending)))
+                yield step, pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def local_share(batch: Batch, rank: int, world_size: int) -> Batch:
+    """The batch with only a rank's packs; its totals stay those of the whole batch."""
+    return replace(batch, packs=tuple(batch.packs[i] for i in rank_packs(len(batch.packs), rank, world_size)))

@@ -1,0 +1,101 @@
+"""A pair as it comes from a source, and the checks that every pair passes once, at the boundary."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anchor.config.schema import Columns
+from anchor.errors import DataError, did_you_mean
+
+QUERY, POSITIVE, FIRST_NEGATIVE = 0, 1, 2
+"""Roles of segments: 0 query, 1 positive, 2... hard negatives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query, its document and mined negatives.
+
+    Attributes:
+        query: bare text, without instruction.
+        positive: its document.
+        hard_negatives: mined negatives, as many as the recipe asks for.
+        instruction: instruction of the query side, or None.
+        source: name of the source.
+        row: row number in the source, from 0.
+        symmetric: whether the documents carry the instruction too.
+    """
+
+    query: str
+    positive: str
+    hard_negatives: tuple[str, ...]
+    instruction: str | None
+    source: str
+    row: int
+    symmetric: bool
+
+    def texts(self) -> tuple[str, ...]:
+        """Texts in order of role: query, positive, hard negatives."""
+        return (self.query, self.positive, *self.hard_negatives)
+
+
+def pair_from_row(
+    row: Any,
+    *,
+    where: str,
+    number: int,
+    source: str,
+    columns: Columns,
+    instructions: Sequence[str],
+    symmetric: bool,
+    hard_negatives: int,
+) -> Pair:
+    """Check one row and make a :class:`Pair` of it.
+
+    Args:
+        row: the parsed row.
+        where: ``file:line``, the beginning of every message.
+        number: row number in the source, from 0; alternates the instructions.
+        source: name of the source.
+        columns: names of the fields.
+        instructions: none, one, or several that alternate by row.
+        symmetric: whether documents carry the instruction too.
+        hard_negatives: how many negatives are kept.
+
+    Raises:
+        DataError: not an object, missing field, wrong type, empty text or too few negatives.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    query = _text(row, columns.query, where)
+    positive = _text(row, columns.positive, where)
+    negatives: list[str] = []
+    if hard_negatives:
+        for column in columns.negatives:
+            value = _field(row, column, where)
+            texts = value if isinstance(value, list | tuple) else [value]
+            negatives += [_checked(text, column, where) for text in texts]
+        if len(negatives) < hard_negatives:
+            raise DataError(
+                f"{where}: {len(negatives)} hard negatives, the recipe keeps {hard_negatives}; "
+                "lower text.hard_negatives or mine more"
+            )
+    instruction = instructions[number % len(instructions)] if instructions else None
+    return Pair(query, positive, tuple(negatives[:hard_negatives]), instruction, source, number, symmetric)
+
+
+def _field(row: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in row:
+        raise DataError(f"{where}: no field '{column}'{did_you_mean(column, row)}")
+    return row[column]
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    return _checked(_field(row, column, where), column, where)
+
+
+def _checked(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field '{column}' is {type(value).__name__}, expected text")
+    if not value.strip():
+        raise DataError(f"{where}: field '{column}' is empty; remove the row or use on_bad_row: skip")
+    return value

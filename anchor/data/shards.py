@@ -1,0 +1,318 @@
+"""The on-disk format, and its one owner: Arrow IPC files of packed batches, and ``index.json``.
+
+A folder of shards holds
+
+* ``NNNNN.arrow``: Arrow IPC files, read by memory map. **One Arrow record batch is one training batch, one row
+  is one pack.** Columns per row: ``input_ids: list<int32>`` (all segments of the pack, one after another),
+  ``segment_lengths``, ``body_starts``, ``body_ends: list<int32>`` (per segment; bodies relative to it),
+  ``roles: list<int8>`` (0 query, 1 positive, 2... hard negatives), ``pair_ids: list<int64>`` (row in the source)
+  and ``text_ids: list<int64>`` (xxh3 of the text), both per segment.
+* Each record batch's own metadata, key ``anchor``: JSON with ``source``, ``pairs``, ``query_target_tokens``,
+  ``document_target_tokens`` and ``xxh3`` (of the other four and of all columns; checked at every read).
+* ``tokenizer/``: the tokenizer with the template in its post-processor.
+* ``index.json``, written last and atomically: a folder without it is unfinished.
+
+The writer cuts a new file every ``batches_per_shard`` batches.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from anchor.data.packing import cu_seqlens
+from anchor.data.records import QUERY
+from anchor.errors import ShardError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+_COLUMNS: dict[str, Any] = {
+    "input_ids": np.int32,
+    "segment_lengths": np.int32,
+    "body_starts": np.int32,
+    "body_ends": np.int32,
+    "roles": np.int8,
+    "pair_ids": np.int64,
+    "text_ids": np.int64,
+}
+_SCHEMA = pa.schema([(name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in _COLUMNS.items()])
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One forward pass: segments of whole pairs, flat.
+
+    Attributes:
+        input_ids: int32 ``T``.
+        segment_lengths: int32 ``S``.
+        body_starts, body_ends: int32 ``S``; span of the bare text, relative to the segment.
+        roles: int8 ``S``.
+        pair_ids: int64 ``S``; row of the pair in its source.
+        text_ids: int64 ``S``; equal for equal texts.
+    """
+
+    input_ids: np.ndarray
+    segment_lengths: np.ndarray
+    body_starts: np.ndarray
+    body_ends: np.ndarray
+    roles: np.ndarray
+    pair_ids: np.ndarray
+    text_ids: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_pairs(self) -> int:
+        return int((self.roles == QUERY).sum())
+
+    def select(self, keep: np.ndarray) -> "Pack":
+        """The pack with only the segments where ``keep`` (bool ``S``) is True."""
+        if keep.all():
+            return self
+        tokens = np.repeat(keep, self.segment_lengths)
+        rest = {name: getattr(self, name)[keep] for name in _COLUMNS if name != "input_ids"}
+        return Pack(input_ids=self.input_ids[tokens], **rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One optimiser step of pairs of one source.
+
+    Attributes:
+        packs: all packs of the batch, over all ranks.
+        source: name of the source.
+        query_target_tokens, document_target_tokens: body tokens + 1 per segment, summed over the batch; the
+            normalisers of the reconstruction loss.
+    """
+
+    packs: tuple[Pack, ...]
+    source: str
+    query_target_tokens: int
+    document_target_tokens: int
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(pack.num_pairs for pack in self.packs)
+
+
+def make_batch(packs: Sequence[Pack], source: str) -> Batch:
+    """A batch with its target-token counts."""
+    counts = {0: 0, 1: 0}
+    for pack in packs:
+        target = pack.body_ends - pack.body_starts + 1
+        for role in counts:
+            counts[role] += int(target[pack.roles == role].sum())
+    return Batch(tuple(packs), source, counts[0], counts[1])
+
+
+def _checksum(meta: dict[str, Any], columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    digest = xxhash.xxh3_64(json.dumps(meta, sort_keys=True).encode())
+    for name, (offsets, values) in columns.items():
+        digest.update(f"{name}:{len(offsets)}:{len(values)}".encode())
+        digest.update(offsets.tobytes())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes batches into numbered files of a folder.
+
+    Args:
+        folder: where the files go; must exist.
+        batches_per_shard: batches per file.
+    """
+
+    def __init__(self, folder: Path, batches_per_shard: int = 256) -> None:
+        self.folder = folder
+        self.batches_per_shard = batches_per_shard
+        self.shards: list[dict[str, Any]] = []
+        self._writer: pa.RecordBatchFileWriter | None = None
+        self._counts = {"batches": 0, "packs": 0, "tokens": 0}
+
+    def write(self, batch: Batch) -> None:
+        """Append one batch."""
+        if self._writer is None:
+            self._path = self.folder / f"{len(self.shards):05d}.arrow"
+            self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
+        arrays, columns = [], {}
+        for name, dtype in _COLUMNS.items():
+            parts = [np.ascontiguousarray(getattr(pack, name), dtype=dtype) for pack in batch.packs]
+            offsets, values = cu_seqlens(np.asarray([len(p) for p in parts])), np.concatenate(parts)
+            columns[name] = (offsets, values)
+            arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
+        meta = {
+            "source": batch.source,
+            "pairs": batch.num_pairs,
+            "query_target_tokens": batch.query_target_tokens,
+            "document_target_tokens": batch.document_target_tokens,
+        }
+        meta["xxh3"] = _checksum(meta, columns)
+        record = pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+        self._writer.write_batch(record, custom_metadata={"anchor": json.dumps(meta)})
+        self._counts["batches"] += 1
+        self._counts["packs"] += len(batch.packs)
+        self._counts["tokens"] += sum(pack.num_tokens for pack in batch.packs)
+        if self._counts["batches"] == self.batches_per_shard:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the file at hand."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        with self._path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = self._path.stat().st_size
+        self.shards.append({"file": self._path.name, "bytes": size, "sha256": sha256, **self._counts})
+        self._counts = dict.fromkeys(self._counts, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What ``index.json`` says.
+
+    Attributes:
+        version: format version.
+        tokenizer_sha256: fingerprint of ``tokenizer/tokenizer.json``.
+        anchor_token_id: id of the last token of every segment.
+        template: prefix, suffix, instruction format.
+        recipe: the resolved recipe.
+        sources: per source: rows read, kept, dropped by reason, batches, remainder, truncated, tokens, traits.
+        prompts: prompts of an exported model: ``query``, ``document`` and those that the recipe names.
+        shards: per file: file, bytes, sha256, batches, packs, tokens.
+    """
+
+    version: int
+    tokenizer_sha256: str
+    anchor_token_id: int
+    template: dict[str, str]
+    recipe: dict[str, Any]
+    sources: list[dict[str, Any]]
+    prompts: dict[str, str]
+    shards: list[dict[str, Any]]
+
+    @property
+    def num_batches(self) -> int:
+        return sum(shard["batches"] for shard in self.shards)
+
+    @property
+    def pack_multiple(self) -> int:
+        return self.recipe["batch"]["pack_multiple"]
+
+    def write(self, folder: Path) -> None:
+        """Write atomically: beside, then renamed."""
+        beside = folder / (INDEX_NAME + ".tmp")
+        beside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, folder / INDEX_NAME)
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check ``index.json``.
+
+    Raises:
+        ShardError: no such folder, unfinished, unreadable or of another format version.
+    """
+    file = folder / INDEX_NAME
+    if not folder.is_dir():
+        raise ShardError(f"{folder}: no such folder of shards; run `python -m data_prep pack` first")
+    if not file.is_file():
+        raise ShardError(f"{folder}: unfinished, it has no {INDEX_NAME}; run `python -m data_prep pack` again")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw["version"]
+        if version != FORMAT_VERSION:
+            raise ShardError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}; pack again")
+        return Index(**raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{file}: not a readable index ({error}); pack again") from error
+
+
+def index_hash(folder: Path) -> str:
+    """sha256 (hex) of index.json: identifies the data of a run."""
+    return hashlib.sha256((folder / INDEX_NAME).read_bytes()).hexdigest()
+
+
+class ShardReader:
+    """Random access to the batches of a folder, by memory map; files are opened when first needed.
+
+    Args:
+        folder: folder written by ``data_prep pack``.
+
+    Raises:
+        ShardError: unfinished folder, missing or altered file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        self._first = np.cumsum([0] + [shard["batches"] for shard in self.index.shards])
+        self._files: dict[int, pa.RecordBatchFileReader] = {}
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, batch: int) -> Batch:
+        """Read a batch and check its checksum; arrays are views of the memory map."""
+        shard = int(np.searchsorted(self._first, batch, side="right")) - 1
+        where = f"{self.folder / self.index.shards[shard]['file']}: batch {batch}"
+        mend = "delete the file and run `python -m data_prep pack` again"
+        local = batch - int(self._first[shard])
+        try:
+            record, custom = self._open(shard).get_batch_with_custom_metadata(local)
+            meta = json.loads(custom[b"anchor"])
+            stored = meta.pop("xxh3")
+            columns = {name: _views(record.column(name)) for name in _COLUMNS}
+            intact = _checksum(meta, columns) == stored
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{where}: unreadable ({type(error).__name__}); {mend}") from error
+        if not intact:
+            raise ShardError(f"{where}: checksum differs; {mend}")
+        bounds = {name: offsets for name, (offsets, _) in columns.items()}
+        packs = tuple(
+            Pack(**{n: values[bounds[n][p] : bounds[n][p + 1]] for n, (_, values) in columns.items()})
+            for p in range(record.num_rows)
+        )
+        return Batch(packs, meta["source"], meta["query_target_tokens"], meta["document_target_tokens"])
+
+    def _open(self, shard: int) -> pa.RecordBatchFileReader:
+        if shard not in self._files:
+            expected = self.index.shards[shard]
+            path = self.folder / expected["file"]
+            if not path.is_file() or path.stat().st_size != expected["bytes"]:
+                raise ShardError(
+                    f"{path}: missing or not {expected['bytes']} bytes long; run `python -m data_prep pack` again"
+                )
+            self._files[shard] = pa.ipc.open_file(pa.memory_map(str(path)))
+        return self._files[shard]
+
+    def verify_files(self) -> None:
+        """Compare every file's sha256 with the index.
+
+        Raises:
+            ShardError: the first file that differs, by name.
+        """
+        for number, shard in enumerate(self.index.shards):
+            self._open(number)
+            with (self.folder / shard["file"]).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                    raise ShardError(f"{self.folder / shard['file']}: sha256 differs; delete it and pack again")
+
+
+def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and values of a list column, without copying."""
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def text_id(text: str) -> int:
+    """Signed 64-bit xxh3 of a text."""
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) - (1 << 63)

@@ -1,0 +1,85 @@
+"""What surrounds every text: prefix, suffix ending in the anchor token, and how instructions join.
+
+A template is data. It comes from a preset, from the model's own chat template or from the recipe, is
+stored with shards and exported models, and lives in the tokenizer's post-processor, so that training
+and every later consumer produce the same ids.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate
+from anchor.errors import ConfigError, did_you_mean
+
+_SENTINEL = "\u241fTEXT\u241f"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Prefix and suffix as text with special tokens by name, and the instruction format.
+
+    Attributes:
+        prefix: text before every segment.
+        suffix: text after every segment; its last token is the anchor token.
+        instruction_format: format string that ends in ``{text}``.
+    """
+
+    prefix: str
+    suffix: str
+    instruction_format: str
+
+    def instructed(self, text: str, instruction: str | None) -> tuple[str, int]:
+        """The text with its instruction, and the character at which the bare text begins."""
+        if instruction is None:
+            return text, 0
+        head = self.instruction_head(instruction)
+        return head + text, len(head)
+
+    def instruction_head(self, instruction: str) -> str:
+        """What stands before a text that carries ``instruction``: the prompt of the exported model."""
+        head, _, _ = self.instruction_format.rpartition("{text}")
+        return head.replace("{instruction}", instruction)
+
+    def to_json(self) -> dict[str, str]:
+        return {"prefix": self.prefix, "suffix": self.suffix, "instruction_format": self.instruction_format}
+
+
+PRESETS: dict[str, tuple[str, str]] = {
+    "chatml": ("<|im_start|>user\n", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    "mistral": ("<s>[INST] ", " [/INST]</s>"),
+    "plain": ("{bos}", "{eos}"),
+}
+"""Prefix and suffix per family; ``{bos}`` and ``{eos}`` are the tokenizer's own (an absent bos is left out)."""
+
+
+def resolve_template(
+    section: PresetTemplate | ChatTemplate | CustomTemplate, tokenizer: Any, where: str = "template"
+) -> Template:
+    """Make the template that a recipe names.
+
+    Args:
+        section: the recipe's ``template`` section.
+        tokenizer: a transformers tokenizer; read for its chat template, bos and eos.
+        where: beginning of error messages.
+
+    Raises:
+        ConfigError: unknown preset, or a tokenizer without chat template or end-of-text token.
+    """
+    if isinstance(section, CustomTemplate):
+        return Template(section.prefix, section.suffix, section.instruction_format)
+    if isinstance(section, PresetTemplate):
+        if section.name not in PRESETS:
+            raise ConfigError(f"{where}: unknown preset '{section.name}'{did_you_mean(section.name, PRESETS)}")
+        prefix, suffix = PRESETS[section.name]
+        if "{eos}" in suffix and not tokenizer.eos_token:
+            raise ConfigError(f"{where}: the tokenizer has no end-of-text token; use a template of kind custom")
+        prefix = prefix.replace("{bos}", tokenizer.bos_token or "")
+        return Template(prefix, suffix.replace("{eos}", tokenizer.eos_token or ""), section.instruction_format)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{where}: the tokenizer has no chat template; use a template of kind preset or custom")
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False)
+    prefix, found, suffix = rendered.partition(_SENTINEL)
+    if not found:
+        raise ConfigError(f"{where}: the chat template does not repeat the user's text; use a preset or custom one")
+    return Template(prefix, suffix.rstrip(), section.instruction_format)

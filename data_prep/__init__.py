@@ -1,0 +1,1 @@
+"""Offline data preparation: raw pairs -> packed shards. No torch is needed."""

@@ -1,0 +1,50 @@
+"""The public portion of the E5 mix: instructions and traits of its sources (arXiv:2401.00368, table 5)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What is known about a source.
+
+    Attributes:
+        instructions: one, or several that alternate by row number.
+        symmetric: both sides are of a kind, so documents carry the instruction too.
+    """
+
+    instructions: tuple[str, ...]
+    symmetric: bool = False
+
+
+_WIKIPEDIA = Traits(("Given a question, retrieve Wikipedia passages that answer the question",))
+_CHINESE = Traits(("Given a Chinese search query, retrieve web passages that answer the question",))
+_NLI = (
+    "Given a premise, retrieve a hypothesis that is entailed by the premise",
+    "Retrieve semantically similar text",
+)
+_QUORA = (
+    "Given a question, retrieve questions that are semantically equivalent to the given question",
+    "Find questions that have the same meaning as the input question",
+)
+
+E5_TRAITS: dict[str, Traits] = {
+    "allnli": Traits(_NLI, symmetric=True),
+    "dureader": _CHINESE,
+    "eli5_question_answer": Traits(("Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum",)),
+    "fever": Traits(("Given a claim, retrieve documents that support or refute the claim",)),
+    "hotpot_qa": Traits(("Given a multi-hop question, retrieve documents that can help answer the question",)),
+    "miracl": _WIKIPEDIA,
+    "mrtydi": _WIKIPEDIA,
+    "msmarco_passage": Traits(("Given a web search query, retrieve relevant passages that answer the query",)),
+    "msmarco_document": Traits(("Given a web search query, retrieve relevant documents that answer the query",)),
+    "nq": _WIKIPEDIA,
+    "quora_duplicates": Traits(_QUORA, symmetric=True),
+    "squad": Traits(("Retrieve Wikipedia passages that answer the question",)),
+    "t2ranking": _CHINESE,
+    "trivia_qa": Traits(("Retrieve Wikipedia passages that answer the question",)),
+    # Some downloads hold the two symmetric sources cut in two, one instruction each.
+    "allnli_split1": Traits(_NLI[:1], symmetric=True),
+    "allnli_split2": Traits(_NLI[1:], symmetric=True),
+    "quora_duplicates_split1": Traits(_QUORA[:1], symmetric=True),
+    "quora_duplicates_split2": Traits(_QUORA[1:], symmetric=True),
+}
