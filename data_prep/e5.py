@@ -30,7 +30,9 @@ _QUORA = (
 E5_TRAITS: dict[str, Traits] = {
     "allnli": Traits(_NLI, symmetric=True),
     "dureader": _CHINESE,
-    "eli5_question_answer": Traits(("Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum",)),
+    "eli5_question_answer": Traits(
+        ("Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum",)
+    ),
     "fever": Traits(("Given a claim, retrieve documents that support or refute the claim",)),
     "hotpot_qa": Traits(("Given a multi-hop question, retrieve documents that can help answer the question",)),
     "miracl": _WIKIPEDIA,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import PackRecipe
@@ -43,6 +42,7 @@ from anchor.data.tokenization import (
     tokenizer_fingerprint,
 )
 from anchor.errors import DataError
+from data_prep.progress import tracked
 from data_prep.sources import Source, resolve_sources
 from data_prep.spool import Spool, SpoolWriter
 
@@ -143,9 +143,11 @@ def _spool_source(source: Source, recipe: PackRecipe, segmenter: SegmentTokenize
     return Spool(folder)
 
 
-def _chunks(source: Source, recipe: PackRecipe, reading: _Reading, quarantine: TextIO) -> Iterator[list[tuple[str, Pair]]]:
+def _chunks(
+    source: Source, recipe: PackRecipe, reading: _Reading, quarantine: TextIO
+) -> Iterator[list[tuple[str, Pair]]]:
     chunk: list[tuple[str, Pair]] = []
-    for number, (where, row) in enumerate(source.rows()):
+    for number, (where, row) in enumerate(tracked(source.rows(), f"reading {source.name}", None)):
         reading.rows_read += 1
         try:
             if isinstance(row, DataError):
@@ -235,12 +237,11 @@ def _write(
     summaries: list[dict[str, Any]],
 ) -> Index:
     writer = ShardWriter(folder)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, redirect_stderr=False) as progress:
-        for name, pairs in progress.track(plan, description="packing"):
-            spool = spools[name]
-            members = plan_packs(spool.pair_tokens[pairs].tolist(), recipe.batch.pack_tokens, recipe.batch.pack_multiple)
-            writer.write(make_batch([spool.pack(pairs[np.asarray(m)]) for m in members], name))
+    shape = recipe.batch
+    for name, pairs in tracked(plan, "packing batches", len(plan)):
+        spool = spools[name]
+        members = plan_packs(spool.pair_tokens[pairs].tolist(), shape.pack_tokens, shape.pack_multiple)
+        writer.write(make_batch([spool.pack(pairs[np.asarray(m)]) for m in members], name))
     writer.close()
     tokenizer.save_pretrained(folder / "tokenizer")
     index = Index(

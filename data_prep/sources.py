@@ -70,7 +70,9 @@ def _e5_sources(section: E5Source, where: str) -> list[Source]:
             raise ConfigError(f"{where}: no source '{name}' in {section.path}{did_you_mean(name, by_name)}")
     for name in (*section.instructions, *section.symmetric):
         if name not in by_name:
-            raise ConfigError(f"{where}: traits for '{name}', which is not in {section.path}{did_you_mean(name, by_name)}")
+            raise ConfigError(
+                f"{where}: traits for '{name}', which is not in {section.path}{did_you_mean(name, by_name)}"
+            )
     sources = []
     for name in section.only if section.only is not None else sorted(by_name):
         preset = E5_TRAITS.get(name)

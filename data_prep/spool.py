@@ -64,9 +64,7 @@ class Spool:
         self.pair_tokens = self._segments[:, :, 0].sum(axis=1, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self.pair_tokens)])
         empty = self.num_pairs == 0
-        self._tokens = (
-            np.empty(0, np.int32) if empty else np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-        )
+        self._tokens = np.empty(0, np.int32) if empty else np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
 
     def pack(self, pairs: np.ndarray) -> Pack:
         """The pack of some pairs, in the order given."""

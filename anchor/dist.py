@@ -1,0 +1,146 @@
+"""Ranks: rendezvous from whatever started us, and the two collectives that the objectives need.
+
+The rendezvous variables come from the DeepSpeed launcher or torchrun (``RANK``, ``WORLD_SIZE``, ...), from SLURM
+(``srun python``), or from nowhere, which is one process.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from anchor.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all.
+
+    Attributes:
+        rank: 0 ... world_size - 1.
+        world_size: number of processes.
+        local_rank: ordinal on this host.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def set_rendezvous() -> None:
+    """Complete ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment.
+
+    Raises:
+        ConfigError: started by SLURM as several tasks without ``MASTER_ADDR``.
+    """
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
+            env["SLURM_PROCID"],
+            env["SLURM_NTASKS"],
+            env["SLURM_LOCALID"],
+        )
+        if "MASTER_ADDR" not in env:
+            raise ConfigError("environment: started by srun without MASTER_ADDR; use launch/slurm/train.sbatch")
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
+    if "RANK" not in env:
+        env.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+    env.setdefault("LOCAL_RANK", "0")
+
+
+def init(init_method: str = "env://") -> Ranks:
+    """Join the process group: NCCL on CUDA, gloo elsewhere.
+
+    Args:
+        init_method: torch's rendezvous; tests use a ``file://``.
+    """
+    set_rendezvous()
+    rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", init_method, rank=rank, world_size=world_size)
+    return Ranks(rank, world_size, local, device)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over ranks, in place, without gradient."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks, rank-major; backward sums the gradient over ranks and keeps the own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.counts = counts
+        width = max(counts)
+        padded = rows.new_zeros(width, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        first = sum(ctx.counts[: dist.get_rank()])
+        return total[first : first + ctx.counts[dist.get_rank()]], None
+
+
+def all_gather_with_grad(rows: Float[Tensor, "B D"], counts: Sequence[int]) -> Float[Tensor, "N D"]:
+    """Rows of all ranks in rank order, with a backward that sums over ranks.
+
+    Each rank then computes the loss of its own queries against all columns. The sum of the ranks' losses has the
+    gradient of one process that holds the whole batch; the caller multiplies by the world size when the engine
+    averages over ranks.
+
+    Args:
+        rows: this rank's rows.
+        counts: rows of every rank; ``counts[rank] == B``, ``sum(counts) == N``.
+    """
+    if len(counts) == 1:
+        return rows
+    return _GatherRows.apply(rows, tuple(counts))
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes what only one may write."""
+    return not dist.is_initialized() or dist.get_rank() == 0

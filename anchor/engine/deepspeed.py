@@ -1,0 +1,164 @@
+"""Recipe + ds_configs JSON -> DeepSpeed engine. The only import of deepspeed.
+
+1. The JSON may hold ZeRO and communication settings only; everything that the recipe says is refused there.
+2. Batch sizes, clipping and dtype are filled in from the recipe: one pack is one micro-batch, and the step
+   decides where accumulation ends.
+3. Weights load under the ZeRO configuration, the objective wraps them, the engine wraps the objective.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from anchor.config.schema import OptimSection, TrainRecipe
+from anchor.dist import Ranks
+from anchor.engine.optim import parameter_groups
+from anchor.errors import ConfigError
+
+_FROM_THE_RECIPE = {
+    "train_batch_size": "batch.pairs of the pack recipe",
+    "train_micro_batch_size_per_gpu": "batch.pack_tokens of the pack recipe",
+    "gradient_accumulation_steps": "the shards and the number of ranks",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.warmup_steps and optim.decay_steps",
+    "bf16": "engine.dtype",
+    "fp16": "engine.dtype",
+}
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read a file of ds_configs/ and refuse what belongs into the recipe.
+
+    Raises:
+        ConfigError: missing file, malformed JSON, a key of the recipe's, or a value "auto".
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such DeepSpeed configuration; see ds_configs/")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
+    for key, instead in _FROM_THE_RECIPE.items():
+        if key in config:
+            raise ConfigError(f"{path}: '{key}' comes from {instead}; remove it here")
+    _refuse_auto(config, str(path), "")
+    if "zero_optimization" not in config:
+        raise ConfigError(f"{path}: no 'zero_optimization' section")
+    return config
+
+
+def _refuse_auto(node: Any, where: str, name: str) -> None:
+    if node == "auto":
+        raise ConfigError(f"{where}: '{name}' is \"auto\", which nothing fills in here; give a value")
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_auto(value, where, f"{name}.{key}" if name else key)
+
+
+def complete_ds_config(config: dict[str, Any], recipe: TrainRecipe, world_size: int) -> dict[str, Any]:
+    """The JSON with what the recipe says, as DeepSpeed wants it."""
+    return config | {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.optim.max_grad_norm,
+        "bf16": {"enabled": recipe.engine.dtype == "bf16"},
+        # Gradients of several packs are summed in float32, whatever the compute dtype.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+class Engine:
+    """A thin face of DeepSpeed's engine: forward, backward, step, and what checkpoints and export need.
+
+    Args:
+        objective: the module; its parameters are partitioned by ZeRO.
+        ds_config: result of :func:`complete_ds_config`.
+        optim: the recipe's ``optim``.
+        ranks: this process among all.
+    """
+
+    def __init__(self, objective: nn.Module, ds_config: dict[str, Any], optim: OptimSection, ranks: Ranks) -> None:
+        self.ranks = ranks
+        offload = "offload_optimizer" in ds_config["zero_optimization"]
+        self._engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=_adamw(objective, optim, cpu_offload=offload),
+            config=ds_config,
+            dist_init_required=False,
+        )
+        self._engine.train()
+
+    @property
+    def objective(self) -> nn.Module:
+        """The wrapped module; call it through :meth:`forward` only."""
+        return self._engine.module
+
+    def forward(self, *args: Any) -> Any:
+        """The objective's forward, with parameters gathered as needed."""
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of a loss share; DeepSpeed's mean over ranks becomes the sum.
+
+        Args:
+            loss: this pack's share of the step's loss.
+            last: whether the optimiser step follows.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.ranks.world_size)
+
+    def gradient_overflows(self) -> bool:
+        """Whether any rank's accumulated gradient is not finite; all ranks agree."""
+        optimizer = self._engine.optimizer
+        optimizer.check_overflow()
+        overflow, optimizer.overflow = bool(optimizer.overflow), False
+        return overflow
+
+    def step(self, lr: float) -> float:
+        """Clip, move the parameters, clear the gradients.
+
+        Returns:
+            The global gradient norm before clipping.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def save(self, folder: Path, tag: str, *, exclude_frozen: bool) -> None:
+        """Write this rank's share of parameters and optimiser state to ``folder/tag``."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=exclude_frozen)
+
+    def load(self, folder: Path, tag: str, *, exclude_frozen: bool) -> None:
+        """Read what :meth:`save` wrote."""
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not exclude_frozen)
+
+    def gathered(self, parameter: nn.Parameter) -> Tensor:
+        """A whole parameter on the CPU of rank 0 (elsewhere an empty tensor); every rank calls it."""
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            return parameter.detach().cpu().clone() if self.ranks.rank == 0 else torch.empty(0)
+
+
+def _adamw(module: nn.Module, optim: OptimSection, *, cpu_offload: bool) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); DeepSpeed's CPU kernel when its state is offloaded."""
+    groups = parameter_groups(module, optim)
+    if cpu_offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a kernel when first used
+
+        return DeepSpeedCPUAdam(groups, lr=optim.lr, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
+
+
+def init_communication() -> None:
+    """Let DeepSpeed use the process group that :func:`anchor.dist.init` made."""
+    deepspeed.init_distributed(
+        dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False
+    )

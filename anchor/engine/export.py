@@ -1,0 +1,174 @@
+"""Export a trained model as a folder that every consumer reads the same way.
+
+The folder holds the whole causal LM with its head (LoRA merged in float32; ``adapter/`` beside it), the tokenizer
+with the template in its post-processor, the sentence-transformers modules (last-token pooling, normalisation),
+``anchor.json`` (what it is and where it comes from) and a model card. It is written beside and renamed.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anchor import dist
+from anchor.config.schema import LoraTraining, TrainRecipe
+from anchor.data.shards import Index
+from anchor.engine.deepspeed import Engine
+from anchor.models.backbone import DTYPES, lora_config
+from anchor.models.embedder import Embedder
+
+_MERGED = ".base_layer.weight"
+
+
+def export_model(
+    engine: Engine, folder: Path, recipe: TrainRecipe, index: Index, shards: Path, provenance: dict[str, Any]
+) -> None:
+    """Write the model folder; every rank calls it, rank 0 writes.
+
+    Args:
+        engine: holds the trained model.
+        folder: where to; an earlier export of the same run is replaced.
+        recipe: the run's recipe.
+        index: index of the shards trained on.
+        shards: their folder; its tokenizer goes along.
+        provenance: what ``anchor.json`` records about the run.
+    """
+    causal_lm = next(m.causal_lm for m in engine.objective.modules() if isinstance(m, Embedder))
+    weights, adapter = _collect(engine, causal_lm, recipe)
+    if dist.is_first_rank():
+        beside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write_weights(beside, causal_lm, weights, adapter, recipe)
+        shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
+        _write_modules(beside, causal_lm.config.hidden_size, index)
+        about = {
+            "objective": recipe.objective.kind,
+            "template": index.template,
+            "anchor_token_id": index.anchor_token_id,
+            "prompts": index.prompts,
+            "max_tokens": index.recipe["text"]["max_tokens"],
+            **provenance,
+        }
+        (beside / "anchor.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (beside / "README.md").write_text(_model_card(recipe, index), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    dist.barrier()
+
+
+def _collect(
+    engine: Engine, causal_lm: PreTrainedModel, recipe: TrainRecipe
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Whole parameters by the causal LM's own names, adapters merged; and the adapter alone. Rank 0 has them."""
+    whole = {name: engine.gathered(parameter) for name, parameter in causal_lm.named_parameters()}
+    adapter = {name: tensor for name, tensor in whole.items() if "lora_" in name}
+    merged: dict[str, Tensor] = {}
+    if not dist.is_first_rank():
+        return merged, adapter
+    for name, tensor in whole.items():
+        if name in adapter:
+            continue
+        if name.endswith(_MERGED):
+            stem = name.removesuffix(_MERGED)
+            merged[f"{stem}.weight"] = _merge(tensor, whole, stem, recipe)
+        else:
+            merged[name.replace(".base_layer.", ".")] = tensor
+    return merged, adapter
+
+
+def _merge(base: Tensor, whole: dict[str, Tensor], stem: str, recipe: TrainRecipe) -> Tensor:
+    """``W + alpha / r * B A`` in float32, then in the export's dtype."""
+    section = recipe.backbone.trained
+    if not isinstance(section, LoraTraining):
+        raise TypeError("a base_layer without LoRA")
+    a, b = (whole[f"{stem}.lora_{side}.default.weight"].float() for side in "AB")
+    return (base.float() + section.alpha / section.r * (b @ a)).to(DTYPES[recipe.engine.dtype])
+
+
+def _write_weights(
+    folder: Path,
+    causal_lm: PreTrainedModel,
+    weights: dict[str, Tensor],
+    adapter: dict[str, Tensor],
+    recipe: TrainRecipe,
+) -> None:
+    with torch.device("meta"):
+        shell = type(causal_lm)(causal_lm.config)
+    shell.config.dtype = DTYPES[recipe.engine.dtype]
+    shell.generation_config = causal_lm.generation_config
+    shell.save_pretrained(folder, state_dict=dict(_with_ties(shell, weights)))
+    if adapter and isinstance(recipe.backbone.trained, LoraTraining):
+        (folder / "adapter").mkdir()
+        named = {f"base_model.model.{k.replace('.default.', '.')}": v.contiguous() for k, v in adapter.items()}
+        save_file(named, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = lora_config(recipe.backbone.trained)
+        config.base_model_name_or_path = recipe.backbone.path
+        config.save_pretrained(str(folder / "adapter"))
+
+
+def _with_ties(shell: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """All names of the shell's state; tied names point at the same tensor."""
+    for name in shell.state_dict():
+        if name in weights:
+            yield name, weights[name].contiguous()
+
+
+def _write_modules(folder: Path, hidden_size: int, index: Index) -> None:
+    """What sentence-transformers reads, and the limit that every consumer's tokenizer applies."""
+    modules = [
+        ("0", "", "sentence_transformers.models.Transformer"),
+        ("1", "1_Pooling", "sentence_transformers.models.Pooling"),
+        ("2", "2_Normalize", "sentence_transformers.models.Normalize"),
+    ]
+    listed = [{"idx": int(name), "name": name, "path": path, "type": kind} for name, path, kind in modules]
+    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode_lasttoken": True, "include_prompt": True}
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer_config["model_max_length"] = index.recipe["text"]["max_tokens"]
+    files = {
+        "modules.json": listed,
+        "1_Pooling/config.json": pooling,
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": index.recipe["text"]["max_tokens"], "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": index.prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "tokenizer_config.json": tokenizer_config,
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _model_card(recipe: TrainRecipe, index: Index) -> str:
+    sources = ", ".join(source["name"] for source in index.sources)
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction]
+---
+# Text embedder ({recipe.objective.kind})
+
+Trained by Anchor from `{Path(recipe.backbone.path).name}` on {sources}. The embedding of a text is the hidden state
+of its last token, which the tokenizer's post-processor appends; at most {index.recipe["text"]["max_tokens"]} tokens.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("THIS_FOLDER")
+queries = model.encode(["what is an anchor?"], prompt_name="query")
+documents = model.encode(["An anchor holds a ship in place."], prompt_name="document")
+print(model.similarity(queries, documents))
+```
+
+Queries carry the prompt {index.prompts["query"]!r}; documents carry none. `anchor.json` says how it was made.
+"""

@@ -1,0 +1,106 @@
+"""One optimiser step: this rank's packs of a batch, forward and backward, then the update.
+
+1. Every pack is seeded by (seed, step, pack), so dropout depends neither on the rank nor on what ran before.
+2. Losses are shares; their sum over packs and ranks is the loss of the step, and so with every metric.
+3. Loss and gradient are checked on all ranks before the optimiser moves.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchor import dist
+from anchor.data.batches import rank_packs, to_tensors
+from anchor.data.records import QUERY
+from anchor.data.shards import Batch
+from anchor.engine.deepspeed import Engine
+from anchor.engine.grad_cache import pooled_backward
+from anchor.errors import TrainingError
+from anchor.objectives.base import Objective, PooledObjective, SeparableObjective, Shares
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        metrics: values over all ranks, by name.
+        num_tokens: real tokens of the batch that the objective read, over all ranks.
+    """
+
+    metrics: dict[str, float]
+    num_tokens: int
+
+
+def train_step(engine: Engine, batch: Batch, *, step: int, seed: int, lr: float) -> StepResult:
+    """Train on one batch.
+
+    Args:
+        engine: holds the objective.
+        batch: the whole batch; the engine's rank takes its packs.
+        step: number of the step, from 0.
+        seed: the recipe's.
+        lr: learning rate of the update.
+
+    Raises:
+        TrainingError: loss or gradient is not finite; parameters and optimiser have not moved.
+    """
+    objective, ranks = engine.objective, engine.ranks
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{type(objective).__name__} is no objective")
+    prepared = [objective.prepare(pack) for pack in batch.packs]
+    mine = rank_packs(len(prepared), ranks.rank, ranks.world_size)
+    packs = [to_tensors(prepared[i], ranks.device) for i in mine]
+
+    def forward(i: int) -> Any:
+        torch.manual_seed(_pack_seed(seed, step, mine[i]))
+        return engine.forward(packs[i], batch)
+
+    if isinstance(objective, PooledObjective):
+        shares = pooled_backward(engine, packs, batch, forward)
+    else:
+        shares = _separable_backward(engine, len(packs), batch, forward)
+
+    metrics = _reduced(shares)
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise TrainingError(f"{_identity(step, batch)}: the loss is not finite ({metrics}); {_ADVICE}")
+    if engine.gradient_overflows():
+        raise TrainingError(f"{_identity(step, batch)}: the gradient is not finite; {_ADVICE}")
+    metrics["optim/grad_norm"] = engine.step(lr)
+    metrics["optim/lr"] = lr
+    return StepResult(metrics, sum(pack.num_tokens for pack in prepared))
+
+
+_ADVICE = "nothing was updated; lower optim.lr, raise optim.warmup_steps, or look at these pairs"
+
+
+def _separable_backward(engine: Engine, num_packs: int, batch: Batch, forward: Callable) -> Shares:
+    objective = engine.objective
+    if not isinstance(objective, SeparableObjective):
+        raise TypeError(f"{type(objective).__name__} is not separable")
+    total: Shares = {}
+    for i in range(num_packs):
+        output = forward(i)
+        engine.backward(output[0], last=i == num_packs - 1)
+        for name, value in objective.metrics(output, batch).items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def _pack_seed(seed: int, step: int, pack: int) -> int:
+    return int(np.random.SeedSequence([seed, step, pack]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _reduced(shares: Shares) -> dict[str, float]:
+    names = sorted(shares)
+    values = dist.all_reduce_sum(torch.stack([shares[name].detach().double() for name in names]))
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _identity(step: int, batch: Batch) -> str:
+    pairs = np.concatenate([pack.pair_ids[pack.roles == QUERY] for pack in batch.packs]).tolist()
+    return f"step {step}: source {batch.source}, pairs {pairs}"

@@ -1,0 +1,140 @@
+"""Packed attention: whole packs through one forward, no token sees another segment.
+
+Three kernels, chosen in the recipe; none is ever chosen in place of another:
+
+* ``segments``: one scaled-dot-product call per segment, on any device;
+* ``varlen``: ``torch.nn.attention.varlen``, CUDA only, no further package;
+* ``flash``: the flash-attn package through transformers.
+
+transformers hands ``cu_seq_lens_q`` and the other keywords of a model call through to the kernel; the mask
+functions registered beside the kernels keep it from building a mask that nobody reads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import is_flash_attn_2_available
+
+from anchor.errors import ModelError
+
+IMPLEMENTATIONS = {"segments": "anchor_segments", "varlen": "anchor_varlen", "flash": "flash_attention_2"}
+"""Recipe name -> transformers' ``attn_implementation``."""
+
+
+def implementation(kernel: str, device_type: str) -> str:
+    """transformers' name of a kernel, or the reason why it cannot run here.
+
+    Raises:
+        ModelError: ``flash`` without the package or CUDA, ``varlen`` without CUDA.
+    """
+    if kernel == "flash" and (device_type != "cuda" or not is_flash_attn_2_available()):
+        raise ModelError(
+            "backbone.attention is 'flash', which needs CUDA and the flash-attn package (requirements-gpu.txt); "
+            "install it, or use 'varlen' on CUDA or 'segments' anywhere"
+        )
+    if kernel == "varlen" and device_type != "cuda":
+        raise ModelError("backbone.attention is 'varlen', which needs CUDA; use 'segments' on this machine")
+    return IMPLEMENTATIONS[kernel]
+
+
+def packed_kwargs(cu_seqlens: Tensor, max_length: int) -> dict[str, Any]:
+    """Keywords of a model call that carry the segment boundaries to the kernel."""
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_length,
+        "max_length_k": max_length,
+        "use_cache": False,
+    }
+
+
+def _check_window(sliding_window: int | None, max_length: int) -> None:
+    if sliding_window is not None and max_length > sliding_window:
+        raise ModelError(
+            f"the model attends {sliding_window} tokens back, a segment has {max_length}; "
+            "pack again with text.max_tokens within the window"
+        )
+
+
+def segments_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment, one SDPA call per segment.
+
+    Args:
+        module: the attention layer (unused).
+        query: ``1 H T D``.
+        key, value: ``1 G T D``, G key-value heads.
+        attention_mask: None; the boundaries are in ``cu_seq_lens_q``.
+        cu_seq_lens_q: int32 ``S + 1``.
+        max_length_q: tokens of the longest segment.
+        scaling: multiplies the scores.
+        dropout: on the attention weights.
+        sliding_window: the model's window; longer segments are refused.
+
+    Returns:
+        ``1 T H D`` and no weights.
+    """
+    _check_window(sliding_window, max_length_q)
+    lengths = cu_seq_lens_q.diff().tolist()
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    parts = [
+        nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same through torch's variable-length flash kernel; arguments as :func:`segments_attention`."""
+    from torch.nn.attention.varlen import varlen_attn  # exists in CUDA builds only
+
+    _check_window(sliding_window, max_length_q)
+    if dropout:
+        raise ModelError("backbone.attention 'varlen' has no attention dropout; use 'segments' or 'flash'")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    out = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0)
+    )
+    return out[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+for _name, _kernel in (("segments", segments_attention), ("varlen", varlen_attention)):
+    AttentionInterface.register(IMPLEMENTATIONS[_name], _kernel)
+    AttentionMaskInterface.register(IMPLEMENTATIONS[_name], _no_mask)

@@ -1,0 +1,133 @@
+"""Load a causal LM to be trained fully or through LoRA, under ZeRO-3 or not.
+
+1. A GGUF file is converted to a folder once, by rank 0.
+2. With a ZeRO-3 configuration alive, ``from_pretrained`` loads weights already partitioned.
+3. LoRA adapters are injected into the linear layers; everything else is frozen.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from anchor import dist
+from anchor.config.model_path import resolve_model_path
+from anchor.config.schema import BackboneSection, LoraTraining
+from anchor.errors import ConfigError, ModelError, did_you_mean
+from anchor.models.attention import implementation
+
+log = logging.getLogger(__name__)
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of the architectures whose attention the packed kernels are proven for."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_backbone(
+    section: BackboneSection,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    work_dir: Path,
+    ds_config: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The causal LM of a recipe, ready for the engine; every rank calls it.
+
+    Args:
+        section: the recipe's ``backbone``.
+        dtype: compute dtype.
+        device_type: ``cuda`` or ``cpu``; decides which attention kernels can run.
+        work_dir: where a GGUF file is converted to.
+        ds_config: DeepSpeed configuration; weights load partitioned when it says ZeRO-3.
+
+    Raises:
+        ModelError: no such model, unsupported architecture, attention kernel that cannot run here.
+        ConfigError: a LoRA target that matches no layer.
+    """
+    path = section.path
+    if path.endswith(".gguf"):
+        path = str(_convert_once(path, work_dir / "base"))
+    attention = implementation(section.attention, device_type)
+    zero3 = HfDeepSpeedConfig(ds_config) if ds_config is not None else None  # alive while weights load
+    model = load_causal_lm(path, dtype, attention)
+    del zero3
+    if isinstance(section.trained, LoraTraining):
+        _inject_lora(model, section.trained)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # With frozen input embeddings nothing would ask the first checkpointed layer for a gradient otherwise.
+        model.enable_input_require_grads()
+    return model
+
+
+def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """``from_pretrained`` with our error messages.
+
+    Raises:
+        ModelError: no such model, unreadable, or of an unsupported architecture.
+    """
+    location = resolve_model_path(path)
+    try:
+        config = AutoConfig.from_pretrained(location.name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no model configuration could be read: {_first_line(error)}") from error
+    if config.model_type not in SUPPORTED:
+        raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            location.name, config=config, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: the model could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _convert_once(path: str, folder: Path) -> Path:
+    """Dequantise a GGUF file into a folder of safetensors (fp32), unless that was done before."""
+    location = resolve_model_path(path)
+    if dist.is_first_rank() and not (folder / "config.json").is_file():
+        log.info("converting %s to %s", path, folder)
+        model = AutoModelForCausalLM.from_pretrained(location.name, **location.kwargs(), dtype=torch.float32)
+        # transformers regards a dequantised model as quantised and would refuse to save it.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        beside = folder.with_name(folder.name + ".tmp")
+        model.save_pretrained(beside)
+        beside.rename(folder)
+    dist.barrier()
+    return folder
+
+
+def _inject_lora(model: PreTrainedModel, section: LoraTraining) -> None:
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in section.targets:
+        if target not in linear:
+            hint = did_you_mean(target, linear)
+            raise ConfigError(f"backbone.trained.targets: no linear layer is called '{target}'{hint}")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    inject_adapter_in_model(lora_config(section), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def lora_config(section: LoraTraining) -> LoraConfig:
+    """The recipe's LoRA section in peft's words."""
+    return LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=list(section.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )

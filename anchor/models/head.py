@@ -1,0 +1,101 @@
+"""The LM head and cross-entropy in one: logits exist only for a chunk of rows at a time.
+
+1. For each chunk of target rows: logits in the compute dtype, softmax and negative log-likelihood in float32.
+2. While the chunk's probabilities are at hand, its gradients are made too (softmax minus one-hot, times the
+   row's weight), so backward needs neither the logits nor the head's weight again. Under ZeRO-3 the weight may
+   be released after forward.
+
+torch's own ``linear_cross_entropy`` (2.13) sums a bfloat16 loss in bfloat16: 1,500 rows of a 49,152-word head gave
+16,768 instead of 17,221 nats. This one sums in float32, takes a weight per row, and runs on older torch.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, chunk_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        nll = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if need_hidden else None
+        # A sum over many chunks in bfloat16 would lose small gradients.
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for start in range(0, len(target), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = (hidden[rows] @ weight.T).float()
+            log_norm = torch.logsumexp(logits, dim=-1)
+            nll[rows] = log_norm - logits.gather(1, target[rows, None])[:, 0]
+            if not (need_hidden or need_weight):
+                continue
+            grad = logits.sub_(log_norm[:, None]).exp_()
+            grad.scatter_add_(1, target[rows, None], grad.new_full((len(log_norm), 1), -1.0))
+            grad = grad.mul_(row_weight[rows, None]).to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(grad, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad += grad.T @ hidden[rows]
+        ctx.hidden_grad, ctx.weight_grad, ctx.weight_dtype = hidden_grad, weight_grad, weight.dtype
+        ctx.mark_non_differentiable(nll)
+        return (nll * row_weight).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight = ctx.hidden_grad, ctx.weight_grad
+        del ctx.hidden_grad, ctx.weight_grad
+        hidden = None if hidden is None else hidden.mul_(grads[0])
+        weight = None if weight is None else weight.mul_(grads[0]).to(ctx.weight_dtype)
+        return hidden, weight, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "R H"],
+    weight: Float[Tensor, "V H"],
+    target: Int[Tensor, " R"],
+    row_weight: Float[Tensor, " R"],
+    *,
+    chunk_rows: int | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " R"]]:
+    """Weighted sum of ``-log softmax(hidden @ weight.T)[target]``, without the full logits.
+
+    Its gradient may be taken once: the buffers made in forward are used up in backward.
+
+    Args:
+        hidden: final-norm hidden states of the target rows.
+        weight: the head, tied or not.
+        target: token ids, int64.
+        row_weight: float32; multiplies each row's term.
+        chunk_rows: rows whose logits exist at a time; by the device and V when None.
+
+    Returns:
+        The weighted sum (float32, nats times weight) and each row's unweighted term (float32, nats, no gradient).
+    """
+    if chunk_rows is None:
+        chunk_rows = max(64, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // weight.shape[0])
+    total, nll = _ChunkedCrossEntropy.apply(hidden, weight, target, row_weight, chunk_rows)
+    return total, nll
+
+
+class Head(nn.Module):
+    """The LM head as a module of its own, so that ZeRO-3 gathers its weight around :meth:`forward`.
+
+    Args:
+        linear: the model's ``lm_head``; its weight is shared, not copied.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(
+        self, hidden: Float[Tensor, "R H"], target: Int[Tensor, " R"], row_weight: Float[Tensor, " R"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " R"]]:
+        """See :func:`chunked_cross_entropy`."""
+        return chunked_cross_entropy(hidden, self.weight, target, row_weight)

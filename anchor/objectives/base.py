@@ -1,0 +1,60 @@
+"""The contract between an objective and the engine's step.
+
+A loss is either **separable** (a sum over packs, with weights that the batch's totals fix in advance) or **pooled**
+(it needs the embeddings of all packs of all ranks). The engine accumulates the first pack by pack; for the second it
+collects the embeddings first. Losses and metrics are **shares**: their sum over all packs and ranks is the value of
+the step. So nothing is ever a mean of means.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from anchor.data.batches import PackTensors
+from anchor.data.shards import Batch, Pack
+
+Shares = dict[str, Tensor]
+"""Metric name (``group/what_unit``) -> float32 scalar without gradient, this pack's or rank's share of the value."""
+
+
+class Objective(nn.Module, ABC):
+    """The module that the engine wraps; everything that touches parameters happens in its ``forward``."""
+
+    def prepare(self, pack: Pack) -> Pack:
+        """The part of a pack that this objective reads."""
+        return pack
+
+
+class SeparableObjective(Objective):
+    """A loss that is a sum over packs."""
+
+    @abstractmethod
+    def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
+        """One pack: its share of the loss first (with gradient), then what :meth:`metrics` takes.
+
+        Args:
+            pack: one pack of this rank.
+            batch: the batch it belongs to, for the totals.
+        """
+
+    @abstractmethod
+    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
+        """This pack's shares of the metrics from the result of :meth:`forward`."""
+
+
+class PooledObjective(Objective):
+    """A loss over the embeddings of the whole batch."""
+
+    @abstractmethod
+    def forward(self, pack: PackTensors, batch: Batch) -> Tensor:
+        """Unit vectors ``S D`` (float32) of one pack's segments."""
+
+    @abstractmethod
+    def loss(self, embeddings: Tensor, batch: Batch, rank: int, world_size: int) -> tuple[Tensor, Shares]:
+        """This rank's share of the loss and of the metrics; every rank calls it, it communicates.
+
+        Args:
+            embeddings: ``S D``, unit vectors of this rank's segments, pack after pack.
+            batch: the whole batch, all ranks' packs.
+            rank, world_size: which packs are this rank's.
+        """

@@ -1,0 +1,457 @@
+"""``python -m data_prep docs``: real text without a network, from the documentation of installed packages.
+
+1. Parse the source files of the packages (nothing is imported) and take every public docstring: its first
+   paragraph is the query, the cleaned rest is the document.
+2. Drop duplicates over the whole corpus: equal queries, equal documents, documents with equal beginnings.
+3. The next docstring of the same class, else of the same module, is the hard negative; one without such a
+   sibling is dropped.
+4. Put whole module files aside, in an order drawn from the seed, until the held-out set is full.
+5. Write training pairs in the layout of the E5 mix and the held-out part in that of an MTEB retrieval task.
+
+A pure function of the installed versions and the arguments.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchor.errors import ConfigError, DataError
+from data_prep.progress import tracked
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PACKAGES = ("scipy", "sklearn", "pandas", "networkx", "sympy", "torch", "numpy", "matplotlib")
+"""Packages with long docstrings that the project's own requirements bring in."""
+
+SOURCE_NAME = "package_docs"
+INSTRUCTION = "Given a summary of a function or class, retrieve its documentation"
+"""What a pack recipe says about these pairs."""
+
+_SUMMARY_WORDS, _SUMMARY_CHARACTERS = 4, 200
+_BODY_WORDS, _BODY_CHARACTERS = 25, 1200
+_SAME_BEGINNING_CHARACTERS = 200
+_SKIPPED_FOLDERS = {"tests", "testing", "test", "externals", "_vendor", "vendor", "extern", "_vendored", "benchmarks"}
+# Sections that point elsewhere, list people or hold code, not prose about the thing itself.
+_DROPPED_SECTIONS = {
+    *("see also", "reference", "references", "author", "authors"),
+    *("example", "examples", "usage", "doctest", "doctests"),
+}
+_GOOGLE_SECTIONS = _DROPPED_SECTIONS | {
+    "args",
+    "arguments",
+    "parameters",
+    "returns",
+    "raises",
+    "yields",
+    "note",
+    "notes",
+}
+_BOILERPLATE = "Read more in the User Guide."  # in most classes of scikit-learn
+_MARK = "docs.json"
+
+_README = """---
+configs:
+- config_name: default
+  data_files:
+  - split: test
+    path: qrels/test.jsonl
+- config_name: corpus
+  data_files:
+  - split: corpus
+    path: corpus.jsonl
+- config_name: queries
+  data_files:
+  - split: queries
+    path: queries.jsonl
+---
+"""
+
+_UNDERLINE = re.compile(r"^\s*([-=~^\"*])\1{2,}\s*$")
+_RULE = re.compile(r"^[\s+|=~^\"*-]*[=~^\"*-]{3,}[\s+|=~^\"*-]*$")
+_DIRECTIVE = re.compile(r"^(\s*)\.\. ")
+_ROLE = re.compile(r":(?:[a-zA-Z]+:)?[a-zA-Z]+:`(?:~|!)?([^`<]*?)(?:\s*<[^`>]*>)?`")
+_CITATION = re.compile(r"\s*\[(?:\d+|[A-Za-z]+\d+)\]_")
+_PLACEHOLDER = re.compile(r"%\(\w+\)[sd]|(?<![\w\\^_}$])\{\w+\}")
+_STUB = re.compile(r"^\W*(deprecated|alias (of|for)|see\b|same as\b|this (is an? )?(internal|private))", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Docstring:
+    """A documented thing, taken apart.
+
+    Attributes:
+        summary: first paragraph, one line.
+        body: the rest, cleaned.
+        module: path of the source file from site-packages on, with slashes.
+        scope: name of the class that holds it, or "" at module level.
+        name: dotted name inside the module.
+    """
+
+    summary: str
+    body: str
+    module: str
+    scope: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocsPair:
+    """A query, its document and a sibling's document."""
+
+    docstring: Docstring
+    negative: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocsSplit:
+    """Training pairs, held-out pairs, and held-out documents (those of the held-out pairs first)."""
+
+    training: list[DocsPair]
+    heldout: list[DocsPair]
+    documents: list[Docstring]
+
+
+def write_docs(
+    output: Path,
+    packages: Sequence[str] | None = None,
+    *,
+    heldout_pairs: int = 300,
+    heldout_documents: int = 400,
+    max_pairs: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run the whole command.
+
+    Args:
+        output: folder to write; new, or finished by the same call.
+        packages: import names; :data:`DEFAULT_PACKAGES` as far as installed when None.
+        heldout_pairs: queries of the held-out task.
+        heldout_documents: documents of the held-out task, those of the queries included.
+        max_pairs: at most so many training pairs, drawn by the seed; all when None.
+        seed: seed of the split and of the order.
+
+    Returns:
+        What ``docs.json`` says: arguments, versions and counts.
+
+    Raises:
+        ConfigError: fewer held-out documents than queries, or a count that is not positive.
+        DataError: a named package is not installed, too few docstrings, or the folder holds something else.
+    """
+    if not 0 < heldout_pairs <= heldout_documents:
+        raise ConfigError(
+            f"--heldout-pairs is {heldout_pairs} and --heldout-documents {heldout_documents}; "
+            "each held-out pair needs a document, so give 0 < pairs <= documents"
+        )
+    if max_pairs is not None and max_pairs < 1:
+        raise ConfigError(f"--max-pairs is {max_pairs}; give a positive number or leave it out")
+    roots = find_packages(packages)
+    about: dict[str, Any] = {
+        "packages": {name: _version(name) for name in roots},
+        "heldout_pairs": heldout_pairs,
+        "heldout_documents": heldout_documents,
+        "max_pairs": max_pairs,
+        "seed": seed,
+    }
+    if output.exists():
+        return _finished(output, about)
+    found = [doc for name, root in roots.items() for doc in read_package(name, root)]
+    kept = drop_duplicates(found)
+    pairs = with_siblings(kept)
+    where = ", ".join(roots)
+    split = split_by_module(pairs, heldout_pairs, heldout_documents, max_pairs, seed, where)
+    about["counts"] = {
+        "docstrings": len(found),
+        "distinct": len(kept),
+        "pairs": len(pairs),
+        "training_pairs": len(split.training),
+        "heldout_queries": len(split.heldout),
+        "heldout_documents": len(split.documents),
+    }
+    _write(output, split, about)
+    log.info("%s: %d training pairs, %d held-out queries", output, len(split.training), len(split.heldout))
+    return about
+
+
+# 1. Take docstrings.
+
+
+def find_packages(names: Sequence[str] | None) -> dict[str, Path]:
+    """Source folder of each package by name, without importing it.
+
+    Raises:
+        DataError: a named package is not installed or has no source folder; no default one is installed.
+    """
+    found: dict[str, Path] = {}
+    for name in names if names is not None else DEFAULT_PACKAGES:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        if folders:
+            found[name] = Path(folders[0])
+        elif names is not None:
+            raise DataError(f"--packages: no installed package '{name}' with a source folder; give its import name")
+    if not found:
+        raise DataError(f"none of {', '.join(DEFAULT_PACKAGES)} is installed; name other packages with --packages")
+    return found
+
+
+def read_package(name: str, root: Path) -> list[Docstring]:
+    """Usable docstrings of a package, in the order of files and lines."""
+    files = sorted(file for file in root.rglob("*.py") if _is_public(file.relative_to(root)))
+    found: list[Docstring] = []
+    for file in tracked(files, f"reading {name}", len(files)):
+        found += docstrings_of(file.read_bytes(), file.relative_to(root.parent).as_posix())
+    log.info("%s: %d docstrings in %d files", name, len(found), len(files))
+    return found
+
+
+def _is_public(path: Path) -> bool:
+    return _SKIPPED_FOLDERS.isdisjoint(path.parts) and not path.name.startswith(("test_", "conftest"))
+
+
+def docstrings_of(source: bytes, module: str) -> list[Docstring]:
+    """Usable docstrings of one source file: public classes, functions and methods, at any public depth.
+
+    A file that this Python cannot parse (a template, a file for another version) has none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's files
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    out: list[Docstring] = []
+    for scope, node in _public_definitions(tree, ""):
+        parts = split_docstring(ast.get_docstring(node, clean=False) or "")
+        if parts is not None:
+            name = f"{scope}.{node.name}" if scope else node.name
+            out.append(Docstring(*parts, module=module, scope=scope, name=name))
+    return out
+
+
+def _public_definitions(
+    node: ast.Module | ast.ClassDef, scope: str
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+    for child in node.body:
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or child.name.startswith("_"):
+            continue
+        yield scope, child
+        if isinstance(child, ast.ClassDef):
+            yield from _public_definitions(child, f"{scope}.{child.name}" if scope else child.name)
+
+
+def split_docstring(docstring: str) -> tuple[str, str] | None:
+    """Summary and body of a docstring, or None when it has no usable ones."""
+    if _PLACEHOLDER.search(docstring):  # a template that is filled in when the package is imported
+        return None
+    summary, _, rest = inspect.cleandoc(docstring).partition("\n\n")
+    summary = _inline(" ".join(summary.split()))
+    if len(summary.split()) < _SUMMARY_WORDS or len(summary) > _SUMMARY_CHARACTERS:
+        return None
+    if _STUB.match(summary) or not _mostly_letters(summary) or summary.startswith((">>>", "..", "-", "*")):
+        return None
+    body = clean_body(rest)
+    if len(body.split()) < _BODY_WORDS or not _mostly_letters(body) or _STUB.match(body):
+        return None
+    return summary, body
+
+
+def clean_body(text: str) -> str:
+    """Prose of a docstring's body: markup, code, directives and sections that point elsewhere are left out."""
+    lines = inspect.cleandoc(text).split("\n")
+    kept: list[str] = []
+    dropping = False  # inside a section that is left out
+    code_indent: int | None = None  # indentation of the line that began a code block or directive
+    for number, line in enumerate(lines):
+        stripped = line.strip()
+        following = lines[number + 1] if number + 1 < len(lines) else ""
+        if stripped and _UNDERLINE.match(following):
+            dropping, code_indent = stripped.lower().rstrip(":") in _DROPPED_SECTIONS, None
+        elif line[:1].strip() and stripped.endswith(":") and stripped[:-1].lower() in _GOOGLE_SECTIONS:
+            dropping, code_indent = stripped[:-1].lower() in _DROPPED_SECTIONS, None
+        if dropping or _RULE.match(line):
+            continue
+        indent = len(line) - len(line.lstrip())
+        if code_indent is not None and (not stripped or indent > code_indent):
+            if not stripped:
+                kept.append("")
+            continue
+        code_indent = None
+        if _DIRECTIVE.match(line):  # note, math, plot, versionadded: the block below belongs to it
+            code_indent = indent
+            continue
+        if stripped.startswith((">>>", "...", "$ ", "|")):
+            # Output follows a doctest until the next blank line.
+            code_indent = -1 if stripped.startswith(">>>") else None
+            continue
+        if stripped.endswith("::"):
+            code_indent = indent
+            line = line.rstrip()[:-1]
+        plain = _inline(line.rstrip())
+        if plain.strip() != _BOILERPLATE:
+            kept.append(plain)
+    body = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+    return _cut(body)
+
+
+def _inline(text: str) -> str:
+    """Text without inline markup: roles, literals, citations, emphasis."""
+    text = _CITATION.sub("", _ROLE.sub(r"\1", text))
+    return text.replace("``", "`").replace("**", "")
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _BODY_CHARACTERS:
+        return text
+    return text[: _BODY_CHARACTERS + 1].rsplit(None, 1)[0]
+
+
+def _mostly_letters(text: str) -> bool:
+    visible = [c for c in text if not c.isspace()]
+    return sum(c.isalpha() for c in visible) > 0.6 * len(visible)
+
+
+# 2. Drop duplicates.
+
+
+def drop_duplicates(found: Iterable[Docstring]) -> list[Docstring]:
+    """Keep the first of equal summaries, equal bodies and bodies that begin alike, over the whole corpus."""
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for doc in found:
+        summary, body = _normalised(doc.summary), _normalised(doc.body)
+        keys = {("summary", summary), ("body", body), ("beginning", body[:_SAME_BEGINNING_CHARACTERS])}
+        # A summary that another docstring has as its body would be a leak as well.
+        keys.add(("body", summary))
+        if seen.isdisjoint(keys):
+            kept.append(doc)
+            seen |= keys
+    return kept
+
+
+def _normalised(text: str) -> str:
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+# 3. Siblings.
+
+
+def with_siblings(docs: list[Docstring]) -> list[DocsPair]:
+    """Pairs with the next docstring of the same class, else of the same module, as hard negative."""
+    scopes: dict[tuple[str, str], list[int]] = {}
+    modules: dict[str, list[int]] = {}
+    for i, doc in enumerate(docs):
+        scopes.setdefault((doc.module, doc.scope), []).append(i)
+        modules.setdefault(doc.module, []).append(i)
+    pairs = []
+    for i, doc in enumerate(docs):
+        group = scopes[doc.module, doc.scope]
+        if not doc.scope or len(group) == 1:
+            group = modules[doc.module]
+        if len(group) > 1:
+            pairs.append(DocsPair(doc, docs[group[(group.index(i) + 1) % len(group)]].body))
+    return pairs
+
+
+# 4. Split.
+
+
+def split_by_module(
+    pairs: list[DocsPair], heldout_pairs: int, heldout_documents: int, max_pairs: int | None, seed: int, where: str
+) -> DocsSplit:
+    """Put whole modules aside until there are ``heldout_documents``; the rest is for training.
+
+    Raises:
+        DataError: too few docstrings for the held-out set and at least one training pair.
+    """
+    by_module: dict[str, list[DocsPair]] = {}
+    for pair in pairs:
+        by_module.setdefault(pair.docstring.module, []).append(pair)
+    order = sorted(by_module, key=lambda module: _drawn(seed, module))
+    aside: list[DocsPair] = []
+    while order and len(aside) < heldout_documents:
+        aside += by_module[order.pop(0)]
+    training = _shuffled([pair for module in order for pair in by_module[module]], seed)[:max_pairs]
+    if len(aside) < heldout_documents or not training:
+        raise DataError(
+            f"{where}: {len(pairs)} usable docstrings are too few for {heldout_documents} held-out documents and "
+            "training pairs; name more packages or lower --heldout-documents and --heldout-pairs"
+        )
+    aside = _shuffled(aside, seed)[:heldout_documents]
+    return DocsSplit(training, aside[:heldout_pairs], [pair.docstring for pair in aside])
+
+
+def _shuffled(pairs: list[DocsPair], seed: int) -> list[DocsPair]:
+    return sorted(
+        pairs, key=lambda pair: _drawn(seed, f"{pair.docstring.module}:{pair.docstring.name}", pair.docstring)
+    )
+
+
+def _drawn(seed: int, key: str, *tie: Docstring) -> tuple[Any, ...]:
+    """Sort key: a hash of seed and name; the summary decides between two definitions of one name."""
+    return (hashlib.sha256(f"{seed}:{key}".encode()).digest(), *(doc.summary for doc in tie))
+
+
+# 5. Write.
+
+
+def _version(package: str) -> str | None:
+    for distribution in importlib.metadata.packages_distributions().get(package, ()):
+        return importlib.metadata.version(distribution)
+    return None
+
+
+def _finished(output: Path, about: dict[str, Any]) -> dict[str, Any]:
+    mark = output / _MARK
+    before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
+    if before is None or {key: before.get(key) for key in about} != about:
+        raise DataError(f"{output}: already exists and is not the result of this command; choose another --output")
+    log.info("%s: already complete", output)
+    return before
+
+
+def _write(output: Path, split: DocsSplit, about: dict[str, Any]) -> None:
+    """Write beside, then rename: the folder is either whole or not there."""
+    beside = output.with_name(output.name + ".unfinished")
+    if beside.exists():
+        if not (beside / _MARK).is_file():
+            raise DataError(
+                f"{beside}: in the way, and not written by this command; move it or choose another --output"
+            )
+        shutil.rmtree(beside)
+    (beside / "pairs").mkdir(parents=True)
+    (beside / _MARK).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    _write_jsonl(
+        beside / "pairs" / f"{SOURCE_NAME}.jsonl",
+        (
+            {"query": pair.docstring.summary, "positive": pair.docstring.body, "negative": pair.negative}
+            for pair in split.training
+        ),
+    )
+    heldout = beside / "heldout"
+    (heldout / "qrels").mkdir(parents=True)
+    (heldout / "README.md").write_text(_README, encoding="utf-8")
+    # A query and its document bear different ids, so that no evaluator can match them by id.
+    documents = {f"d{i}": doc for i, doc in enumerate(split.documents)}
+    _write_jsonl(heldout / "corpus.jsonl", ({"_id": i, "title": "", "text": d.body} for i, d in documents.items()))
+    queries = [(f"q{i}", pair.docstring) for i, pair in enumerate(split.heldout)]
+    _write_jsonl(heldout / "queries.jsonl", ({"_id": i, "text": doc.summary} for i, doc in queries))
+    qrels = ({"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(len(queries)))
+    _write_jsonl(heldout / "qrels" / "test.jsonl", qrels)
+    os.replace(beside, output)
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
