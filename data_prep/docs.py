@@ -58,7 +58,7 @@ _GOOGLE_SECTIONS = _DROPPED_SECTIONS | {
     "note",
     "notes",
 }
-_BOILERPLATE = "Read more in the User Guide."  # in most classes of scikit-learn
+_BOILERPLATE = {"Read more in the User Guide.", "Explanation"}  # most classes of scikit-learn, most of sympy
 _MARK = "docs.json"
 
 _README = """---
@@ -81,9 +81,10 @@ configs:
 _UNDERLINE = re.compile(r"^\s*([-=~^\"*])\1{2,}\s*$")
 _RULE = re.compile(r"^[\s+|=~^\"*-]*[=~^\"*-]{3,}[\s+|=~^\"*-]*$")
 _DIRECTIVE = re.compile(r"^(\s*)\.\. ")
-_ROLE = re.compile(r":(?:[a-zA-Z]+:)?[a-zA-Z]+:`(?:~|!)?([^`<]*?)(?:\s*<[^`>]*>)?`")
+_ROLE = re.compile(r":(?:[a-zA-Z]+:)?[a-zA-Z]+:`(?:~|!)?([^`]*?)(?:\s*<[^`<>]*>)?`")
 _CITATION = re.compile(r"\s*\[(?:\d+|[A-Za-z]+\d+)\]_")
-_PLACEHOLDER = re.compile(r"%\(\w+\)[sd]|(?<![\w\\^_}$])\{\w+\}")
+_BOLD = re.compile(r"(?<![\w*])\*\*(\w[^*\n]*\w)\*\*(?![\w*])")
+_PLACEHOLDER = re.compile(r"%\(\w+\)[sd]|\$\{\w+\}|(?<![\w\\^_}])\{\w+\}")
 _STUB = re.compile(r"^\W*(deprecated|alias (of|for)|see\b|same as\b|this (is an? )?(internal|private))", re.IGNORECASE)
 
 
@@ -299,7 +300,7 @@ def clean_body(text: str) -> str:
             code_indent = indent
             line = line.rstrip()[:-1]
         plain = _inline(line.rstrip())
-        if plain.strip() != _BOILERPLATE:
+        if plain.strip() not in _BOILERPLATE:
             kept.append(plain)
     body = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
     return _cut(body)
@@ -308,7 +309,7 @@ def clean_body(text: str) -> str:
 def _inline(text: str) -> str:
     """Text without inline markup: roles, literals, citations, emphasis."""
     text = _CITATION.sub("", _ROLE.sub(r"\1", text))
-    return text.replace("``", "`").replace("**", "")
+    return _BOLD.sub(r"\1", text.replace("``", "`"))
 
 
 def _cut(text: str) -> str:

@@ -49,6 +49,7 @@ from data_prep.spool import Spool, SpoolWriter
 log = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 1024
+_WORK, _MARK = "work", "recipe.json"
 
 
 @dataclass(slots=True)
@@ -77,8 +78,14 @@ def pack(recipe_path: str, overrides: list[str]) -> Index:
         index = read_index(folder)
         if index.recipe != resolved:
             raise DataError(f"{folder}: already holds shards of another recipe; choose another output_dir or delete it")
-        log.info("%s: already complete, %d batches", folder, index.num_batches)
-        return index
+        missing = _missing_files(folder, index)
+        if not missing:
+            shutil.rmtree(folder / _WORK, ignore_errors=True)  # of a run that was interrupted after its last file
+            log.info("%s: already complete, %d batches", folder, index.num_batches)
+            return index
+        log.warning("%s: %s missing or of another size; packing again", folder, ", ".join(missing))
+        _begin(folder / _WORK, resolved)
+        (folder / INDEX_NAME).unlink()
     sources = resolve_sources(recipe.sources, recipe_path)
     tokenizer = load_tokenizer(recipe.tokenizer)
     template = resolve_template(recipe.template, tokenizer, f"{recipe_path}: template")
@@ -105,10 +112,21 @@ def pack(recipe_path: str, overrides: list[str]) -> Index:
     return index
 
 
+def _missing_files(folder: Path, index: Index) -> list[str]:
+    names = {shard["file"]: shard["bytes"] for shard in index.shards}
+    gone = [n for n, size in names.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size]
+    return gone + ["tokenizer"] * (not (folder / "tokenizer" / "tokenizer.json").is_file())
+
+
+def _begin(work: Path, resolved: dict[str, Any]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _MARK).write_text(json.dumps(resolved), encoding="utf-8")
+
+
 def _open_work_folder(folder: Path, resolved: dict[str, Any]) -> Path:
     """The folder of spools; kept from an interrupted run of the same recipe, else made anew."""
-    work = folder / "work"
-    mark = work / "recipe.json"
+    work = folder / _WORK
+    mark = work / _MARK
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == resolved:
         log.info("%s: continuing an interrupted run", folder)
         return work
@@ -116,8 +134,7 @@ def _open_work_folder(folder: Path, resolved: dict[str, Any]) -> Path:
         raise DataError(f"{folder}: not empty and not an unfinished run; choose another output_dir or delete it")
     if work.exists():
         raise DataError(f"{folder}: holds an unfinished run of another recipe; delete it or choose another output_dir")
-    work.mkdir(parents=True)
-    mark.write_text(json.dumps(resolved), encoding="utf-8")
+    _begin(work, resolved)
     return work
 
 

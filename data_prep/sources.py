@@ -142,10 +142,11 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _hub_rows(section: HubSource) -> Iterator[tuple[str, Any]]:
     import datasets  # half a second to import, and only this kind of source needs it
+    from datasets.exceptions import DatasetsError
 
     try:
         data = datasets.load_dataset(section.dataset, section.config, split=section.split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"dataset {section.dataset}: cannot be loaded: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(data):
         yield f"{section.dataset}[{section.split}]: row {number}", row

@@ -26,6 +26,8 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key}' is given twice, in lines {seen[key]} and {line}; keep one"
@@ -70,7 +72,11 @@ def load_recipe(path: str | Path, schema: type[Schema], overrides: Sequence[str]
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{path}: no such recipe file; give the path of a .yaml file")
-    raw = parse_yaml(file.read_text(encoding="utf-8"), str(path))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, got {type(raw).__name__}")
     for override in overrides:

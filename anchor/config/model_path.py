@@ -23,13 +23,17 @@ class ModelPath:
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
-def resolve_model_path(path: str) -> ModelPath:
+def resolve_model_path(path: str, files: tuple[str, ...] = ("config.json",)) -> ModelPath:
     """Tell a folder, a GGUF file and a hub name apart.
 
     A path that exists is local. ``owner/name`` that does not exist is a hub name. Everything else is missing.
 
+    Args:
+        path: as the recipe or the command line gives it.
+        files: a folder must hold one of these; a tokenizer alone has no config.json.
+
     Raises:
-        ModelError: no such folder or file, or a folder without config.json.
+        ModelError: no such folder or file, or a folder with none of ``files``.
     """
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
@@ -37,8 +41,10 @@ def resolve_model_path(path: str) -> ModelPath:
             raise ModelError(f"{path}: no such GGUF file")
         return ModelPath(str(local.parent), local.name)
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise ModelError(f"{path}: not a model folder, it has no config.json; an exported model is in RUN/export")
+        if not any((local / file).is_file() for file in files):
+            raise ModelError(
+                f"{path}: not a model folder, it has no {' or '.join(files)}; an exported model is in RUN/export"
+            )
         return ModelPath(str(local), None)
     if local.exists():
         raise ModelError(f"{path}: expected a model folder, a .gguf file or a hub name, got a file")

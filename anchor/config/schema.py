@@ -17,6 +17,8 @@ class _Section(BaseModel):
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FileStem = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+"""A name that can stand in a file name."""
 
 
 # ---------------------------------------------------------------------------------------------- packing
@@ -84,7 +86,7 @@ class FilesSource(_Section):
     """JSON-lines or Parquet files with named columns, read as one source."""
 
     kind: Literal["files"]
-    name: str
+    name: FileStem
     """Name of the source in the index and in the metrics."""
     path: Path
     """A `.jsonl`, `.jsonl.gz` or `.parquet` file, or a folder of them."""
@@ -100,7 +102,7 @@ class HubSource(_Section):
     """A dataset of the Hugging Face hub, or a local copy of one, through `datasets`."""
 
     kind: Literal["hub"]
-    name: str
+    name: FileStem
     """Name of the source in the index and in the metrics."""
     dataset: str
     """Hub name or local folder."""
@@ -140,7 +142,7 @@ class PackRecipe(_Section):
 
     output_dir: Path
     """Folder of the shards; must be new or an unfinished run of the same recipe."""
-    seed: int
+    seed: NonNegativeInt
     """Seed of the shuffles."""
     tokenizer: str
     """Model folder, hub name or `.gguf` file whose tokenizer is used."""
@@ -176,6 +178,12 @@ class PackRecipe(_Section):
             raise ValueError(
                 f"template.instruction_format is {self.template.instruction_format!r}; it must end in '{{text}}'"
             )
+        for number, source in enumerate(self.sources):
+            if self.text.hard_negatives and not isinstance(source, E5Source) and not source.columns.negatives:
+                raise ValueError(
+                    f"text.hard_negatives is {self.text.hard_negatives}, but sources.{number} ('{source.name}') names "
+                    "no columns.negatives; name them or set text.hard_negatives to 0"
+                )
         return self
 
 
@@ -275,7 +283,7 @@ class TrainRecipe(_Section):
 
     output_dir: Path
     """Folder of run.yaml, metrics.jsonl, checkpoints/ and export/."""
-    seed: int
+    seed: NonNegativeInt
     """Seed of the batch order and of dropout."""
     data: DataSection
     """What to train on."""

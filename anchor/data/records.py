@@ -98,4 +98,10 @@ def _checked(value: Any, column: str, where: str) -> str:
         raise DataError(f"{where}: field '{column}' is {type(value).__name__}, expected text")
     if not value.strip():
         raise DataError(f"{where}: field '{column}' is empty; remove the row or use on_bad_row: skip")
+    try:
+        value.encode()  # JSON can spell half a surrogate pair, which is no character
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: field '{column}' has half a surrogate pair at character {error.start + 1}"
+        ) from error
     return value

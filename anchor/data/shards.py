@@ -119,7 +119,7 @@ def _checksum(meta: dict[str, Any], columns: dict[str, tuple[np.ndarray, np.ndar
     for name, (offsets, values) in columns.items():
         digest.update(f"{name}:{len(offsets)}:{len(values)}".encode())
         digest.update(offsets.tobytes())
-        digest.update(np.ascontiguousarray(values))
+        digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
 
 
@@ -261,10 +261,17 @@ class ShardReader:
     def __len__(self) -> int:
         return int(self._first[-1])
 
+    def where(self, batch: int) -> str:
+        """``FILE: batch N``, the beginning of every message about a batch."""
+        return f"{self.folder / self.index.shards[self._shard_of(batch)]['file']}: batch {batch}"
+
     def read(self, batch: int) -> Batch:
-        """Read a batch and check its checksum; arrays are views of the memory map."""
-        shard = int(np.searchsorted(self._first, batch, side="right")) - 1
-        where = f"{self.folder / self.index.shards[shard]['file']}: batch {batch}"
+        """Read a batch and check its checksum; arrays are views of the memory map.
+
+        Raises:
+            ShardError: the file is missing, truncated or altered.
+        """
+        shard, where = self._shard_of(batch), self.where(batch)
         mend = "delete the file and run `python -m data_prep pack` again"
         local = batch - int(self._first[shard])
         try:
@@ -284,16 +291,26 @@ class ShardReader:
         )
         return Batch(packs, meta["source"], meta["query_target_tokens"], meta["document_target_tokens"])
 
+    def _shard_of(self, batch: int) -> int:
+        return int(np.searchsorted(self._first, batch, side="right")) - 1
+
     def _open(self, shard: int) -> pa.RecordBatchFileReader:
         if shard not in self._files:
-            expected = self.index.shards[shard]
-            path = self.folder / expected["file"]
-            if not path.is_file() or path.stat().st_size != expected["bytes"]:
-                raise ShardError(
-                    f"{path}: missing or not {expected['bytes']} bytes long; run `python -m data_prep pack` again"
-                )
-            self._files[shard] = pa.ipc.open_file(pa.memory_map(str(path)))
+            file = pa.ipc.open_file(pa.memory_map(str(self._path(shard))))
+            if not file.schema.equals(_SCHEMA):  # the checksum covers the bytes, not what they mean
+                raise pa.ArrowInvalid("schema differs")
+            self._files[shard] = file
         return self._files[shard]
+
+    def _path(self, shard: int) -> Path:
+        expected = self.index.shards[shard]
+        path = self.folder / expected["file"]
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+            raise ShardError(
+                f"{path}: missing or not {expected['bytes']} bytes long; delete it and run "
+                "`python -m data_prep pack` again"
+            )
+        return path
 
     def verify_files(self) -> None:
         """Compare every file's sha256 with the index.
@@ -302,10 +319,10 @@ class ShardReader:
             ShardError: the first file that differs, by name.
         """
         for number, shard in enumerate(self.index.shards):
-            self._open(number)
-            with (self.folder / shard["file"]).open("rb") as file:
+            path = self._path(number)
+            with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise ShardError(f"{self.folder / shard['file']}: sha256 differs; delete it and pack again")
+                    raise ShardError(f"{path}: sha256 differs; delete it and run `python -m data_prep pack` again")
 
 
 def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

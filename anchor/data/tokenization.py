@@ -47,7 +47,7 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer  # takes a second to import; pure functions here do not need it
 
-    location = resolve_model_path(path)
+    location = resolve_model_path(path, files=("config.json", "tokenizer.json"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.kwargs())
     except (OSError, ValueError, ImportError) as error:
@@ -93,6 +93,7 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
         ],
     )
     backend.encode_special_tokens = True
+    tokenizer.truncation_side = "right"  # as shards are cut; the suffix is kept all the same
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
     for key in ("add_bos_token", "add_eos_token", "add_prefix_space_token"):
@@ -154,7 +155,7 @@ class SegmentTokenizer:
                 instruction = pair.instruction if role == 0 or pair.symmetric else None
                 texts.append(self.template.instructed(text, instruction))
         segments = iter(self.encode(texts))
-        return [_first_error([next(segments) for _ in pair.texts()], pair) for pair in pairs]
+        return [_first_error([next(segments) for _ in pair.texts()]) for pair in pairs]
 
     def encode(self, texts: Sequence[tuple[str, int]]) -> list[Segment | DataError]:
         """Encode (text, character at which the body begins) in one call to the Rust tokenizer."""
@@ -190,9 +191,8 @@ def _first_body_token(encoding: Encoding, body_char: int) -> int:
     return next((i for i, (_, end) in enumerate(ends) if end > body_char), len(encoding.ids))
 
 
-def _first_error(segments: list[Segment | DataError], pair: Pair) -> list[Segment] | DataError:
+def _first_error(segments: list[Segment | DataError]) -> list[Segment] | DataError:
     good = [s for s in segments if isinstance(s, Segment)]
     if len(good) == len(segments):
         return good
-    error = next(s for s in segments if isinstance(s, DataError))
-    return DataError(f"{pair.source}: row {pair.row}: {error}")
+    return next(s for s in segments if isinstance(s, DataError))

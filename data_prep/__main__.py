@@ -1,0 +1,102 @@
+"""``python -m data_prep``: the command line of data preparation."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from anchor import log
+from anchor.errors import exit_on_user_error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _command(
+        argparse.ArgumentParser(prog="python -m data_prep"),
+        "Raw pairs -> packed shards, on a machine without GPU or torch.",
+        "python -m data_prep pack launch/recipes/quickstart/pack.yaml",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    pack = _command(
+        commands.add_parser("pack", help="tokenise and pack pairs as a recipe says"),
+        "Tokenise and pack pairs as a recipe says; run again after an interruption, it continues.",
+        "python -m data_prep pack launch/recipes/quickstart/pack.yaml batch.pairs=64",
+    )
+    pack.add_argument("recipe", metavar="RECIPE", help="YAML file, see anchor/config/schema.py: PackRecipe")
+    pack.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of the recipe's value")
+
+    inspect = _command(
+        commands.add_parser("inspect", help="report on a folder of shards"),
+        "Report on a folder of shards: rows, drops, batches, fill, lengths, balance.",
+        "python -m data_prep inspect data/quickstart --verify --show 3",
+    )
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="folder written by pack")
+    inspect.add_argument("--verify", action="store_true", help="check every file, checksum, span and count")
+    inspect.add_argument("--show", type=_count, default=0, metavar="N", help="decode N pairs, bodies between ⟦ and ⟧")
+    inspect.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+    docs = _command(
+        commands.add_parser("docs", help="pairs from the documentation of installed Python packages"),
+        "Summary -> body of the docstrings of installed packages: training pairs and a held-out retrieval task.",
+        "python -m data_prep docs --output data/docs --packages scipy,numpy",
+    )
+    docs.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for pairs/ and heldout/")
+    docs.add_argument(
+        "--packages", type=_names, metavar="A,B", help="import names; well-known installed ones if absent"
+    )
+    docs.add_argument("--heldout-pairs", type=int, default=300, metavar="N", help="held-out queries (%(default)s)")
+    docs.add_argument("--heldout-documents", type=int, default=400, metavar="N", help="held-out corpus (%(default)s)")
+    docs.add_argument("--max-pairs", type=int, metavar="N", help="at most so many training pairs; all if absent")
+    docs.add_argument("--seed", type=int, default=0, help="seed of split and order (%(default)s)")
+    return parser
+
+
+def _command(parser: argparse.ArgumentParser, description: str, example: str) -> argparse.ArgumentParser:
+    parser.description, parser.epilog = description, f"example: {example}"
+    # argparse would wrap the example in the middle of the command.
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected import names with commas between them")
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of pairs, got '{text}'")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run one command; a user's error is one line and exit code 2."""
+    args = _parser().parse_args(arguments)
+    log.setup()
+    with exit_on_user_error():
+        # Imported here, so that --help and a wrong option answer at once.
+        if args.command == "pack":
+            from data_prep.pack import pack
+
+            pack(args.recipe, args.overrides)
+        elif args.command == "inspect":
+            from data_prep.inspect import inspect
+
+            inspect(args.folder, verify_all=args.verify, show=args.show, as_json=args.json)
+        else:
+            from data_prep.docs import write_docs
+
+            write_docs(
+                args.output,
+                args.packages,
+                heldout_pairs=args.heldout_pairs,
+                heldout_documents=args.heldout_documents,
+                max_pairs=args.max_pairs,
+                seed=args.seed,
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
