@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 
 class _RankFilter(logging.Filter):
@@ -16,6 +17,10 @@ def setup(level: int = logging.INFO) -> None:
 
     Only entry points call this. Third-party loggers are kept at WARNING.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would fill a log file
+    # DeepSpeed calls collectives by names that torch has renamed; users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RankFilter())
     handler.setFormatter(
