@@ -1,0 +1,186 @@
+"""Tiny random models, a tiny tokenizer and small packed shards, all made in code and without a network."""
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# The `pytest` program, unlike `python -m pytest`, does not look for packages where it is started.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+# Two cores: the tokenizer's own threads would only compete with pytest.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+END, TURN, ANCHOR = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+WORDS = (
+    "river mountain garden window letter summer winter music teacher doctor engine bridge forest island market "
+    "school castle village harbour mirror blanket candle pepper butter orange silver yellow purple quiet narrow "
+    "gentle ancient modern carries follows crosses paints repairs gathers explains measures before behind beside under"
+).split()
+
+
+def english_pairs(number: int, negatives: int = 2, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with ``query``, ``positive`` and ``negative`` (a list); texts of many lengths, all different."""
+    draw = random.Random(seed)
+
+    def text(kind: str, i: int, words: int) -> str:
+        return f"{kind} {i}: the {' '.join(draw.choices(WORDS, k=words))}."
+
+    return [
+        {
+            "query": text("question", i, draw.randint(2, 6)),
+            "positive": text("answer", i, draw.randint(3, 30)),
+            "negative": [text(f"other {k}", i, draw.randint(3, 30)) for k in range(negatives)],
+        }
+        for i in range(number)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte-level BPE of some 400 tokens with ChatML's special tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    rows = english_pairs(200)
+    tokenizer.train_from_iterator([row[side] for row in rows for side in ("query", "positive")], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=TURN, eos_token=ANCHOR, pad_token=END)
+    fast.chat_template = CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def _save_tiny_model(folder: Path, tokenizer_dir: Path, family: str, *, tied: bool) -> Path:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**shape))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
+    """A random Llama with tied embeddings, and its tokenizer."""
+    return _save_tiny_model(tmp_path_factory.mktemp("llama"), tiny_tokenizer_dir, "llama", tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
+    """A random Qwen3 with an output layer of its own, and its tokenizer."""
+    return _save_tiny_model(tmp_path_factory.mktemp("qwen3"), tiny_tokenizer_dir, "qwen3", tied=False)
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
+    """``make_recipe(sources=[...], **changes)`` writes a small pack recipe into a new folder.
+
+    ``changes`` are ``section__key=value``. Without ``sources`` it is 64 English pairs in one file. The shards go to
+    ``shards`` beside the recipe.
+    """
+
+    def make(sources: list[dict[str, Any]] | None = None, *, num_rows: int = 64, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("pack")
+        if sources is None:
+            rows = write_jsonl(folder / "pairs.jsonl", english_pairs(num_rows))
+            columns = {"negatives": ["negative"]}
+            sources = [
+                {"kind": "files", "name": "small", "path": str(rows), "columns": columns, "instructions": ["Answer it"]}
+            ]
+        recipe: dict[str, Any] = {
+            "output_dir": str(folder / "shards"),
+            "seed": 0,
+            "tokenizer": str(tiny_tokenizer_dir),
+            "template": {"kind": "preset", "name": "chatml"},
+            "sources": sources,
+            "text": {"max_tokens": 64, "hard_negatives": 1},
+            "batch": {"pairs": 16, "pack_tokens": 512, "pack_multiple": 4},
+        }
+        for name, value in changes.items():
+            *sections, key = name.split("__")
+            node = recipe
+            for section in sections:
+                node = node[section]
+            node[key] = value
+        path = folder / "pack.yaml"
+        path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_shards(make_recipe: Callable[..., Path]) -> Callable[..., Path]:
+    """``make_shards(pairs=16, pack_tokens=512, pack_multiple=4, hard_negatives=1, num_rows=64)`` packs English pairs.
+
+    Returns the folder of shards: ``num_rows // pairs`` batches of one source, ``small``, with an instruction.
+    """
+
+    def make(
+        *,
+        pairs: int = 16,
+        pack_tokens: int = 512,
+        pack_multiple: int = 4,
+        hard_negatives: int = 1,
+        max_tokens: int = 64,
+        num_rows: int = 64,
+        **changes: Any,
+    ) -> Path:
+        from data_prep.pack import pack
+
+        recipe = make_recipe(
+            num_rows=num_rows,
+            batch__pairs=pairs,
+            batch__pack_tokens=pack_tokens,
+            batch__pack_multiple=pack_multiple,
+            text__hard_negatives=hard_negatives,
+            text__max_tokens=max_tokens,
+            **changes,
+        )
+        pack(str(recipe), [])
+        return recipe.parent / "shards"
+
+    return make

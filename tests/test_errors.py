@@ -1,0 +1,36 @@
+"""Invariants: a user's error is one line on stderr and exit code 2; a bug keeps its traceback."""
+
+import pytest
+
+from anchor import errors
+from anchor.errors import AnchorError, ConfigError, did_you_mean, exit_on_user_error
+
+
+def test_a_users_error_becomes_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise ConfigError("x.yaml: unknown key a")
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: x.yaml: unknown key a\n")
+
+
+def test_a_bug_is_not_hidden() -> None:
+    with pytest.raises(KeyError, match="bug"), exit_on_user_error():
+        raise KeyError("bug")
+
+
+def test_every_error_of_the_project_has_one_root() -> None:
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(classes) >= 6
+    assert all(issubclass(cls, AnchorError) for cls in classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("temprature", ["alpha", "temperature"], "; did you mean 'temperature'?"),
+        ("xyz", ["beta", "alpha"], "; known are alpha, beta"),
+        ("xyz", [], ""),
+    ],
+)
+def test_a_near_miss_is_suggested(name: str, known: list[str], hint: str) -> None:
+    assert did_you_mean(name, known) == hint
