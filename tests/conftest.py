@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 # The `pytest` program, unlike `python -m pytest`, does not look for packages where it is started.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 # Two cores: the tokenizer's own threads would only compete with pytest.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# No deadline: a first example pays for imports, and the machine may be busy with another rank.
+settings.register_profile("anchor", deadline=None, max_examples=60)
+settings.load_profile("anchor")
 
 END, TURN, ANCHOR = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

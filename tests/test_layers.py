@@ -30,8 +30,11 @@ LAYERS = {
 }
 SIBLINGS_ALLOWED = {("anchor.models", "anchor.data")}
 ONLY_IN = {"deepspeed": "anchor.engine", "peft": "anchor.models"}
-# What transformers offers without a model: tokenizers, and configurations by name.
-TRANSFORMERS_EVERYWHERE = {"AutoTokenizer", "PreTrainedTokenizerFast", "PreTrainedTokenizerBase", "AutoConfig"}
+# What transformers offers without a model: tokenizers, and configurations by name. `PreTrainedModel` is abstract: upper
+# layers name it as the type of what anchor.models hands them, and cannot make one of it.
+TRANSFORMERS_EVERYWHERE = {
+    *("AutoTokenizer", "PreTrainedTokenizerFast", "PreTrainedTokenizerBase", "AutoConfig", "PreTrainedModel"),
+}
 
 
 def package_files() -> dict[str, Path]:

@@ -276,6 +276,7 @@ class ShardReader:
         local = batch - int(self._first[shard])
         try:
             record, custom = self._open(shard).get_batch_with_custom_metadata(local)
+            record.validate()  # lengths and buffers fit: else reading an altered file could leave the memory map
             meta = json.loads(custom[b"anchor"])
             stored = meta.pop("xxh3")
             columns = {name: _views(record.column(name)) for name in _COLUMNS}

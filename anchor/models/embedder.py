@@ -53,5 +53,5 @@ class Embedder(nn.Module):
 
 
 def unit_vectors(states: Float[Tensor, "S H"]) -> Float[Tensor, "S H"]:
-    """Rows scaled to length 1, in float32."""
-    return nn.functional.normalize(states.to(torch.float32), dim=-1)
+    """Rows scaled to length 1, in float32 or wider."""
+    return nn.functional.normalize(states.to(torch.promote_types(states.dtype, torch.float32)), dim=-1)

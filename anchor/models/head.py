@@ -23,14 +23,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
-        nll = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        row_weight = row_weight.to(wide)
+        nll = torch.empty(len(target), dtype=wide, device=hidden.device)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         # A sum over many chunks in bfloat16 would lose small gradients.
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for start in range(0, len(target), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = (hidden[rows] @ weight.T).float()
+            logits = (hidden[rows] @ weight.T).to(wide)
             log_norm = torch.logsumexp(logits, dim=-1)
             nll[rows] = log_norm - logits.gather(1, target[rows, None])[:, 0]
             if not (need_hidden or need_weight):
@@ -75,7 +77,7 @@ def chunked_cross_entropy(
         chunk_rows: rows whose logits exist at a time; by the device and V when None.
 
     Returns:
-        The weighted sum (float32, nats times weight) and each row's unweighted term (float32, nats, no gradient).
+        The weighted sum (nats times weight) and each row's unweighted term (nats, no gradient); float32 or wider.
     """
     if chunk_rows is None:
         chunk_rows = max(64, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // weight.shape[0])

@@ -3,8 +3,8 @@
 1. The pool is every positive and hard negative of the batch, in the order of the packs, whatever the ranks.
 2. Each rank computes the rows of its own queries against the whole pool, gathered with a backward that sums over
    ranks. The sum of the ranks' shares has the gradient of one process that holds the batch.
-3. Known false negatives are masked by text identity: documents equal to the query's positive or to the query
-   itself, and positives of another query of the same text.
+3. Known false negatives are masked by text identity: documents equal to the query itself or to any positive that
+   the batch holds for the query's text.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from anchor import dist
 from anchor.config import schema
 from anchor.data.batches import PackTensors, rank_packs
-from anchor.data.records import POSITIVE, QUERY
+from anchor.data.records import QUERY
 from anchor.data.shards import Batch
 from anchor.models.embedder import Embedder
 from anchor.objectives.base import PooledObjective, Shares
@@ -93,19 +93,20 @@ def pool_layout(batch: Batch, rank: int, world_size: int) -> PoolLayout:
     all_roles, all_texts = np.concatenate(roles), np.concatenate(texts)
     is_query = all_roles == QUERY
     query_at = np.flatnonzero(is_query)
-    # A pair's segments stand together, the query first: each document belongs to the last query before it.
-    query_text = all_texts[query_at][np.cumsum(is_query) - 1][~is_query]
-    document_text, is_positive = all_texts[~is_query], all_roles[~is_query] == POSITIVE
+    query_text, document_text = all_texts[query_at], all_texts[~is_query]
+    # A pair's segments stand together: query, positive, hard negatives.
     target = (np.cumsum(~is_query) - 1)[query_at + 1]
 
     mine = rank_packs(len(batch.packs), rank, world_size)
     local_roles = np.concatenate([roles[i] for i in mine])
     first = sum(int((roles[i] == QUERY).sum()) for i in range(mine.start))
     local = slice(first, first + int((local_roles == QUERY).sum()))
-    own_text, own_target = all_texts[query_at][local, None], target[local]
-    false_negative = (document_text == document_text[own_target][:, None]) | (document_text == own_text)
-    false_negative |= is_positive & (query_text == own_text)
-    keep = ~false_negative
+    own_text, own_target = query_text[local], target[local]
+    keep = document_text != document_text[own_target][:, None]
+    keep &= document_text != own_text[:, None]
+    texts_seen, times = np.unique(query_text, return_counts=True)
+    for i in np.flatnonzero(np.isin(own_text, texts_seen[times > 1])):
+        keep[i] &= ~np.isin(document_text, document_text[target[query_text == own_text[i]]])
     keep[np.arange(len(own_target)), own_target] = True
     return PoolLayout(
         local_queries=np.flatnonzero(local_roles == QUERY),

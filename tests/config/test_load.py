@@ -145,7 +145,7 @@ def test_overrides_change_single_values(recipe: Path) -> None:
         ("=3", "override '=3': expected section.key=value"),
         ("seed.x=3", "override 'seed.x=3': 'seed' is not a section"),
         ("optim.lr=[1", "override 'optim.lr=[1':1: expected ',' or ']', but got '<stream end>'"),
-        ("optim.leer=1", "x.yaml: unknown key optim.leer; known are decay_steps, lr, max_grad_norm, total_steps, "
+        ("optim.beta=1", "x.yaml: unknown key optim.beta; known are decay_steps, lr, max_grad_norm, total_steps, "
                          "warmup_steps, weight_decay"),
         ("optim.lr=", "x.yaml: optim.lr: got None, input should be a valid number"),
     ],

@@ -1,0 +1,89 @@
+"""Invariants: a template is data; presets, the model's own chat template and a custom one give prefix and suffix."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate
+from anchor.data.templates import PRESETS, Template, resolve_template
+from anchor.data.tokenization import load_tokenizer
+from anchor.errors import ConfigError
+
+
+def tokenizer(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(**{"bos_token": "<s>", "eos_token": "</s>", "chat_template": None} | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "suffix"),
+    [
+        ("chatml", "<|im_start|>user\n", "<|im_end|>"),
+        ("llama3", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        ("mistral", "<s>[INST] ", " [/INST]</s>"),
+        ("plain", "<s>", "</s>"),
+    ],
+)
+def test_presets(name: str, prefix: str, suffix: str) -> None:
+    assert name in PRESETS
+    template = resolve_template(PresetTemplate(kind="preset", name=name), tokenizer())
+    assert template == Template(prefix, suffix, "{instruction}: {text}")
+    assert template.to_json() == {"prefix": prefix, "suffix": suffix, "instruction_format": "{instruction}: {text}"}
+
+
+def test_plain_leaves_out_a_missing_beginning_of_text() -> None:
+    template = resolve_template(PresetTemplate(kind="preset", name="plain"), tokenizer(bos_token=None))
+    assert (template.prefix, template.suffix) == ("", "</s>")
+
+
+def test_the_models_chat_template_is_rendered_around_a_user_turn(tiny_tokenizer_dir: Path) -> None:
+    template = resolve_template(ChatTemplate(kind="chat"), load_tokenizer(str(tiny_tokenizer_dir)))
+    # The newline behind the turn goes: the last token must be the anchor token.
+    assert template == Template("<|im_start|>user\n", "<|im_end|>", "{instruction}: {text}")
+
+
+def test_a_custom_template_is_taken_as_it_is() -> None:
+    section = CustomTemplate(kind="custom", prefix="a ", suffix=" b", instruction_format="I {instruction} T {text}")
+    assert resolve_template(section, tokenizer()) == Template("a ", " b", "I {instruction} T {text}")
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [(None, ("body {instruction}", 0)), ("Find {text} it", ("Find {text} it: body {instruction}", 16))],
+)
+def test_an_instruction_joins_without_reading_braces_in_texts(
+    instruction: str | None, expected: tuple[str, int]
+) -> None:
+    template = Template("", "</s>", "{instruction}: {text}")
+    text, start = template.instructed("body {instruction}", instruction)
+    assert (text, start) == expected
+    assert text[start:] == "body {instruction}"
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "expected"),
+    [
+        (PresetTemplate(kind="preset", name="chatmll"), {}, "r: unknown preset 'chatmll'; did you mean 'chatml'?"),
+        (
+            PresetTemplate(kind="preset", name="plain"),
+            {"eos_token": None},
+            "r: the tokenizer has no end-of-text token; use a template of kind custom",
+        ),
+        (
+            ChatTemplate(kind="chat"),
+            {},
+            "r: the tokenizer has no chat template; use a template of kind preset or custom",
+        ),
+        (
+            ChatTemplate(kind="chat"),
+            {"chat_template": "x", "apply_chat_template": lambda *_, **__: "always the same"},
+            "r: the chat template does not repeat the user's text; use a preset or custom one",
+        ),
+    ],
+)
+def test_unusable_templates_are_refused(
+    section: PresetTemplate | ChatTemplate, changes: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_template(section, tokenizer(**changes), "r")
+    assert str(caught.value) == expected
