@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -141,13 +142,13 @@ def _open_work_folder(folder: Path, resolved: dict[str, Any]) -> Path:
 def _spool_source(source: Source, recipe: PackRecipe, segmenter: SegmentTokenizer, work: Path) -> Spool:
     folder = work / source.name
     if not (folder / "done.json").is_file():
-        writer = SpoolWriter(folder)
         reading = _Reading(0, Counter(), 0, 0)
-        with (work.parent / f"quarantine-{source.name}.jsonl").open("w", encoding="utf-8") as quarantine:
+        aside = work.parent / f"quarantine-{source.name}.jsonl"
+        with closing(SpoolWriter(folder)) as writer, aside.open("w", encoding="utf-8") as quarantine:
             for chunk in _chunks(source, recipe, reading, quarantine):
                 _tokenise(chunk, segmenter, writer, reading, recipe, quarantine)
         if not reading.dropped:
-            (work.parent / f"quarantine-{source.name}.jsonl").unlink()
+            aside.unlink()
         writer.finish(
             {
                 "rows_read": reading.rows_read,
@@ -226,7 +227,9 @@ def _plan_batches(
         # Seeded by name, so that adding a source does not reshuffle the others.
         order = np.random.default_rng([recipe.seed, zlib.crc32(source.name.encode())]).permutation(spool.num_pairs)
         batches = spool.num_pairs // recipe.batch.pairs
-        plan += [(source.name, batch) for batch in order[: batches * recipe.batch.pairs].reshape(batches, -1)]
+        plan += [
+            (source.name, batch) for batch in order[: batches * recipe.batch.pairs].reshape(batches, recipe.batch.pairs)
+        ]
         summaries.append(
             {
                 "name": source.name,

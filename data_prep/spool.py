@@ -36,8 +36,11 @@ class SpoolWriter:
         self._pairs.append(row)
         self._texts.extend(text_ids)
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def close(self) -> None:
         self._tokens.close()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self.close()
         np.save(self.folder / "segments.npy", np.asarray(self._segments, dtype=np.int32).reshape(-1, 4))
         np.save(self.folder / "pairs.npy", np.asarray(self._pairs, dtype=np.int64))
         np.save(self.folder / "texts.npy", np.asarray(self._texts, dtype=np.int64))

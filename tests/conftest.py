@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,11 @@ END, TURN, ANCHOR = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
 )
-WORDS = (
-    "river mountain garden window letter summer winter music teacher doctor engine bridge forest island market "
-    "school castle village harbour mirror blanket candle pepper butter orange silver yellow purple quiet narrow "
-    "gentle ancient modern carries follows crosses paints repairs gathers explains measures before behind beside under"
-).split()
+WORDS = """
+    river mountain garden window letter summer winter music teacher doctor engine bridge forest island market
+    school castle village harbour mirror blanket candle pepper butter orange silver yellow purple quiet narrow
+    gentle ancient modern carries follows crosses paints repairs gathers explains measures before behind beside under
+""".split()  # noqa: SIM905 - a list of 45 quoted words is harder to read
 
 
 def english_pairs(number: int, negatives: int = 2, seed: int = 0) -> list[dict[str, Any]]:
@@ -189,3 +190,23 @@ def make_shards(make_recipe: Callable[..., Path]) -> Callable[..., Path]:
         return recipe.parent / "shards"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def export_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, make_shards: Callable[..., Path]
+) -> Path:
+    """A model folder as an untrained export leaves it, without the time that training takes."""
+    from transformers import AutoModelForCausalLM
+
+    from anchor.data.shards import read_index
+    from anchor.engine.export import write_consumer_files
+
+    shards = make_shards(max_tokens=48)
+    folder = tmp_path_factory.mktemp("untrained") / "export"
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    shutil.copytree(shards / "tokenizer", folder, dirs_exist_ok=True)
+    index = read_index(shards)
+    write_consumer_files(folder, 32, index)
+    (folder / "anchor.json").write_text(json.dumps({"prompts": index.prompts, "max_tokens": 48}), encoding="utf-8")
+    return folder

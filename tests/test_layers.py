@@ -1,4 +1,4 @@
-"""Invariants: imports point only downwards (design.md, section 2); data preparation needs no torch; no assert, no print.
+"""Invariants: imports point only downwards (design.md, section 2); preparing data needs no torch; no assert, no print.
 
 Layers: 6 launch (shell); 5 anchor.train, data_prep, eval, which never import one another; 4 anchor.engine, the only
 one to import deepspeed; 3 anchor.objectives; 2 anchor.models and anchor.data; 1 anchor.config, anchor.dist,

@@ -37,7 +37,7 @@ def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep
     Args:
         engine: whose parameters and optimiser state are written.
         folder: the run's ``checkpoints``.
-        state: what identifies the run, see :func:`check_same_run`.
+        state: ``step`` and what identifies the run, see :func:`check_same_run`.
         keep: how many of the newest checkpoints stay.
         exclude_frozen: leave out parameters that are not trained.
 
@@ -63,30 +63,33 @@ def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep
     return final
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, state: dict[str, Any], *, exclude_frozen: bool) -> int:
-    """Load a checkpoint of the same run; every rank calls it.
+def load_checkpoint(engine: Engine, checkpoint: Path, *, exclude_frozen: bool) -> int:
+    """Load a checkpoint that :func:`check_same_run` let pass; every rank calls it.
 
     Returns:
         The number of steps taken.
-
-    Raises:
-        TrainingError: the checkpoint belongs to another recipe, other shards or another number of ranks.
     """
-    stored = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    check_same_run(stored, state, checkpoint)
     engine.load(checkpoint, _TAG, exclude_frozen=exclude_frozen)
-    return stored["step"]
+    return _state(checkpoint)["step"]
 
 
-def check_same_run(stored: dict[str, Any], state: dict[str, Any], checkpoint: Path) -> None:
+def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
     """Refuse a checkpoint that was not written by this run.
 
+    Args:
+        checkpoint: a complete checkpoint.
+        state: the present run's resolved ``recipe``, ``data_index_sha256`` and ``num_ranks``.
+
     Raises:
-        TrainingError: listing the recipe keys that differ.
+        TrainingError: another recipe (the differing keys are listed), other shards or another number of ranks.
     """
+    stored = _state(checkpoint)
     before, now = _flat(stored["recipe"]), _flat(state["recipe"])
-    differing = [f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in sorted({*before, *now})
-                 if before.get(key) != now.get(key)]  # fmt: skip
+    differing = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
     if differing:
         raise TrainingError(f"{checkpoint}: written by another recipe: {'; '.join(differing)}; choose a new output_dir")
     if stored["data_index_sha256"] != state["data_index_sha256"]:
@@ -96,6 +99,10 @@ def check_same_run(stored: dict[str, Any], state: dict[str, Any], checkpoint: Pa
             f"{checkpoint}: written by {stored['num_ranks']} ranks, this run has {state['num_ranks']}; "
             "resume on the same number"
         )
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
 def _flat(node: Any, name: str = "") -> dict[str, Any]:

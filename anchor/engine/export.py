@@ -47,7 +47,7 @@ def export_model(
         beside.mkdir(parents=True)
         _write_weights(beside, causal_lm, weights, adapter, recipe)
         shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
-        _write_modules(beside, causal_lm.config.hidden_size, index)
+        write_consumer_files(beside, causal_lm.config.hidden_size, index)
         about = {
             "objective": recipe.objective.kind,
             "template": index.template,
@@ -120,8 +120,14 @@ def _with_ties(shell: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[s
             yield name, weights[name].contiguous()
 
 
-def _write_modules(folder: Path, hidden_size: int, index: Index) -> None:
-    """What sentence-transformers reads, and the limit that every consumer's tokenizer applies."""
+def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
+    """What sentence-transformers reads, and the limit that every consumer's tokenizer applies.
+
+    Args:
+        folder: a model folder that already holds the tokenizer.
+        hidden_size: dimension of the embeddings.
+        index: index of the shards trained on.
+    """
     modules = [
         ("0", "", "sentence_transformers.models.Transformer"),
         ("1", "1_Pooling", "sentence_transformers.models.Pooling"),

@@ -26,7 +26,7 @@ from anchor.config.schema import LoraTraining, TrainRecipe
 from anchor.data.batches import batch_stream, check_ranks
 from anchor.data.shards import ShardReader, index_hash
 from anchor.data.tokenization import tokenizer_fingerprint
-from anchor.engine.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from anchor.engine.checkpoint import check_same_run, complete_checkpoints, load_checkpoint, save_checkpoint
 from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication, read_ds_config
 from anchor.engine.export import export_model
 from anchor.engine.metrics import Clock, MetricsFile, log_step, peak_memory_gib
@@ -109,6 +109,9 @@ def train(plan: Plan, ranks: dist.Ranks, *, resume: bool) -> Path:
     if found and not resume:
         raise TrainingError(f"{folder}: holds a run ({found[-1].name}); add --resume or choose another output_dir")
     provenance = dist.broadcast_object(_provenance(plan, ranks))
+    state = {key: provenance[key] for key in ("recipe", "data_index_sha256", "num_ranks")}
+    if found:
+        check_same_run(found[-1], state)
     if dist.is_first_rank():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.yaml").write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
@@ -123,16 +126,16 @@ def train(plan: Plan, ranks: dist.Ranks, *, resume: bool) -> Path:
     vocabulary, anchor = causal_lm.config.vocab_size, plan.reader.index.anchor_token_id
     if anchor >= vocabulary:
         raise ModelError(
-            f"{recipe.backbone.path}: {vocabulary} tokens, the shards' anchor token is {anchor}; pack with its tokenizer"
+            f"{recipe.backbone.path}: {vocabulary} tokens, the shards' anchor token is {anchor}; "
+            "pack with this model's tokenizer"
         )
     objective = make_objective(causal_lm, recipe)
     _log_parameters(objective)
     engine = Engine(objective, ds_config, recipe.optim, ranks)
     exclude_frozen = isinstance(recipe.backbone.trained, LoraTraining)
-    state = {key: provenance[key] for key in ("recipe", "data_index_sha256", "num_ranks")}
     first = 0
     if found:
-        first = load_checkpoint(engine, found[-1], {"step": 0, **state}, exclude_frozen=exclude_frozen)
+        first = load_checkpoint(engine, found[-1], exclude_frozen=exclude_frozen)
         log.info("resumed at step %d from %s", first, found[-1])
 
     # 3.

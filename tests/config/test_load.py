@@ -101,12 +101,15 @@ def test_malformed_yaml_and_duplicate_keys_are_refused(recipe: Path, old: str, n
     [
         ("seed: 0\n", "", "x.yaml: missing value seed; the recipe must state it"),
         (", temperature: 0.02", "", "x.yaml: missing value objective.temperature; the recipe must state it"),
-        ("seed: 0", "seed: zero", "x.yaml: seed: got 'zero', input should be a valid integer, unable to parse string as an integer"),
+        ("seed: 0", "seed: zero", "x.yaml: seed: got 'zero', input should be a valid integer, unable to parse string "
+                                  "as an integer"),
         ("seed: 0", "seed: -1", "x.yaml: seed: got -1, input should be greater than or equal to 0"),
         ("dtype: bf16", "dtype: fp16", "x.yaml: engine.dtype: got 'fp16', input should be 'bf16' or 'fp32'"),
-        ("kind: lora", "kind: qlora", "x.yaml: backbone.trained: input tag 'qlora' found using 'kind' does not match any of the expected tags: 'full', 'lora'"),
+        ("kind: lora", "kind: qlora", "x.yaml: backbone.trained: input tag 'qlora' found using 'kind' does not "
+                                      "match any of the expected tags: 'full', 'lora'"),
         ("kind: contrastive, ", "", "x.yaml: objective: unable to extract tag using discriminator 'kind'"),
-        ("warmup_steps: 3", "warmup_steps: 3, decay_steps: 5", "x.yaml: optim: decay_steps (5) is less than total_steps (10)"),
+        ("warmup_steps: 3", "warmup_steps: 3, decay_steps: 5",
+         "x.yaml: optim: decay_steps (5) is less than total_steps (10)"),
     ],
 )  # fmt: skip
 def test_missing_values_and_wrong_types_are_refused(recipe: Path, old: str, new: str, expected: str) -> None:

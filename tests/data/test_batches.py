@@ -134,14 +134,12 @@ def test_no_more_batches_are_read_ahead_than_asked(
     assert len(reads) < 8
 
 
-def test_an_error_while_reading_ahead_reaches_the_caller(
-    reader: ShardReader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_reading_ahead_reaches_the_caller(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(batch: int) -> Batch:
         raise ShardError(f"batch {batch} is broken")
 
     monkeypatch.setattr(reader, "read", broken)
-    with pytest.raises(ShardError, match="is broken$"):
+    with pytest.raises(ShardError, match=r"is broken$"):
         next(batch_stream(reader, 0, 0, 8))
 
 
@@ -154,7 +152,9 @@ def test_tensors_hold_what_the_pack_holds(reader: ShardReader) -> None:
     assert tensors.cu_seqlens.tolist() == [0, *np.cumsum(pack.segment_lengths).tolist()]
     assert tensors.position_ids[tensors.cu_seqlens[:-1].long()].eq(0).all()
     assert tensors.max_length == pack.segment_lengths.max() > 1
-    assert {field.name for field in dataclasses.fields(Pack)} == {field.name for field in dataclasses.fields(tensors.pack)}
+    assert {field.name for field in dataclasses.fields(Pack)} == {
+        field.name for field in dataclasses.fields(tensors.pack)
+    }
 
 
 def test_an_index_of_100000_batches_opens_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

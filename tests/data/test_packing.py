@@ -60,7 +60,7 @@ def _optimum(lengths: list[int], num_packs: int) -> int:
     loads = {(0,) * num_packs}
     for length in lengths:
         loads = {
-            tuple(sorted(load[:i] + (load[i] + length,) + load[i + 1 :])) for load in loads for i in range(num_packs)
+            tuple(sorted((*load[:i], load[i] + length, *load[i + 1 :]))) for load in loads for i in range(num_packs)
         }
     return min(max(load) for load in loads)
 

@@ -50,7 +50,9 @@ def random_pack(draw: np.random.Generator, pairs: int, negatives: int = 1) -> Pa
 
 def random_batches(seed: int, number: int) -> list[Batch]:
     draw = np.random.default_rng(seed)
-    return [make_batch([random_pack(draw, int(n)) for n in draw.integers(1, 5, 4)], f"source {i}") for i in range(number)]
+    return [
+        make_batch([random_pack(draw, int(n)) for n in draw.integers(1, 5, 4)], f"source {i}") for i in range(number)
+    ]
 
 
 def write_folder(folder: Path, batches: list[Batch], batches_per_shard: int = 3) -> Path:
@@ -144,9 +146,7 @@ def test_a_flipped_byte_anywhere_is_refused_by_name_or_changes_nothing(tmp_path:
             unchanged += 1
             with pytest.raises(ShardError) as caught:  # padding: harmless, but not what was written
                 reader.verify_files()
-            assert str(caught.value) == (
-                f"{file}: sha256 differs; delete it and run `python -m data_prep pack` again"
-            )
+            assert str(caught.value) == (f"{file}: sha256 differs; delete it and run `python -m data_prep pack` again")
     assert refused > 200
     file.write_bytes(good)
     assert all(equal(ShardReader(folder).read(i), batches[i]) for i in range(3))
@@ -220,9 +220,7 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path, keep: int) -> No
         ),
     ],
 )
-def test_a_folder_without_a_good_index_is_refused(
-    tmp_path: Path, change: Callable[[Path], Any], expected: str
-) -> None:
+def test_a_folder_without_a_good_index_is_refused(tmp_path: Path, change: Callable[[Path], Any], expected: str) -> None:
     folder = write_folder(tmp_path / "s", random_batches(5, 1))
     assert read_index(folder).num_batches == 1
     change(folder)

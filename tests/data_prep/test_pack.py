@@ -159,7 +159,7 @@ def test_the_e5_preset_knows_the_public_portion() -> None:
         (b'{"query": "q",', "3: malformed JSON: Illegal trailing comma before end of object at character 14"),
         (b'{"query": "\xff"}', "3: not UTF-8: byte 12 is 0xff"),
         (b"[1]", "3: expected a JSON object, got list"),
-        (b"", "3: malformed JSON: Expecting value at character 1"),
+        (b"", "3: malformed JSON: Expecting value at character 2"),
         (b'{"query": "q", "positiv": "p"}', "3: no field 'positive'; did you mean 'positiv'?"),
         (b'{"query": " ", "positive": "p"}', "3: field 'query' is empty; remove the row or use on_bad_row: skip"),
         (b'{"query": "q", "positive": "\\ud800"}', "3: field 'positive' has half a surrogate pair at character 1"),
