@@ -30,7 +30,7 @@ class MtebEncoder(AbsEncoder):
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self.model_prompts = encoder.prompts
+        self.model_prompts = self._prompts = encoder.prompts
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": f"anchor/{encoder.folder.resolve().parent.name}-{encoder.folder.name}",
@@ -45,7 +45,7 @@ class MtebEncoder(AbsEncoder):
         """Unit vectors (float32) of all texts of a data loader."""
         texts = [text for batch in inputs for text in batch["text"]]
         name = self.get_prompt_name(task_metadata, prompt_type)
-        return self._encoder.encode(texts, self.model_prompts[name] if name is not None else "")
+        return self._encoder.encode(texts, self._prompts[name] if name is not None else "")
 
 
 def tasks_by_name(names: Sequence[str], data_root: Path | None) -> list[AbsTask]:
@@ -122,7 +122,8 @@ def run_tasks(encoder: Encoder, tasks: Sequence[AbsTask], output: Path) -> dict[
         Main score of each task, by name.
     """
     scores_file = output / "scores.json"
-    result = mteb.evaluate(MtebEncoder(encoder), list(tasks), cache=mteb.ResultCache(output), show_progress_bar=False)
+    model: Any = MtebEncoder(encoder)  # mteb's protocol also asks for a constructor by name
+    result = mteb.evaluate(model, list(tasks), cache=mteb.ResultCache(output), show_progress_bar=False)
     scores = {one.task_name: float(one.get_score()) for one in result.task_results}
     kept = json.loads(scores_file.read_text(encoding="utf-8")) if scores_file.is_file() else {}
     same = kept.get("revision") == encoder.revision()

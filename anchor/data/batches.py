@@ -50,7 +50,7 @@ def check_ranks(pack_multiple: int, world_size: int, shards: Path, where: str) -
         either = " or ".join([", ".join(divisors[:-1])] * (len(divisors) > 1) + [divisors[-1]])
         raise ShardError(
             f"{where}: {world_size} ranks do not divide pack_multiple ({pack_multiple}) of {shards}; use {either} "
-            f"ranks, or pack again with batch.pack_multiple={world_size}"
+            f"rank{'s' * (pack_multiple > 1)}, or pack again with batch.pack_multiple={world_size}"
         )
 
 

@@ -142,7 +142,8 @@ class ShardWriter:
         """Append one batch."""
         if self._writer is None:
             self._path = self.folder / f"{len(self.shards):05d}.arrow"
-            self._writer = pa.ipc.new_file(str(self._path), _SCHEMA)
+            # Beside, then renamed: a process that still maps an older file of this name keeps it.
+            self._writer = pa.ipc.new_file(f"{self._path}.tmp", _SCHEMA)
         arrays, columns = [], {}
         for name, dtype in _COLUMNS.items():
             parts = [np.ascontiguousarray(getattr(pack, name), dtype=dtype) for pack in batch.packs]
@@ -170,6 +171,7 @@ class ShardWriter:
             return
         self._writer.close()
         self._writer = None
+        os.replace(f"{self._path}.tmp", self._path)
         with self._path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         size = self._path.stat().st_size

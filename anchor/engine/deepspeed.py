@@ -88,12 +88,12 @@ class Engine:
     def __init__(self, objective: nn.Module, ds_config: dict[str, Any], optim: OptimSection, ranks: Ranks) -> None:
         self.ranks = ranks
         offload = "offload_optimizer" in ds_config["zero_optimization"]
-        self._engine, *_ = deepspeed.initialize(
+        self._engine: Any = deepspeed.initialize(
             model=objective,
             optimizer=_adamw(objective, optim, cpu_offload=offload),
             config=ds_config,
             dist_init_required=False,
-        )
+        )[0]
         self._engine.train()
 
     @property

@@ -125,7 +125,7 @@ def varlen_attention(
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    out = varlen_attn(
+    out: Any = varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0)
     )
     return out[None], None

@@ -99,8 +99,8 @@ def _convert_once(path: str, folder: Path) -> Path:
         log.info("converting %s to %s", path, folder)
         model = AutoModelForCausalLM.from_pretrained(location.name, **location.kwargs(), dtype=torch.float32)
         # transformers regards a dequantised model as quantised and would refuse to save it.
-        model.hf_quantizer = None
-        del model.config.quantization_config
+        vars(model)["hf_quantizer"] = None
+        vars(model.config).pop("quantization_config")
         beside = folder.with_name(folder.name + ".tmp")
         model.save_pretrained(beside)
         beside.rename(folder)

@@ -7,6 +7,7 @@
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class Reconstructor(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
         self.embedder = Embedder(causal_lm)
-        self.head = Head(causal_lm.get_output_embeddings())
+        self.head = Head(cast(nn.Linear, causal_lm.get_output_embeddings()))
 
     def forward(
         self, pack: PackTensors, weights: TargetWeights

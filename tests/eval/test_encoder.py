@@ -10,7 +10,6 @@ from conftest import english_pairs
 from anchor.errors import ConfigError, ModelError
 from eval.encoder import Encoder
 
-
 TEXTS = [row["positive"] for row in english_pairs(40)] + ["", "word " * 200]
 
 
