@@ -73,7 +73,7 @@ def test_ranks_that_do_not_divide_the_packs_are_a_bug() -> None:
         (
             1,
             2,
-            "x.yaml: 2 ranks do not divide pack_multiple (1) of data/s; use 1 ranks, or pack again with "
+            "x.yaml: 2 ranks do not divide pack_multiple (1) of data/s; use 1 rank, or pack again with "
             "batch.pack_multiple=2",
         ),
     ],
