@@ -1,0 +1,73 @@
+"""Invariants: every shipped recipe is valid; every command of the README parses and names files that exist; shell
+scripts are well-formed; requirements are pinned; no path of one machine is in the tree."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from anchor.config.load import load_recipe
+from anchor.config.schema import PackRecipe, TrainRecipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "launch/recipes").rglob("*.yaml"))
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_recipe_is_valid(path):
+    recipe = load_recipe(path, PackRecipe if path.stem.startswith("pack") else TrainRecipe)
+    assert recipe.seed == 0
+    if isinstance(recipe, TrainRecipe):
+        assert (ROOT / recipe.engine.deepspeed).is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_parses(command):
+    words = shlex.split(command)
+    while words[0] in ("deepspeed", "srun") or words[0].startswith("-") or words[0].isdigit() or "hostfile" in words[0]:
+        words = words[1:]
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        return
+    words = [word for word in words if word not in ("python", "-m", "--module")]
+    module, arguments = words[0], words[1:]
+    for word in arguments:
+        assert not word.startswith("launch/") or (ROOT / word).is_file(), word
+    if module == "anchor.train":
+        from anchor.train import _arguments
+
+        assert _arguments(arguments).recipe.endswith(".yaml")
+    elif module == "eval":
+        from eval.__main__ import _parser
+
+        assert _parser().parse_args(arguments).command == arguments[0]
+    else:
+        from data_prep.__main__ import _parser as data_prep_parser
+
+        assert module == "data_prep"
+        assert data_prep_parser().parse_args(arguments).command == arguments[0]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").rglob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_are_well_formed(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert script.stat().st_mode & 0o100
+
+
+def test_requirements_are_pinned():
+    lines = [
+        line.split("#")[0].strip()
+        for file in ROOT.glob("requirements*.txt")
+        for line in file.read_text().splitlines()
+        if line.split("#")[0].strip()
+    ]
+    assert len(lines) > 15
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines), lines
