@@ -1,0 +1,110 @@
+"""Stage I, forward and backward of one step: two packed passes against the paper's scheme of four padded ones.
+
+    python bench/reconstruction_step.py --shards data/squad --model MODEL [--json PATH]
+
+The padded scheme is written from the paper's description: encode queries, encode documents, decode each side from
+the other, every pass padded to its longest text, full logits. Targets are the same, so the losses must agree.
+Shards of ``pairs`` real pairs a batch are made by ``data_prep pack``; the first batch is used.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from anchor.config import schema
+from anchor.data.batches import to_tensors
+from anchor.data.shards import Batch, ShardReader
+from anchor.models.attention import implementation
+from anchor.models.backbone import DTYPES, load_causal_lm
+from anchor.objectives.reconstruction import ReconstructionObjective
+from bench.harness import alternate, arguments, report
+
+IGNORE_INDEX = -100
+ALPHA = 0.2
+
+
+def texts(batch: Batch, role: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Ids of every segment of a role, and of its bare text."""
+    whole, bodies = [], []
+    for pack in batch.packs:
+        starts = pack.segment_lengths.cumsum() - pack.segment_lengths
+        for s in (pack.roles == role).nonzero()[0]:
+            ids = torch.from_numpy(pack.input_ids[starts[s] : starts[s] + pack.segment_lengths[s]].astype("int64"))
+            whole.append(ids.to(device))
+            bodies.append(ids[pack.body_starts[s] : pack.body_ends[s]].to(device))
+    return whole, bodies
+
+
+def padded_step(model, batch: Batch, device: torch.device) -> dict[str, float]:
+    """Four padded passes with full logits."""
+    sides, real, slots = [], 0, 0
+    for role in (0, 1):
+        whole, bodies = texts(batch, role, device)
+        lengths = torch.tensor([len(ids) for ids in whole], device=device)
+        ids = pad_sequence(whole, batch_first=True)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        hidden = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        sides.append((hidden[torch.arange(len(whole)), lengths - 1], whole, bodies))
+        real, slots = real + int(lengths.sum()), slots + ids.numel()
+    loss = torch.zeros((), device=device)
+    for (anchors, _, _), (_, whole, bodies), weight in ((*sides, ALPHA), (*sides[::-1], 1 - ALPHA)):
+        body = pad_sequence(bodies, batch_first=True)
+        inputs = torch.cat([anchors[:, None], model.get_input_embeddings()(body)], dim=1)
+        lengths = torch.tensor([len(ids) + 1 for ids in bodies], device=device)
+        mask = torch.arange(inputs.shape[1], device=device) < lengths[:, None]
+        labels = [torch.cat([b, w[-1:]]) for b, w in zip(bodies, whole, strict=True)]
+        target = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+        logits = model(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False).logits.float()
+        loss = loss + weight * cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX)
+        real, slots = real + int(lengths.sum()), slots + target.numel()
+    loss.backward()
+    model.zero_grad()
+    return {"loss": float(loss.detach()), "padding_share": 1 - real / slots}
+
+
+def packed_step(objective: ReconstructionObjective, batch: Batch, device: torch.device) -> dict[str, float]:
+    """Two packed passes per pack, chunked head."""
+    total = 0.0
+    for pack in batch.packs:
+        loss = objective(to_tensors(objective.prepare(pack), device), batch)[0]
+        loss.backward()
+        total += float(loss.detach())
+    objective.zero_grad()
+    return {"loss": total, "padding_share": 0.0}
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", shards="data/squad", model="MODEL", dtype="bf16", attention="segments")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = ShardReader(Path(options.shards)).read(0)
+    dtype = DTYPES[options.dtype]
+    kernel = implementation(options.attention, device.type)
+    ours = load_causal_lm(options.model, dtype, kernel).to(device)
+    objective = ReconstructionObjective(ours, schema.ReconstructionObjective(kind="reconstruction", alpha=ALPHA))
+    theirs = load_causal_lm(options.model, dtype, "sdpa").to(device)
+    contestants = {
+        "packed": lambda: packed_step(objective, batch, device),
+        "padded": lambda: padded_step(theirs, batch, device),
+    }
+    rows = alternate(contestants, options.turns)
+    tokens = sum(objective.prepare(pack).num_tokens for pack in batch.packs)
+    for row in rows:
+        row["pairs_per_second"] = batch.num_pairs / row["seconds"]
+        row["real_tokens_per_second"] = tokens / row["seconds"]
+    packed, padded = rows
+    ratios = {
+        "speed": padded["seconds"] / packed["seconds"],
+        "peak_memory": packed["peak_gib"] / padded["peak_gib"],
+        "loss": packed["loss"] / padded["loss"],
+    }
+    report("reconstruction_step", rows, ratios, options)
+
+
+if __name__ == "__main__":
+    main()
