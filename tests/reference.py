@@ -35,8 +35,8 @@ def plain_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids[None]).last_hidden_state[0]
 
 
-def plain_reconstruction(model: PreTrainedModel, batch: Batch, alpha: float) -> Tensor:
-    """Algorithm 1 of the paper, one pair at a time, full logits."""
+def plain_reconstruction(model: PreTrainedModel, batch: Batch, alpha: float, prefix: int | None = None) -> Tensor:
+    """Algorithm 1 of the paper, one pair at a time, full logits; ``prefix``: targets begin behind so many tokens."""
     sums, counts = [0.0, 0.0], [0, 0]
     for pack in batch.packs:
         segments = [s for s in segments_of(pack) if s["role"] <= 1]
@@ -44,7 +44,8 @@ def plain_reconstruction(model: PreTrainedModel, batch: Batch, alpha: float) -> 
             assert (query["role"], document["role"], query["pair"]) == (0, 1, document["pair"])
             for target, partner in ((query, document), (document, query)):
                 anchor = plain_hidden(model, partner["ids"])[-1]
-                body = target["ids"][slice(*target["body"])]
+                start, end = target["body"]
+                body = target["ids"][start if prefix is None else prefix : end]
                 inputs = torch.cat([anchor[None], model.get_input_embeddings()(body)])
                 logits = model(inputs_embeds=inputs[None]).logits[0].double()
                 wanted = torch.cat([body, target["ids"][-1:]])
@@ -53,6 +54,56 @@ def plain_reconstruction(model: PreTrainedModel, batch: Batch, alpha: float) -> 
                 )
                 counts[target["role"]] += len(wanted)
     return alpha * sums[1] / counts[1] + (1 - alpha) * sums[0] / counts[0]
+
+
+def naive_contrastive(vectors: Tensor, roles, text_ids, section) -> Tensor:
+    """Every option of the contrastive loss, one cosine at a time; ``section`` is a ``schema.ContrastiveTerm``.
+
+    Args:
+        vectors: unit vectors of the batch's segments.
+        roles, text_ids: of the segments.
+    """
+    roles, texts = list(roles), list(text_ids)
+    queries = [i for i, role in enumerate(roles) if role == 0]
+    sides = {"query": queries, "document": [i for i, role in enumerate(roles) if role > 0]}
+    known_documents = {q: {texts[q]} | {texts[p + 1] for p in queries if texts[p] == texts[q]} for q in queries}
+    known_queries = {q: {texts[q + 1]} | {texts[p] for p in queries if texts[p + 1] == texts[q + 1]} for q in queries}
+    dimensions = (*section.matryoshka_dimensions, vectors.shape[1])
+    softmaxes = [section.negatives]
+    if section.softmax == "per_side":
+        softmaxes = [[s for s in section.negatives if s.startswith(side)] for side in ("query", "document")]
+    losses = []
+    for dimension in dimensions:
+        cut = [torch.nn.functional.normalize(v[:dimension], dim=0) for v in vectors]
+        if dimension == vectors.shape[1]:
+            cut = list(vectors)  # unit already: normalising again would change the gradient
+        for softmax in softmaxes:
+            for q in queries:
+                scores = [cut[q] @ cut[q + 1] / section.temperature]
+                for similarity in softmax:
+                    row, _, column = similarity.partition("_to_")
+                    known = known_documents[q] if column == "document" else known_queries[q]
+                    if row == column:
+                        known = known_documents[q] | known_queries[q]
+                    i = q if row == "query" else q + 1
+                    for j in sides[column]:
+                        margin = section.false_negative_margin
+                        if texts[j] in known:
+                            continue
+                        if margin is not None and vectors[i] @ vectors[j] > vectors[q] @ vectors[q + 1] + margin:
+                            continue
+                        scores.append(cut[i] @ cut[j] / section.temperature)
+                losses.append(torch.logsumexp(torch.stack(scores), 0) - scores[0])
+    assert len(losses) == len(dimensions) * len(softmaxes) * len(queries)
+    return torch.stack(losses).mean()
+
+
+def plain_vectors(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, list[int], list[int]]:
+    """Unit vectors, roles and text identities of all segments of a batch."""
+    segments = [s for pack in batch.packs for s in segments_of(pack)]
+    vectors = [torch.nn.functional.normalize(plain_hidden(model, s["ids"])[-1], dim=0) for s in segments]
+    texts = [int(text) for pack in batch.packs for text in pack.text_ids]
+    return torch.stack(vectors), [s["role"] for s in segments], texts
 
 
 def plain_contrastive(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:

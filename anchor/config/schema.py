@@ -19,6 +19,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FileStem = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can stand in a file name."""
+Similarity = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
+"""Of which side of a pair to which side of all pairs."""
 
 
 # ---------------------------------------------------------------------------------------------- packing
@@ -73,49 +75,63 @@ class E5Source(_Section):
 
     kind: Literal["e5"]
     path: Path
-    """Folder of `NAME.jsonl` or `NAME.jsonl.gz`, or one such file."""
+    """Folder of `NAME.jsonl`, `NAME.jsonl.gz` or `NAME.jsonl.zst`, or one such file."""
     only: tuple[str, ...] | None = None
     """Names of the sources to take; all files of the folder when absent."""
     instructions: dict[str, tuple[str, ...]] = {}
     """Instructions of sources that the shipped preset does not know, or other ones; two alternate by row."""
     symmetric: tuple[str, ...] = ()
     """Further sources whose documents carry the instruction too (allnli and quora do by the preset)."""
+    max_rows: PositiveInt | None = None
+    """Rows read of each source, the first ones; all when absent."""
 
 
-class FilesSource(_Section):
-    """JSON-lines or Parquet files with named columns, read as one source."""
+class _NamedSource(_Section):
+    """What sources with a name of their own have in common."""
 
-    kind: Literal["files"]
     name: FileStem
     """Name of the source in the index and in the metrics."""
-    path: Path
-    """A `.jsonl`, `.jsonl.gz` or `.parquet` file, or a folder of them."""
+    format: Literal["columns", "sentence_transformers", "flag_embedding", "tevatron"] = "columns"
+    """Layout of a row: named `columns`; `sentence_transformers` (anchor, positive, negative, negative_1 ...);
+    `flag_embedding` (query, pos[], neg[]); `tevatron` (query, positive_passages[], negative_passages[], each with
+    title and text)."""
     columns: Columns = Columns()
-    """Column names."""
+    """Column names of the format `columns`; the other formats bring their own."""
+    positives: Literal["first", "each"] = "first"
+    """Which of several positives of a row are used: the first, the others counted as `unused_positives`; or each, as
+    a pair of its own (then two pairs of one query in one batch hold each other's positive as a false negative)."""
     instructions: tuple[str, ...]
     """Instruction of the queries; two alternate by row; an empty list means none."""
     symmetric: bool = False
     """Whether documents carry the instruction too."""
+    max_rows: PositiveInt | None = None
+    """Rows read, the first ones; all when absent."""
+
+    @model_validator(mode="after")
+    def _columns_belong_to_their_format(self) -> "_NamedSource":
+        if self.format != "columns" and "columns" in self.model_fields_set:
+            raise ValueError(f"format '{self.format}' brings its own columns; remove columns or use format: columns")
+        return self
 
 
-class HubSource(_Section):
+class FilesSource(_NamedSource):
+    """JSON-lines, CSV, TSV or Parquet files, read as one source."""
+
+    kind: Literal["files"]
+    path: Path
+    """A `.jsonl`, `.csv`, `.tsv` (each also with `.gz` or `.zst`) or `.parquet` file, or a folder of them."""
+
+
+class HubSource(_NamedSource):
     """A dataset of the Hugging Face hub, or a local copy of one, through `datasets`."""
 
     kind: Literal["hub"]
-    name: FileStem
-    """Name of the source in the index and in the metrics."""
     dataset: str
     """Hub name or local folder."""
     config: str | None = None
     """Configuration of the dataset."""
     split: str
     """Split of the dataset."""
-    columns: Columns = Columns()
-    """Column names."""
-    instructions: tuple[str, ...]
-    """Instruction of the queries; two alternate by row; an empty list means none."""
-    symmetric: bool = False
-    """Whether documents carry the instruction too."""
 
 
 SourceSection = Annotated[E5Source | FilesSource | HubSource, Field(discriminator="kind")]
@@ -158,7 +174,12 @@ class PackRecipe(_Section):
     """Instructions of the exported model's prompts by name: `query`, or an mteb task or task type such as `STS`;
     `query` is the largest source's instruction when absent."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """Stop at the first row that cannot be used, or put it into `quarantine.jsonl` and count it."""
+    """Stop at the first row that cannot be used, or put it into `quarantine-SOURCE.jsonl` and count it. Such a row is
+    malformed, no UTF-8, lacks a field or negatives, or has a text that is empty, holds only control characters, a NUL
+    character or half a surrogate pair. Other rows are no mistake and never stop a run, they are dropped and counted:
+    pairs whose query equals the positive, and all but the first of equal pairs (query and positive) of a source."""
+    max_skipped_fraction: Fraction = 0.05
+    """Under `on_bad_row: skip`, the largest share of a source's rows that may be skipped; more is an error."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "PackRecipe":
@@ -179,7 +200,9 @@ class PackRecipe(_Section):
                 f"template.instruction_format is {self.template.instruction_format!r}; it must end in '{{text}}'"
             )
         for number, source in enumerate(self.sources):
-            if self.text.hard_negatives and not isinstance(source, E5Source) and not source.columns.negatives:
+            if isinstance(source, E5Source) or source.format != "columns":
+                continue
+            if self.text.hard_negatives and not source.columns.negatives:
                 raise ValueError(
                     f"text.hard_negatives is {self.text.hard_negatives}, but sources.{number} ('{source.name}') names "
                     "no columns.negatives; name them or set text.hard_negatives to 0"
@@ -222,8 +245,52 @@ class BackboneSection(_Section):
     """Which parameters are trained."""
     attention: Literal["flash", "varlen", "segments"]
     """Packed attention: the flash-attn package, torch's own varlen kernel (CUDA), or one SDPA per segment."""
+    direction: Literal["causal", "bidirectional"] = "causal"
+    """Whether a token attends to the tokens after it too (LLM2Vec, BehnamGhader et al. 2024, arXiv:2404.05961); the
+    exported `config.json` then says `"is_causal": false`, which transformers >= 5.2 obeys. Contrastive only."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+
+class ContrastiveTerm(_Section):
+    """InfoNCE over the batch's documents and hard negatives; equations in `anchor/objectives/info_nce.py`."""
+
+    temperature: Annotated[float, Field(gt=0.0)]
+    """Divides cosine similarities (dimensionless). The paper: 0.02."""
+    false_negative_margin: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    """A text whose cosine exceeds the pair's own by more than this (cosine units) is no negative of it; off when
+    absent. Qwen3-Embedding: 0.1; below zero it is NV-Retriever's TopK-MarginPos."""
+    negatives: tuple[Similarity, ...] = ("query_to_document",)
+    """Similarities in a pair's denominator: of its query and of its document to all other documents and queries.
+    GTE: all four."""
+    softmax: Literal["joint", "per_side"] = "joint"
+    """One softmax per pair over all of `negatives`, or the mean of two: that of its query and that of its document."""
+    matryoshka_dimensions: tuple[PositiveInt, ...] = ()
+    """Leading dimensions that must serve as embeddings by themselves, ascending, below the hidden size: the loss is
+    the mean over them and the whole embedding. None when empty."""
+
+    @model_validator(mode="after")
+    def _terms_fit(self) -> "ContrastiveTerm":
+        if len(set(self.negatives)) < len(self.negatives):
+            raise ValueError(f"negatives names a similarity twice ({', '.join(self.negatives)}); name each once")
+        if "query_to_document" not in self.negatives:
+            raise ValueError("negatives lacks query_to_document, which holds the positive; add it")
+        if self.softmax == "per_side" and "document_to_query" not in self.negatives:
+            raise ValueError(
+                "softmax is per_side, but negatives lacks document_to_query, which holds the document's positive; "
+                "add it or use softmax: joint"
+            )
+        dimensions = self.matryoshka_dimensions
+        if list(dimensions) != sorted(set(dimensions)):
+            raise ValueError(f"matryoshka_dimensions ({', '.join(map(str, dimensions))}) must ascend")
+        return self
+
+
+class JointContrastive(ContrastiveTerm):
+    """A contrastive term beside reconstruction, over the same anchor states."""
+
+    weight: Annotated[float, Field(gt=0.0)]
+    """Multiplies the contrastive loss (dimensionless); reconstruction weighs 1."""
 
 
 class ReconstructionObjective(_Section):
@@ -231,15 +298,18 @@ class ReconstructionObjective(_Section):
 
     kind: Literal["reconstruction"]
     alpha: Fraction
-    """Weight of query-to-document; document-to-query weighs 1 - alpha. The paper: 0.2."""
+    """Weight of query-to-document; document-to-query weighs 1 - alpha. The paper: 0.2. With 0 or 1 the other direction
+    is not computed."""
+    target: Literal["body", "instruction_and_body"] = "body"
+    """Targets: the bare text, or the text with the instruction that it carries; the anchor token ends both."""
+    contrastive: JointContrastive | None = None
+    """A contrastive term added to the loss, over the same encode pass; hard negatives are then encoded too."""
 
 
-class ContrastiveObjective(_Section):
+class ContrastiveObjective(ContrastiveTerm):
     """Stage II: InfoNCE over the batch's documents and hard negatives."""
 
     kind: Literal["contrastive"]
-    temperature: Annotated[float, Field(gt=0.0)]
-    """Divides cosine similarities (dimensionless). The paper: 0.02."""
 
 
 class OptimSection(_Section):
@@ -295,3 +365,12 @@ class TrainRecipe(_Section):
     """How it is minimised."""
     engine: EngineSection
     """How it is run."""
+
+    @model_validator(mode="after")
+    def _decoders_are_causal(self) -> "TrainRecipe":
+        if self.backbone.direction == "bidirectional" and isinstance(self.objective, ReconstructionObjective):
+            raise ValueError(
+                "backbone.direction is bidirectional, but objective.kind reconstruction decodes with the same weights, "
+                "where every target would see itself; use backbone.direction: causal or objective.kind: contrastive"
+            )
+        return self

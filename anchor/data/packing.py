@@ -97,6 +97,7 @@ def decode_plan(
     roles: np.ndarray,
     body_starts: np.ndarray,
     body_ends: np.ndarray,
+    decoded_roles: Sequence[int] = (QUERY, POSITIVE),
 ) -> DecodePlan:
     """Index plan of the decode pass: queries from their positives' anchors, positives from their queries'.
 
@@ -104,13 +105,14 @@ def decode_plan(
         input_ids: tokens of the pack, ``T``.
         segment_lengths, roles, body_starts, body_ends: per segment, ``S``; bodies are relative to the segment.
             A pair's segments stand together, its query first, its positive second.
+        decoded_roles: which sides are targets; the other has no rows.
 
     Returns:
         The plan; hard negatives are neither decoded nor decoded from.
     """
     num_segments = len(segment_lengths)
     starts = cu_seqlens(segment_lengths)[:-1].astype(np.int64)
-    targets_of = np.flatnonzero(roles <= POSITIVE)
+    targets_of = np.flatnonzero(np.isin(roles, decoded_roles))
     # The partner of a query is the next segment, that of a positive the one before.
     partners = np.where(roles[targets_of] == QUERY, targets_of + 1, targets_of - 1)
     lengths = (body_ends - body_starts)[targets_of].astype(np.int64) + 1

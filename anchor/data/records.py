@@ -1,5 +1,6 @@
 """A pair as it comes from a source, and the checks that every pair passes once, at the boundary."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from anchor.errors import DataError, did_you_mean
 
 QUERY, POSITIVE, FIRST_NEGATIVE = 0, 1, 2
 """Roles of segments: 0 query, 1 positive, 2... hard negatives."""
+
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+"""Unicode categories of control and formatting characters and of spaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ def pair_from_row(
         hard_negatives: how many negatives are kept.
 
     Raises:
-        DataError: not an object, missing field, wrong type, empty text or too few negatives.
+        DataError: not an object, missing field, wrong type, a text that is empty or no text, too few negatives.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
@@ -73,7 +77,8 @@ def pair_from_row(
         for column in columns.negatives:
             value = _field(row, column, where)
             texts = value if isinstance(value, list | tuple) else [value]
-            negatives += [_checked(text, column, where) for text in texts]
+            # A table has as many columns as its longest row has negatives, and nulls in the others.
+            negatives += [_checked(text, column, where) for text in texts if text is not None]
         if len(negatives) < hard_negatives:
             raise DataError(
                 f"{where}: {len(negatives)} hard negatives, the recipe keeps {hard_negatives}; "
@@ -94,9 +99,9 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _checked(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str):
+    if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: field '{column}' is {type(value).__name__}, expected text")
-    if not value.strip():
+    if value is None or not value.strip():
         raise DataError(f"{where}: field '{column}' is empty; remove the row or use on_bad_row: skip")
     try:
         value.encode()  # JSON can spell half a surrogate pair, which is no character
@@ -104,4 +109,11 @@ def _checked(value: Any, column: str, where: str) -> str:
         raise DataError(
             f"{where}: field '{column}' has half a surrogate pair at character {error.start + 1}"
         ) from error
+    if "\0" in value:
+        raise DataError(f"{where}: field '{column}' has a NUL character at character {value.index(chr(0)) + 1}")
+    # Stops at the first visible character, which is nearly always the first of all.
+    if all(unicodedata.category(character) in _INVISIBLE for character in value):
+        raise DataError(
+            f"{where}: field '{column}' holds only control characters; remove the row or use on_bad_row: skip"
+        )
     return value

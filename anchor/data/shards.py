@@ -189,7 +189,8 @@ class Index:
         anchor_token_id: id of the last token of every segment.
         template: prefix, suffix, instruction format.
         recipe: the resolved recipe.
-        sources: per source: rows read, kept, dropped by reason, batches, remainder, truncated, tokens, traits.
+        sources: per source: rows read, kept, dropped by reason, unused positives, batches, remainder, truncated,
+            tokens, traits.
         prompts: prompts of an exported model: ``query``, ``document`` and those that the recipe names.
         shards: per file: file, bytes, sha256, batches, packs, tokens.
     """

@@ -143,6 +143,10 @@ class SegmentTokenizer:
                 f"{len(self.prefix) + len(self.suffix)} tokens"
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True  # a tokenizer's pickle loses it
+
     @property
     def anchor_token_id(self) -> int:
         return int(self.suffix[-1])

@@ -157,6 +157,11 @@ def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
 
 def _model_card(recipe: TrainRecipe, index: Index) -> str:
     sources = ", ".join(source["name"] for source in index.sources)
+    bidirectional = recipe.backbone.direction == "bidirectional"
+    # Older transformers would read the folder without a word and attend causally.
+    needs = (
+        "\nAttention is bidirectional, which transformers >= 5.2 reads from `config.json`.\n" if bidirectional else ""
+    )
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -166,7 +171,7 @@ tags: [sentence-transformers, feature-extraction]
 
 Trained by Anchor from `{Path(recipe.backbone.path).name}` on {sources}. The embedding of a text is the hidden state
 of its last token, which the tokenizer's post-processor appends; at most {index.recipe["text"]["max_tokens"]} tokens.
-
+{needs}
 ```python
 from sentence_transformers import SentenceTransformer
 

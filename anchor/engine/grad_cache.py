@@ -2,13 +2,15 @@
 
 1. Forward every pack without gradient; keep the embeddings only.
 2. The loss over all embeddings of the step; its gradient with respect to this rank's embeddings.
-3. Forward every pack again, with gradient, and feed that gradient in.
+3. Forward every pack again, with gradient, and feed that gradient in. A joint objective's separable loss is computed
+   here and only here: ``d(sum_p S_p + P(e_1, e_2, ...)) = sum_p ( dS_p + dP/de_p . de_p )``.
 
 The pool is always the whole batch and memory is that of one pack. Dropout is the same in both forwards because it
-is seeded by (seed, step, pack) before each.
+is seeded by (seed, step, pack) before each, and the encode pass comes first in both.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +18,17 @@ from torch import Tensor
 from anchor.data.batches import PackTensors
 from anchor.data.shards import Batch
 from anchor.engine.deepspeed import Engine
-from anchor.objectives.base import PooledObjective, Shares
+from anchor.objectives.base import JointObjective, PooledObjective, Shares, add_shares
 
 
-def pooled_backward(
-    engine: Engine, packs: Sequence[PackTensors], batch: Batch, forward: Callable[[int], Tensor]
-) -> Shares:
-    """Loss and gradient of a pooled objective; one pack takes the plain path, without a second forward.
+def pooled_backward(engine: Engine, packs: Sequence[PackTensors], batch: Batch, forward: Callable[..., Any]) -> Shares:
+    """Loss and gradient of a pooled or joint objective; one pack takes the plain path, without a second forward.
 
     Args:
         engine: holds the objective.
         packs: this rank's packs.
         batch: the whole batch.
-        forward: the embeddings of the i-th local pack, seeded.
+        forward: the objective's forward of the i-th local pack, seeded; further arguments are passed on.
 
     Returns:
         This rank's shares of the metrics.
@@ -36,18 +36,31 @@ def pooled_backward(
     objective, ranks = engine.objective, engine.ranks
     if not isinstance(objective, PooledObjective):
         raise TypeError(f"{type(objective).__name__} is not pooled")
+
+    def parts(i: int) -> tuple[Tensor, Tensor | None, Shares]:
+        """Embeddings, and the separable loss of a joint objective with its metrics."""
+        output = forward(i)
+        if isinstance(objective, JointObjective):
+            return output[0], output[1], objective.metrics(output, batch)
+        return output, None, {}
+
     if len(packs) == 1:
-        loss, shares = objective.loss(forward(0), batch, ranks.rank, ranks.world_size)
-        engine.backward(loss, last=True)
-        return shares
+        embeddings, separable, separable_shares = parts(0)
+        loss, shares = objective.loss(embeddings, batch, ranks.rank, ranks.world_size)
+        engine.backward(loss if separable is None else loss + separable, last=True)
+        return add_shares(shares, separable_shares)
     # 1.
+    embeddings_only = (True,) if isinstance(objective, JointObjective) else ()
     with torch.no_grad():
-        cached = [forward(i) for i in range(len(packs))]
+        cached = [forward(i, *embeddings_only) for i in range(len(packs))]
     # 2.
     leaf = torch.cat(cached).requires_grad_()
     loss, shares = objective.loss(leaf, batch, ranks.rank, ranks.world_size)
     (gradient,) = torch.autograd.grad(loss, leaf)
     # 3.
     for i, part in enumerate(gradient.split([len(rows) for rows in cached])):
-        engine.backward((forward(i) * part).sum(), last=i == len(packs) - 1)
+        embeddings, separable, separable_shares = parts(i)
+        surrogate = (embeddings * part).sum()
+        engine.backward(surrogate if separable is None else surrogate + separable, last=i == len(packs) - 1)
+        shares = add_shares(shares, separable_shares)
     return shares

@@ -24,8 +24,9 @@ from anchor import dist
 from anchor.config import schema
 from anchor.config.schema import LoraTraining, TrainRecipe
 from anchor.data.batches import batch_stream, check_ranks
-from anchor.data.shards import ShardReader, index_hash
-from anchor.data.tokenization import tokenizer_fingerprint
+from anchor.data.shards import ShardReader, index_hash, read_index
+from anchor.data.templates import Template
+from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, tokenizer_fingerprint
 from anchor.engine.checkpoint import check_same_run, complete_checkpoints, load_checkpoint, save_checkpoint
 from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication, read_ds_config
 from anchor.engine.export import export_model
@@ -36,7 +37,7 @@ from anchor.errors import ModelError, ShardError, TrainingError
 from anchor.models.backbone import DTYPES, load_backbone
 from anchor.objectives.base import Objective
 from anchor.objectives.contrastive import ContrastiveObjective
-from anchor.objectives.reconstruction import ReconstructionObjective
+from anchor.objectives.reconstruction import JointReconstructionObjective, ReconstructionObjective
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +163,18 @@ def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
     """The module that the recipe's objective section names."""
     section = recipe.objective
     if isinstance(section, schema.ReconstructionObjective):
-        return ReconstructionObjective(causal_lm, section)
+        instructed = section.target == "instruction_and_body"
+        prefix_tokens = template_prefix_tokens(recipe.data.shards) if instructed else None
+        kind = ReconstructionObjective if section.contrastive is None else JointReconstructionObjective
+        return kind(causal_lm, section, prefix_tokens)
     return ContrastiveObjective(causal_lm, section)
+
+
+def template_prefix_tokens(shards: Path) -> int:
+    """Tokens of the template's prefix, which every segment of the shards begins with."""
+    index = read_index(shards)
+    tokenizer, template = load_tokenizer(str(shards / "tokenizer")), Template(**index.template)
+    return len(SegmentTokenizer(tokenizer, template, index.recipe["text"]["max_tokens"]).prefix)
 
 
 def _steps(plan: Plan, engine: Engine, folder: Path, first: int, checkpoint: Any) -> int:

@@ -20,7 +20,7 @@ from anchor.data.shards import Batch
 from anchor.engine.deepspeed import Engine
 from anchor.engine.grad_cache import pooled_backward
 from anchor.errors import TrainingError
-from anchor.objectives.base import Objective, PooledObjective, SeparableObjective, Shares
+from anchor.objectives.base import Objective, PooledObjective, SeparableObjective, Shares, add_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ def train_step(engine: Engine, batch: Batch, *, step: int, seed: int, lr: float)
     mine = rank_packs(len(prepared), ranks.rank, ranks.world_size)
     packs = [to_tensors(prepared[i], ranks.device) for i in mine]
 
-    def forward(i: int) -> Any:
+    def forward(i: int, *options: Any) -> Any:
         torch.manual_seed(_pack_seed(seed, step, mine[i]))
-        return engine.forward(packs[i], batch)
+        return engine.forward(packs[i], batch, *options)
 
     if isinstance(objective, PooledObjective):
         shares = pooled_backward(engine, packs, batch, forward)
@@ -86,8 +86,7 @@ def _separable_backward(engine: Engine, num_packs: int, batch: Batch, forward: C
     for i in range(num_packs):
         output = forward(i)
         engine.backward(output[0], last=i == num_packs - 1)
-        for name, value in objective.metrics(output, batch).items():
-            total[name] = total[name] + value if name in total else value
+        total = add_shares(total, objective.metrics(output, batch))
     return total
 
 

@@ -7,7 +7,9 @@ Three kernels, chosen in the recipe; none is ever chosen in place of another:
 * ``flash``: the flash-attn package through transformers.
 
 transformers hands ``cu_seq_lens_q`` and the other keywords of a model call through to the kernel; the mask
-functions registered beside the kernels keep it from building a mask that nobody reads.
+functions registered beside the kernels keep it from building a mask that nobody reads. A model whose
+``config.is_causal`` is False passes ``is_causal=False`` to every kernel, flash included (transformers >= 5.2,
+``merge_with_config_defaults``); that attribute is saved with the model, so whoever loads the folder attends alike.
 """
 
 from typing import Any
@@ -71,9 +73,10 @@ def segments_attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    is_causal: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment, one SDPA call per segment.
+    """Attention inside each segment, one SDPA call per segment.
 
     Args:
         module: the attention layer (unused).
@@ -85,6 +88,7 @@ def segments_attention(
         scaling: multiplies the scores.
         dropout: on the attention weights.
         sliding_window: the model's window; longer segments are refused.
+        is_causal: whether a token sees only itself and those before it; otherwise it sees its whole segment.
 
     Returns:
         ``1 T H D`` and no weights.
@@ -95,7 +99,7 @@ def segments_attention(
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     parts = [
-        nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
         for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
@@ -113,6 +117,7 @@ def varlen_attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    is_causal: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The same through torch's variable-length flash kernel; arguments as :func:`segments_attention`."""
@@ -125,8 +130,10 @@ def varlen_attention(
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    # Tokens that are seen before and after oneself; -1 is all.
+    window = (-1, 0) if is_causal else (-1, -1)
     out: Any = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0)
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window
     )
     return out[None], None
 

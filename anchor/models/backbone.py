@@ -48,15 +48,18 @@ def load_backbone(
 
     Raises:
         ModelError: no such model, unsupported architecture, attention kernel that cannot run here.
-        ConfigError: a LoRA target that matches no layer.
+        ConfigError: a LoRA target that matches no layer; a causal recipe over a bidirectional folder.
     """
     path = section.path
     if path.endswith(".gguf"):
         path = str(_convert_once(path, work_dir / "base"))
     attention = implementation(section.attention, device_type)
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config is not None else None  # alive while weights load
-    model = load_causal_lm(path, dtype, attention)
-    del zero3
+    try:
+        model = load_causal_lm(path, dtype, attention)
+    finally:
+        del zero3  # an error's traceback would keep it, and later models of this process would load partitioned
+    _set_direction(model, section)
     if isinstance(section.trained, LoraTraining):
         _inject_lora(model, section.trained)
     if section.gradient_checkpointing:
@@ -64,6 +67,17 @@ def load_backbone(
         # With frozen input embeddings nothing would ask the first checkpointed layer for a gradient otherwise.
         model.enable_input_require_grads()
     return model
+
+
+def _set_direction(model: PreTrainedModel, section: BackboneSection) -> None:
+    """Make attention bidirectional where the recipe says so; the exported config.json carries it on."""
+    if section.direction == "bidirectional":
+        vars(model.config)["is_causal"] = False
+    elif not getattr(model.config, "is_causal", True):
+        raise ConfigError(
+            f"backbone.direction is causal, but {section.path} was trained bidirectional (is_causal in its "
+            "config.json); set backbone.direction: bidirectional"
+        )
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:

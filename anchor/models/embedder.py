@@ -12,8 +12,8 @@ from anchor.models.attention import packed_kwargs
 class Embedder(nn.Module):
     """A causal LM whose embedding of a text is the final-norm hidden state of its last token.
 
-    That token is the anchor token (Su et al. 2025, arXiv:2509.03020, section 3). Attention is causal and
-    inside segments only.
+    That token is the anchor token (Su et al. 2025, arXiv:2509.03020, section 3). Attention is inside segments only,
+    and causal unless the model's ``config.is_causal`` is False.
 
     Args:
         causal_lm: model with a packed attention kernel, see :mod:`anchor.models.attention`.

@@ -1,8 +1,8 @@
 """Anchor states + text -> decode pass -> cross-entropy: two packed backbone passes, whatever the number of pairs.
 
 1. Encode pass: ``h = Dec(Embed(ids))``; the anchor state of segment s is ``h[last(s)]``.
-2. Decode rows ``[anchor(partner(s)), x[body(s)]]`` of all target segments, gathered from ``cat([anchors, x])`` by
-   an index plan, form one packed sequence again; a second pass of the same backbone.
+2. Decode rows ``[anchor(partner(s)), x[body(s)]]`` of all target segments, of both sides or of one, gathered from
+   ``cat([anchors, x])`` by an index plan, form one packed sequence again; a second pass of the same backbone.
 3. The head runs on the decode rows only; they predict ``[ids[body(s)], anchor token]``.
 """
 
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from anchor.data.batches import PackTensors
 from anchor.data.packing import cu_seqlens, decode_plan, position_ids
-from anchor.data.records import QUERY
+from anchor.data.records import POSITIVE, QUERY
+from anchor.data.shards import Pack
 from anchor.models.embedder import Embedder
 from anchor.models.head import Head
 
@@ -27,12 +28,18 @@ class TargetWeights:
     """Weight of one target token's negative log-likelihood, by the role of its segment.
 
     Attributes:
-        query: of tokens of queries (document-to-query).
-        document: of tokens of positives (query-to-document).
+        query: of tokens of queries (document-to-query); None: queries are not decoded at all.
+        document: of tokens of positives (query-to-document); None: positives are not decoded at all.
     """
 
-    query: float
-    document: float
+    query: float | None
+    document: float | None
+
+    @property
+    def decoded_roles(self) -> tuple[int, ...]:
+        """Roles of the segments that are targets."""
+        weights = {QUERY: self.query, POSITIVE: self.document}
+        return tuple(role for role, weight in weights.items() if weight is not None)
 
 
 class Reconstructor(nn.Module):
@@ -43,29 +50,45 @@ class Reconstructor(nn.Module):
 
     Args:
         causal_lm: the model.
+        prefix_tokens: of the template: targets begin behind it and include the instruction; None: they are the bare
+            texts.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, prefix_tokens: int | None = None) -> None:
         super().__init__()
         self.embedder = Embedder(causal_lm)
         self.head = Head(cast(nn.Linear, causal_lm.get_output_embeddings()))
+        self.prefix_tokens = prefix_tokens
+
+    def target_starts(self, pack: Pack) -> np.ndarray:
+        """First target token of every segment, relative to it; the last is the anchor token, behind the body's end."""
+        if self.prefix_tokens is None:
+            return pack.body_starts
+        return np.full_like(pack.body_starts, self.prefix_tokens)
 
     def forward(
         self, pack: PackTensors, weights: TargetWeights
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "S H"]]:
         """Weighted sum of the target tokens' negative log-likelihoods of one pack.
 
         Args:
-            pack: whole pairs of a query and a positive, in this order, and nothing else.
+            pack: whole pairs, each a query, its positive and perhaps hard negatives, which are only encoded.
             weights: factor per target token.
 
         Returns:
-            The weighted sum (with gradient), and the unweighted sums over tokens of queries and of positives
-            (nats, no gradient); all float32.
+            The weighted sum (with gradient), the unweighted sums over tokens of queries and of positives (nats, no
+            gradient), all float32 and zero where nothing is decoded; and the anchor states of all segments.
         """
         device = pack.input_ids.device
         arrays = pack.pack
-        plan = decode_plan(arrays.input_ids, arrays.segment_lengths, arrays.roles, arrays.body_starts, arrays.body_ends)
+        plan = decode_plan(
+            arrays.input_ids,
+            arrays.segment_lengths,
+            arrays.roles,
+            self.target_starts(arrays),
+            arrays.body_ends,
+            weights.decoded_roles,
+        )
         # 1. Encode.
         anchors, inputs = self.embedder.anchor_states(pack)
         # 2. Decode.
@@ -78,9 +101,9 @@ class Reconstructor(nn.Module):
         )
         # 3. Head.
         is_query = plan.target_roles == QUERY
-        row_weight = np.where(is_query, weights.query, weights.document).astype(np.float32)
+        row_weight = np.where(is_query, weights.query or 0.0, weights.document or 0.0).astype(np.float32)
         loss, nll = self.head(
             hidden, torch.from_numpy(plan.targets).to(device), torch.from_numpy(row_weight).to(device)
         )
         query_rows = torch.from_numpy(is_query).to(device)
-        return loss, nll[query_rows].sum(), nll[~query_rows].sum()
+        return loss, nll[query_rows].sum(), nll[~query_rows].sum(), anchors

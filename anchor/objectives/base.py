@@ -1,9 +1,9 @@
 """The contract between an objective and the engine's step.
 
-A loss is either **separable** (a sum over packs, with weights that the batch's totals fix in advance) or **pooled**
-(it needs the embeddings of all packs of all ranks). The engine accumulates the first pack by pack; for the second it
-collects the embeddings first. Losses and metrics are **shares**: their sum over all packs and ranks is the value of
-the step. So nothing is ever a mean of means.
+A loss is **separable** (a sum over packs, with weights that the batch's totals fix in advance), **pooled** (it needs
+the embeddings of all packs of all ranks) or **joint** (the sum of one of each over the same encode pass). The engine
+accumulates the first pack by pack; for the others it collects the embeddings first. Losses and metrics are
+**shares**: their sum over all packs and ranks is the value of the step. So nothing is ever a mean of means.
 """
 
 from abc import ABC, abstractmethod
@@ -58,3 +58,26 @@ class PooledObjective(Objective):
             batch: the whole batch, all ranks' packs.
             rank, world_size: which packs are this rank's.
         """
+
+
+class JointObjective(PooledObjective):
+    """A loss over the embeddings of the whole batch plus one that is a sum over packs, from the same encode pass."""
+
+    @abstractmethod
+    def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """One pack: unit vectors ``S D``, the share of the separable loss (with gradient), what :meth:`metrics` takes.
+
+        Args:
+            pack: one pack of this rank.
+            batch: the batch it belongs to, for the totals.
+            embeddings_only: return the unit vectors alone and compute nothing else.
+        """
+
+    @abstractmethod
+    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
+        """This pack's shares of the separable loss's metrics from the result of :meth:`forward`."""
+
+
+def add_shares(total: Shares, more: Shares) -> Shares:
+    """Sum by name; a name that one of them lacks counts as nothing."""
+    return total | {name: total[name] + value if name in total else value for name, value in more.items()}

@@ -1,19 +1,58 @@
 """Stage I: bidirectional reconstruction (Su et al. 2025, arXiv:2509.03020, algorithm 1).
 
 ``L = alpha * sum_documents / N_document + (1 - alpha) * sum_queries / N_query``: sums are negative log-likelihoods
-of target tokens (body, then the anchor token), N counts the target tokens of the whole batch. Both counts are in
-the batch's metadata, so the mean is exact over ranks and packs without communication.
+of target tokens (body, with its instruction if so chosen, then the anchor token), N counts the target tokens of the
+whole batch, so the mean is exact over ranks and packs without communication. A direction of weight zero is not
+computed. Optionally ``+ weight * InfoNCE`` of the same anchor states (:mod:`anchor.objectives.info_nce`).
 """
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anchor.config import schema
 from anchor.data.batches import PackTensors
-from anchor.data.records import POSITIVE
+from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Pack
+from anchor.models.embedder import unit_vectors
 from anchor.models.reconstructor import Reconstructor, TargetWeights
-from anchor.objectives.base import SeparableObjective, Shares
+from anchor.objectives.base import JointObjective, SeparableObjective, Shares
+from anchor.objectives.contrastive import ContrastiveTerm
+
+
+class _Reconstruction:
+    """Weights and metrics of the loss, for a batch; holds no parameters."""
+
+    def __init__(self, section: schema.ReconstructionObjective, reconstructor: Reconstructor) -> None:
+        self.alpha, self.target, self.target_starts = section.alpha, section.target, reconstructor.target_starts
+
+    def target_tokens(self, batch: Batch) -> tuple[int, int]:
+        """Target tokens of the batch's queries and positives: what the sums are divided by."""
+        if self.target == "body":
+            return batch.query_target_tokens, batch.document_target_tokens
+        counts = [0, 0]
+        for pack in batch.packs:
+            tokens = pack.body_ends - self.target_starts(pack) + 1
+            for role in (QUERY, POSITIVE):
+                counts[role] += int(tokens[pack.roles == role].sum(dtype=np.int64))
+        return counts[QUERY], counts[POSITIVE]
+
+    def weights(self, batch: Batch) -> TargetWeights:
+        query_tokens, document_tokens = self.target_tokens(batch)
+        return TargetWeights(
+            query=(1.0 - self.alpha) / query_tokens if self.alpha < 1 else None,
+            document=self.alpha / document_tokens if self.alpha > 0 else None,
+        )
+
+    def metrics(self, losses: tuple[Tensor, ...], batch: Batch) -> Shares:
+        loss, query_nll, document_nll = losses
+        query_tokens, document_tokens = self.target_tokens(batch)
+        shares = {"loss/total_nats": loss.detach()}
+        if self.alpha < 1:
+            shares["loss/document_to_query_nats"] = query_nll / query_tokens
+        if self.alpha > 0:
+            shares["loss/query_to_document_nats"] = document_nll / document_tokens
+        return shares
 
 
 class ReconstructionObjective(SeparableObjective):
@@ -22,26 +61,57 @@ class ReconstructionObjective(SeparableObjective):
     Args:
         causal_lm: the model, encoder and decoder at once.
         section: the recipe's ``objective``.
+        prefix_tokens: of the shards' template; targets include the instruction. None: targets are the bare texts.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, section: schema.ReconstructionObjective) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, section: schema.ReconstructionObjective, prefix_tokens: int | None = None
+    ) -> None:
         super().__init__()
-        self.reconstructor = Reconstructor(causal_lm)
-        self.alpha = section.alpha
+        self.reconstructor = Reconstructor(causal_lm, prefix_tokens)
+        self._loss = _Reconstruction(section, self.reconstructor)
 
     def prepare(self, pack: Pack) -> Pack:
         return pack.select(pack.roles <= POSITIVE)
 
     def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
-        weights = TargetWeights(
-            query=(1.0 - self.alpha) / batch.query_target_tokens, document=self.alpha / batch.document_target_tokens
-        )
-        return self.reconstructor(pack, weights)
+        return self.reconstructor(pack, self._loss.weights(batch))[:3]
 
     def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
-        loss, query_nll, document_nll = output
-        return {
-            "loss/total_nats": loss.detach(),
-            "loss/document_to_query_nats": query_nll / batch.query_target_tokens,
-            "loss/query_to_document_nats": document_nll / batch.document_target_tokens,
-        }
+        return self._loss.metrics(output, batch)
+
+
+class JointReconstructionObjective(JointObjective):
+    """Reconstruction plus a contrastive term over the same encode pass; hard negatives are in the pool only.
+
+    Args:
+        causal_lm, section, prefix_tokens: as :class:`ReconstructionObjective`; ``section.contrastive`` is given.
+
+    Raises:
+        ValueError: the section has no contrastive term.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, section: schema.ReconstructionObjective, prefix_tokens: int | None = None
+    ) -> None:
+        super().__init__()
+        if section.contrastive is None:
+            raise ValueError("no contrastive term; use ReconstructionObjective")
+        self.reconstructor = Reconstructor(causal_lm, prefix_tokens)
+        self._loss = _Reconstruction(section, self.reconstructor)
+        self._term = ContrastiveTerm(section.contrastive, causal_lm.config.hidden_size)
+        self._weight = section.contrastive.weight
+
+    def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Tensor | tuple[Tensor, ...]:
+        if embeddings_only:
+            return self.reconstructor.embedder(pack)
+        *losses, anchors = self.reconstructor(pack, self._loss.weights(batch))
+        return unit_vectors(anchors), *losses
+
+    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
+        return self._loss.metrics(output[1:], batch)
+
+    def loss(self, embeddings: Tensor, batch: Batch, rank: int, world_size: int) -> tuple[Tensor, Shares]:
+        contrastive, shares = self._term.loss(embeddings, batch, rank, world_size)
+        weighted = self._weight * contrastive
+        return weighted, {"loss/total_nats": weighted.detach(), "loss/contrastive_nats": contrastive.detach()} | shares

@@ -6,11 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
-from reference import plain_contrastive, plain_model, plain_reconstruction, relative
+from reference import (
+    naive_contrastive,
+    plain_contrastive,
+    plain_model,
+    plain_reconstruction,
+    plain_vectors,
+    relative,
+)
 
 OBJECTIVES = {
     "reconstruction": {"kind": "reconstruction", "alpha": 0.2},
     "contrastive": {"kind": "contrastive", "temperature": 0.1},
+    "all similarities": {
+        "kind": "contrastive",
+        "temperature": 0.1,
+        "negatives": ["query_to_document", "query_to_query", "document_to_query", "document_to_document"],
+        "false_negative_margin": 0.002,
+        "matryoshka_dimensions": [8, 16],
+    },
+    "per side": {
+        "kind": "contrastive",
+        "temperature": 0.1,
+        "negatives": ["query_to_document", "document_to_query"],
+        "softmax": "per_side",
+    },
+    "one direction": {"kind": "reconstruction", "alpha": 0.0, "target": "instruction_and_body"},
+    "joint": {"kind": "reconstruction", "alpha": 0.2, "contrastive": {"weight": 0.3, "temperature": 0.1}},
 }
 LORA = {"kind": "lora", "r": 4, "alpha": 8, "dropout": 0.1}
 
@@ -70,6 +92,28 @@ def gradients_of(ranks, cases: dict) -> dict:
     return out
 
 
+def expected_loss(objective: str, model, batch, shards: Path):
+    """The objective's loss, text by text."""
+    from anchor.config import schema
+    from anchor.engine.loop import template_prefix_tokens
+
+    if objective == "contrastive":
+        return plain_contrastive(model, batch, 0.1)
+    if objective == "joint":
+        return plain_reconstruction(model, batch, 0.2) + 0.3 * plain_contrastive(model, batch, 0.1)
+    section = OBJECTIVES[objective]
+    if section["kind"] == "contrastive":
+        chosen = schema.ContrastiveObjective.model_validate(section)
+        vectors = plain_vectors(model, batch)
+        loss = naive_contrastive(*vectors, chosen)
+        if chosen.false_negative_margin is not None:  # it does leave something out
+            without = naive_contrastive(*vectors, chosen.model_copy(update={"false_negative_margin": None}))
+            assert abs(float((without - loss).detach())) > 1e-3
+        return loss
+    prefix = template_prefix_tokens(shards) if "target" in section else None
+    return plain_reconstruction(model, batch, section["alpha"], prefix)
+
+
 @pytest.fixture(scope="module")
 def setting(tiny_model_dir, tiny_untied_model_dir, make_shards):
     """Cases, and the results on 1, 2 and 4 ranks."""
@@ -84,6 +128,12 @@ def setting(tiny_model_dir, tiny_untied_model_dir, make_shards):
         "contrastive ZeRO-2": (tiny_model_dir, shards, "contrastive", full, "zero2"),
         "contrastive LoRA": (tiny_model_dir, shards, "contrastive", LORA, "zero3", True),
         "reconstruction LoRA": (tiny_model_dir, shards, "reconstruction", LORA),
+        "all similarities": (tiny_model_dir, shards, "all similarities", full),
+        "per side": (tiny_untied_model_dir, shards, "per side", full),
+        "one direction": (tiny_model_dir, shards, "one direction", full),
+        "joint": (tiny_model_dir, shards, "joint", full),
+        "joint untied": (tiny_untied_model_dir, shards, "joint", full, "zero2"),
+        "joint LoRA": (tiny_model_dir, shards, "joint", LORA, "zero3", True),
     }
     return cases, {world_size: run_distributed(gradients_of, world_size, cases) for world_size in (1, 2, 4)}
 
@@ -98,11 +148,7 @@ def test_loss_and_gradient_equal_one_process_without_our_code(setting, world_siz
         if trained["kind"] == "lora":
             continue  # dropout: compared between numbers of ranks below
         plain, batch = plain_model(folder), ShardReader(shards).read(1)
-        expected = (
-            plain_reconstruction(plain, batch, 0.2)
-            if objective == "reconstruction"
-            else plain_contrastive(plain, batch, 0.1)
-        )
+        expected = expected_loss(objective, plain, batch, shards)
         expected.backward()
         value = float(expected.detach())
         loss, gradient = results[world_size][0][case]
@@ -115,7 +161,7 @@ def test_loss_and_gradient_equal_one_process_without_our_code(setting, world_siz
     assert compared > 60
 
 
-@pytest.mark.parametrize("case", ["contrastive LoRA", "reconstruction LoRA"])
+@pytest.mark.parametrize("case", ["contrastive LoRA", "reconstruction LoRA", "joint LoRA"])
 def test_dropout_and_gradient_do_not_depend_on_the_number_of_ranks(setting, case):
     _, results = setting
     loss, gradient = results[1][0][case]

@@ -71,6 +71,11 @@ def runs(tmp_path_factory, tiny_model_dir, tiny_untied_model_dir, shards):
         "one": (1, tiny_model_dir, {}),
         "two": (2, tiny_model_dir, {}),
         "lora": (2, tiny_untied_model_dir, {"objective": CONTRASTIVE, "backbone__trained": LORA}),
+        "bidirectional": (
+            1,
+            tiny_model_dir,
+            {"objective": CONTRASTIVE, "backbone__direction": "bidirectional", "optim__total_steps": 1},
+        ),
     }
     out = {}
     for name, (world_size, model, changes) in stages.items():
@@ -117,6 +122,11 @@ def test_a_run_leaves_what_the_readme_says(runs):
     assert about["versions"]["deepspeed"]
 
 
+def test_the_model_card_says_what_a_bidirectional_folder_needs(runs):
+    needs = {name: "transformers >= 5.2" in (runs[name][0] / "run/export/README.md").read_text() for name in runs}
+    assert needs == {"one": False, "two": False, "lora": False, "bidirectional": True}
+
+
 TEXTS = [
     "short",
     "a longer text about a river and a castle " * 6,
@@ -126,7 +136,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["two", "lora"])
+@pytest.mark.parametrize("name", ["two", "lora", "bidirectional"])
 def test_every_consumer_of_the_exported_folder_gets_the_same_vectors(runs, name):
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoTokenizer

@@ -1,22 +1,30 @@
 """Invariants: the packed loss equals algorithm 1 computed one pair at a time; the mean is over the batch's target
-tokens, however the batch is split; hard negatives and other texts play no part."""
+tokens, however the batch is split; hard negatives and other texts play no part; a direction without weight costs
+nothing; targets may include the instruction; the joint loss is the sum of its parts."""
 
+import numpy as np
 import pytest
 import torch
-from reference import plain_model, plain_reconstruction, relative
+from reference import plain_contrastive, plain_model, plain_reconstruction, relative, segments_of
 
 from anchor.config import schema
+from anchor.config.load import validate
 from anchor.data.batches import to_tensors
-from anchor.data.shards import ShardReader, make_batch
+from anchor.data.shards import Pack, ShardReader, make_batch
+from anchor.engine.loop import template_prefix_tokens
+from anchor.errors import ConfigError
 from anchor.models.backbone import load_causal_lm
-from anchor.objectives.reconstruction import ReconstructionObjective
+from anchor.objectives.base import add_shares
+from anchor.objectives.reconstruction import JointReconstructionObjective, ReconstructionObjective
 
 CPU = torch.device("cpu")
 
 
-def objective_of(folder, alpha: float, dtype: torch.dtype) -> ReconstructionObjective:
+def objective_of(folder, alpha: float, dtype: torch.dtype, prefix: int | None = None) -> ReconstructionObjective:
     model = load_causal_lm(str(folder), dtype, "anchor_segments").eval()
-    return ReconstructionObjective(model, schema.ReconstructionObjective(kind="reconstruction", alpha=alpha))
+    target = "body" if prefix is None else "instruction_and_body"
+    section = schema.ReconstructionObjective(kind="reconstruction", alpha=alpha, target=target)
+    return ReconstructionObjective(model, section, prefix)
 
 
 def packed_loss(objective: ReconstructionObjective, batch):
@@ -37,8 +45,9 @@ def test_packed_loss_and_gradient_equal_one_pair_at_a_time_in_float64(model_dir,
     value = float(expected.detach())
     assert float(loss.detach()) == pytest.approx(value, rel=1e-6)
     assert metrics["loss/total_nats"] == pytest.approx(value, rel=1e-6)
-    weighted = alpha * metrics["loss/query_to_document_nats"] + (1 - alpha) * metrics["loss/document_to_query_nats"]
-    assert weighted == pytest.approx(value, rel=1e-6)
+    sides = {"loss/query_to_document_nats": alpha, "loss/document_to_query_nats": 1 - alpha}
+    assert set(metrics) == {"loss/total_nats", *(name for name, weight in sides.items() if weight)}
+    assert sum(w * metrics[name] for name, w in sides.items() if w) == pytest.approx(value, rel=1e-6)
     loss.backward()
     expected.backward()
     theirs = dict(plain.named_parameters())
@@ -68,8 +77,103 @@ def test_hard_negatives_are_not_read(tiny_model_dir, make_shards):
     assert float(packed_loss(objective, make_batch(batch.packs, "x"))[0].detach()) == float(loss.detach())
 
 
+def decoded_tokens(objective: ReconstructionObjective, batch, monkeypatch) -> int:
+    """Tokens of all decode passes."""
+    passes = []
+    run = objective.reconstructor.embedder.hidden_states
+    monkeypatch.setattr(
+        objective.reconstructor.embedder, "hidden_states", lambda x, *rest: passes.append(len(x)) or run(x, *rest)
+    )
+    packed_loss(objective, batch)
+    assert len(passes) == 2 * len(batch.packs)
+    return sum(passes[1::2])
+
+
+def test_a_direction_without_weight_is_not_decoded(tiny_model_dir, make_shards, monkeypatch):
+    batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
+    both, documents, queries = (
+        decoded_tokens(objective_of(tiny_model_dir, alpha, torch.float32), batch, monkeypatch)
+        for alpha in (0.2, 1.0, 0.0)
+    )
+    assert (documents, queries) == (batch.document_target_tokens, batch.query_target_tokens)
+    assert both == documents + queries
+
+
+def test_one_direction_of_sides_of_equal_length_decodes_half_the_tokens(tiny_model_dir, monkeypatch):
+    n, pairs = 6, 4
+    ids, ones = np.arange(2 * pairs * n, dtype=np.int32), np.ones(2 * pairs, dtype=np.int32)
+    roles, numbers = np.tile([0, 1], pairs).astype(np.int8), np.arange(2 * pairs)
+    batch = make_batch([Pack(ids, n * ones, 2 * ones, 5 * ones, roles, numbers, numbers)] * 2, "x")
+    both, one = (
+        decoded_tokens(objective_of(tiny_model_dir, alpha, torch.float32), batch, monkeypatch) for alpha in (0.5, 1.0)
+    )
+    assert both == 2 * one == 2 * 2 * pairs * 4
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 0.0])
+def test_targets_with_the_instruction_begin_behind_the_template(tiny_model_dir, make_shards, alpha):
+    shards = make_shards(pairs=8, pack_multiple=2, num_rows=8)
+    prefix = template_prefix_tokens(shards)
+    batch = ShardReader(shards).read(0)
+    for segment in (s for pack in batch.packs for s in segments_of(pack)):
+        # Documents carry no instruction, so their bodies begin where the template's prefix ends; queries' do not.
+        assert (segment["body"][0] == prefix) == (segment["role"] > 0)
+    objective = objective_of(tiny_model_dir, alpha, torch.float64, prefix)
+    loss, metrics = packed_loss(objective, batch)
+    expected = plain_reconstruction(plain_model(tiny_model_dir, torch.float64), batch, alpha, prefix)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert metrics["loss/total_nats"] == pytest.approx(float(expected.detach()), rel=1e-6)
+    without = float(packed_loss(objective_of(tiny_model_dir, alpha, torch.float64), batch)[0].detach())
+    assert (abs(without - float(loss.detach())) > 1e-4) == (alpha < 1)
+
+
+def test_the_joint_loss_is_reconstruction_plus_weighted_contrast_of_the_same_states(tiny_model_dir, make_shards):
+    section = schema.ReconstructionObjective.model_validate(
+        {"kind": "reconstruction", "alpha": 0.2, "contrastive": {"weight": 0.3, "temperature": 0.1}}
+    )
+    batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
+    model = load_causal_lm(str(tiny_model_dir), torch.float64, "anchor_segments").eval()
+    objective = JointReconstructionObjective(model, section)
+    packs = [to_tensors(objective.prepare(pack), CPU) for pack in batch.packs]
+    outputs = [objective(pack, batch) for pack in packs]
+    embeddings = torch.cat([output[0] for output in outputs])
+    alone = torch.cat([objective(pack, batch, True) for pack in packs])
+    assert torch.equal(embeddings, alone)
+    contrast, shares = objective.loss(embeddings, batch, 0, 1)
+    for output in outputs:
+        shares = add_shares(shares, objective.metrics(output, batch))
+    plain = plain_model(tiny_model_dir, torch.float64)
+    expected = [plain_reconstruction(plain, batch, 0.2), plain_contrastive(plain, batch, 0.1)]
+    value = float((expected[0] + 0.3 * expected[1]).detach())
+    assert float((sum(output[1] for output in outputs) + contrast).detach()) == pytest.approx(value, rel=1e-6)
+    assert float(shares["loss/total_nats"]) == pytest.approx(value, rel=1e-6)
+    assert float(shares["loss/contrastive_nats"]) == pytest.approx(float(expected[1].detach()), rel=1e-6)
+    assert "embedding/positive_cosine" in shares
+
+
 def test_the_anchor_token_is_the_last_target(tiny_model_dir, make_shards):
     """Masking by id, as published code does where pad is the end token, would leave this gradient at zero."""
     batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
     bodies = sum(int((p.body_ends - p.body_starts)[p.roles == 0].sum()) for p in batch.packs)
     assert batch.query_target_tokens == bodies + 8
+
+
+def test_reconstruction_refuses_a_bidirectional_backbone():
+    """Its decode pass runs the same weights, and a target that sees the tokens after it sees itself."""
+    recipe = {
+        "output_dir": "out",
+        "seed": 0,
+        "data": {"shards": "shards"},
+        "backbone": {"path": "m", "trained": {"kind": "full"}, "attention": "segments", "direction": "bidirectional"},
+        "objective": {"kind": "contrastive", "temperature": 0.02},
+        "optim": {"lr": 1e-3, "warmup_steps": 0, "total_steps": 1},
+        "engine": {"deepspeed": "zero3.json", "dtype": "bf16"},
+    }
+    validate(recipe, schema.TrainRecipe, "x.yaml")
+    recipe["objective"] = {"kind": "reconstruction", "alpha": 0.2}
+    with pytest.raises(ConfigError) as error:
+        validate(recipe, schema.TrainRecipe, "x.yaml")
+    assert str(error.value) == (
+        "x.yaml: backbone.direction is bidirectional, but objective.kind reconstruction decodes with the same weights, "
+        "where every target would see itself; use backbone.direction: causal or objective.kind: contrastive"
+    )

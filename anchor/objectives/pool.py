@@ -1,0 +1,146 @@
+"""Where the queries and documents of a batch stand, seen from one rank; and which of them are known to match.
+
+1. The pool is every positive and hard negative of the batch, the queries likewise, in the order of the packs,
+   whatever the ranks.
+2. A text is no negative of a pair when the batch itself says so. Known documents of pair i: its query's own text and
+   every positive of that text. Known queries of pair i: its positive's own text and every query of that text.
+3. Masks are made for a run of rows at a time: no array of B x N outlives it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from anchor.config.schema import Similarity
+from anchor.data.batches import rank_packs
+from anchor.data.records import QUERY
+from anchor.data.shards import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLayout:
+    """Where queries and documents of a batch stand, seen from one rank. Lengths: B queries here, M in all, N documents.
+
+    Attributes:
+        local_queries: rows of this rank's embeddings that are queries, in order.
+        local_documents: rows of this rank's embeddings that are documents, in order.
+        queries_per_rank, documents_per_rank: of every rank.
+        first_query: index among all queries of this rank's first.
+        first_document: index in the pool of this rank's first document.
+        target: int64 ``M``; index in the pool of every query's positive.
+        query_text: int64 ``M``; text identity of every query.
+        document_text: int64 ``N``; text identity of every document.
+    """
+
+    local_queries: np.ndarray
+    local_documents: np.ndarray
+    queries_per_rank: tuple[int, ...]
+    documents_per_rank: tuple[int, ...]
+    first_query: int
+    first_document: int
+    target: np.ndarray
+    query_text: np.ndarray
+    document_text: np.ndarray
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of the whole batch."""
+        return len(self.query_text)
+
+    @property
+    def local(self) -> slice:
+        """This rank's among all queries."""
+        return slice(self.first_query, self.first_query + len(self.local_queries))
+
+    @property
+    def local_target(self) -> np.ndarray:
+        """Index in the pool of each local query's positive."""
+        return self.target[self.local]
+
+
+def pool_layout(batch: Batch, rank: int, world_size: int) -> PoolLayout:
+    """The pool of a batch and this rank's place in it, from the shards' columns alone.
+
+    Args:
+        batch: the whole batch.
+        rank, world_size: which packs are this rank's.
+    """
+    shares = [rank_packs(len(batch.packs), r, world_size) for r in range(world_size)]
+    is_query = [np.concatenate([batch.packs[i].roles for i in share]) == QUERY for share in shares]
+    queries = tuple(int(q.sum()) for q in is_query)
+    documents = tuple(int((~q).sum()) for q in is_query)
+    everywhere, texts = np.concatenate(is_query), np.concatenate([pack.text_ids for pack in batch.packs])
+    return PoolLayout(
+        local_queries=np.flatnonzero(is_query[rank]),
+        local_documents=np.flatnonzero(~is_query[rank]),
+        queries_per_rank=queries,
+        documents_per_rank=documents,
+        first_query=sum(queries[:rank]),
+        first_document=sum(documents[:rank]),
+        # A pair's segments stand together: query, positive, hard negatives.
+        target=(np.cumsum(~everywhere) - 1)[np.flatnonzero(everywhere) + 1],
+        query_text=texts[everywhere],
+        document_text=texts[~everywhere],
+    )
+
+
+class KnownMatches:
+    """Masks of the texts that the batch itself knows to match a pair.
+
+    Query-to-document masks the pair's known documents, document-to-query its known queries; query-to-query and
+    document-to-document mask both, for there a text of either list would be pushed away from its like.
+
+    Args:
+        layout: the pool.
+        device: where masks are made.
+    """
+
+    def __init__(self, layout: PoolLayout, device: torch.device) -> None:
+        positive_text = layout.document_text[layout.target]
+        self._texts = {
+            "query": torch.from_numpy(layout.query_text).to(device),
+            "document": torch.from_numpy(layout.document_text).to(device),
+        }
+        own = torch.from_numpy(np.stack([layout.query_text, positive_text])[:, layout.local]).to(device)
+        self._own_query, self._own_positive = own[0], own[1]
+        # Almost every text stands for one pair only; the few others have lists.
+        self._more = {
+            "document": _partners(layout.query_text, positive_text, layout.local, device),
+            "query": _partners(positive_text, layout.query_text, layout.local, device),
+        }
+
+    def keep(self, similarity: Similarity, rows: slice) -> Bool[Tensor, "R N"]:
+        """False where a column is no negative of the pair; the pair's own positive is False as well.
+
+        Args:
+            similarity: which side of the local pairs to which side of all pairs.
+            rows: a run of local pairs.
+        """
+        side, _, other = similarity.partition("_to_")
+        columns = self._texts[other]
+        # The query's text, its positive's, and with them the pair's own column.
+        keep = columns != self._own_query[rows, None]
+        keep &= columns != self._own_positive[rows, None]
+        for known in ("document", "query") if side == other else (other,):
+            for members, partners in self._more[known]:
+                here = members[(members >= rows.start) & (members < rows.stop)]
+                if len(here):
+                    keep[torch.from_numpy(here - rows.start).to(keep.device)] &= ~torch.isin(columns, partners)
+        return keep
+
+
+def _partners(
+    texts: np.ndarray, partners: np.ndarray, local: slice, device: torch.device
+) -> list[tuple[np.ndarray, Int[Tensor, " K"]]]:
+    """For each text of several pairs: the local pairs that have it, and the partners of all pairs that have it."""
+    _, inverse, times = np.unique(texts, return_inverse=True, return_counts=True)
+    groups = np.split(np.argsort(inverse, kind="stable"), np.cumsum(times)[:-1])
+    out = []
+    for group in groups:
+        rows = group[(group >= local.start) & (group < local.stop)] - local.start
+        if len(group) > 1 and len(rows):
+            out.append((rows, torch.from_numpy(np.unique(partners[group])).to(device)))
+    return out
