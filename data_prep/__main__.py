@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("recipe", metavar="RECIPE", help="YAML file, see anchor/config/schema.py: PackRecipe")
     pack.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of the recipe's value")
+    pack.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes; the result is the same")
 
     inspect = _command(
         commands.add_parser("inspect", help="report on a folder of shards"),
@@ -48,6 +49,34 @@ def _parser() -> argparse.ArgumentParser:
     docs.add_argument("--heldout-documents", type=int, default=400, metavar="N", help="held-out corpus (%(default)s)")
     docs.add_argument("--max-pairs", type=int, metavar="N", help="at most so many training pairs; all if absent")
     docs.add_argument("--seed", type=int, default=0, help="seed of split and order (%(default)s)")
+
+    clean = _command(
+        commands.add_parser("decontaminate", help="report or remove pairs that repeat evaluation texts"),
+        "Report pairs in E5 layout whose query or positive repeats an evaluation text; with --output, remove them.",
+        "python -m data_prep decontaminate data/e5 --against mteb/scifact mteb/nq/queries.jsonl --output data/e5-clean",
+    )
+    clean.add_argument("pairs", type=Path, metavar="PAIRS", help="folder of NAME.jsonl[.gz|.zst], or one such file")
+    clean.add_argument("--against", type=Path, nargs="+", required=True, metavar="TASK", help="task folders or files")
+    clean.add_argument("--output", type=Path, metavar="DIR", help="new folder for the pairs that match nothing")
+    clean.add_argument("--overlap", type=float, default=0.5, help="least share of n-grams of a match (%(default)s)")
+    clean.add_argument("--ngram-words", type=int, default=13, metavar="N", help="words of an n-gram (%(default)s)")
+    clean.add_argument("--min-words", type=int, default=3, metavar="N", help="ignore shorter texts (%(default)s)")
+    clean.add_argument("--examples", type=_count, default=2, metavar="N", help="shown per task (%(default)s)")
+    clean.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+    mine = _command(
+        commands.add_parser("mine", help="hard negatives by BM25"),
+        "Give every pair in E5 layout hard negatives from the documents of its source, by BM25.",
+        "python -m data_prep mine data/e5 --output data/e5-mined --negatives 2 --ranks 3-50",
+    )
+    mine.add_argument("pairs", type=Path, metavar="PAIRS", help="folder of NAME.jsonl[.gz|.zst], or one such file")
+    mine.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder, in the same layout")
+    mine.add_argument("--negatives", type=int, required=True, metavar="N", help="hard negatives per query")
+    mine.add_argument(
+        "--ranks", type=_ranks, required=True, metavar="A-B", help="ranks to draw from, without positives"
+    )
+    mine.add_argument("--seed", type=_count, default=0, help="seed of the draw (%(default)s)")
+    mine.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser
 
 
@@ -65,9 +94,22 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _workers(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of processes, at least 1, got '{text}'")
+    return int(text)
+
+
+def _ranks(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected two ranks such as 3-50, got '{text}'")
+    return int(first), int(last)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of pairs, got '{text}'")
+        raise argparse.ArgumentTypeError(f"expected a number, got '{text}'")
     return int(text)
 
 
@@ -80,11 +122,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.command == "pack":
             from data_prep.pack import pack
 
-            pack(args.recipe, args.overrides)
+            pack(args.recipe, args.overrides, args.workers)
         elif args.command == "inspect":
             from data_prep.inspect import inspect
 
             inspect(args.folder, verify_all=args.verify, show=args.show, as_json=args.json)
+        elif args.command == "decontaminate":
+            from data_prep.decontaminate import decontaminate
+
+            decontaminate(
+                args.pairs,
+                args.against,
+                args.output,
+                overlap=args.overlap,
+                ngram_words=args.ngram_words,
+                min_words=args.min_words,
+                examples=args.examples,
+                as_json=args.json,
+            )
+        elif args.command == "mine":
+            from data_prep.mine import Window, mine
+
+            window = Window(args.negatives, args.ranks[0], args.ranks[1], args.seed)
+            mine(args.pairs, args.output, window, as_json=args.json)
         else:
             from data_prep.docs import write_docs
 

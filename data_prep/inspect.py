@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from anchor.data.records import FIRST_NEGATIVE, POSITIVE, QUERY
@@ -21,6 +19,7 @@ from anchor.data.shards import Batch, Pack, ShardReader, make_batch
 from anchor.data.tokenization import tokenizer_fingerprint
 from anchor.errors import ShardError
 from data_prep.progress import tracked
+from data_prep.tables import print_table
 
 PERCENTILES = (5, 25, 50, 75, 95, 100)
 BODY_MARKS = "⟦⟧"
@@ -255,7 +254,7 @@ def _print_tables(report: dict[str, Any]) -> None:
         )
         for source in report["sources"]
     ]
-    _print_table(columns, rows)
+    print_table(columns, rows)
     lengths, balance = report["segment_tokens"], report["balance"]
     facts = (
         ("batches", f"{report['batches']:,} of {report['pairs_per_batch']:,} pairs"),
@@ -270,18 +269,4 @@ def _print_tables(report: dict[str, Any]) -> None:
         ("verified", "yes" if report["verified"] else "no; add --verify"),
     )
     sys.stdout.write("\n")
-    _print_table(("", report["folder"]), facts)
-
-
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]] | tuple[tuple[str, ...], ...]) -> None:
-    console = Console()
-    if console.is_terminal:
-        table = Table(*columns)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        return
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        sys.stdout.write(line.rstrip() + "\n")
+    print_table(("", report["folder"]), facts)

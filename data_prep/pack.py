@@ -1,31 +1,26 @@
 """``python -m data_prep pack``: raw pairs -> packed shards.
 
-1. Per source: read rows, check, tokenise in chunks, append to a spool on disk.
+1. Per source: read rows, check, tokenise in chunks, append to a spool on disk (:mod:`data_prep.reading`).
 2. Per source: shuffle the pairs, cut them into batches of ``batch.pairs``, drop the remainder, cut each batch
    into packs.
 3. Shuffle the batches of all sources, write them, then the tokenizer, then ``index.json``.
 
-Everything is a pure function of the recipe and the inputs. What was finished in step 1 is kept when the program
-is run again after an interruption.
+Everything is a pure function of the recipe and the inputs, for any number of worker processes. What was finished in
+step 1 is kept when the program is run again after an interruption.
 """
 
 import json
 import logging
 import shutil
 import zlib
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import PackRecipe
 from anchor.data.packing import plan_packs
-from anchor.data.records import Pair, pair_from_row
 from anchor.data.shards import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -33,7 +28,6 @@ from anchor.data.shards import (
     ShardWriter,
     make_batch,
     read_index,
-    text_id,
 )
 from anchor.data.templates import Template, resolve_template
 from anchor.data.tokenization import (
@@ -43,28 +37,24 @@ from anchor.data.tokenization import (
     tokenizer_fingerprint,
 )
 from anchor.errors import DataError
+from data_prep.checking import open_workers
 from data_prep.progress import tracked
+from data_prep.reading import spool_source
 from data_prep.sources import Source, resolve_sources
-from data_prep.spool import Spool, SpoolWriter
+from data_prep.spool import Spool
 
 log = logging.getLogger(__name__)
 
-_CHUNK_ROWS = 1024
 _WORK, _MARK = "work", "recipe.json"
 
 
-@dataclass(slots=True)
-class _Reading:
-    """Counts of one source while it is read."""
-
-    rows_read: int
-    dropped: Counter[str]
-    truncated: int
-    tokens: int
-
-
-def pack(recipe_path: str, overrides: list[str]) -> Index:
+def pack(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
     """Run the recipe.
+
+    Args:
+        recipe_path: YAML file.
+        overrides: ``section.key=value``.
+        workers: processes that check and tokenise; the shards do not depend on it.
 
     Returns:
         The index written, or the one found when the folder is finished and of the same recipe.
@@ -95,7 +85,8 @@ def pack(recipe_path: str, overrides: list[str]) -> Index:
     work = _open_work_folder(folder, resolved)
 
     # 1. Read and tokenise.
-    spools = {source.name: _spool_source(source, recipe, segmenter, work) for source in sources}
+    with open_workers(workers, segmenter) as worker:
+        spools = {source.name: spool_source(source, recipe, worker, work) for source in sources}
 
     # 2. Plan batches.
     plan, summaries = _plan_batches(sources, spools, recipe)
@@ -137,83 +128,6 @@ def _open_work_folder(folder: Path, resolved: dict[str, Any]) -> Path:
         raise DataError(f"{folder}: holds an unfinished run of another recipe; delete it or choose another output_dir")
     _begin(work, resolved)
     return work
-
-
-def _spool_source(source: Source, recipe: PackRecipe, segmenter: SegmentTokenizer, work: Path) -> Spool:
-    folder = work / source.name
-    if not (folder / "done.json").is_file():
-        reading = _Reading(0, Counter(), 0, 0)
-        aside = work.parent / f"quarantine-{source.name}.jsonl"
-        with closing(SpoolWriter(folder)) as writer, aside.open("w", encoding="utf-8") as quarantine:
-            for chunk in _chunks(source, recipe, reading, quarantine):
-                _tokenise(chunk, segmenter, writer, reading, recipe, quarantine)
-        if not reading.dropped:
-            aside.unlink()
-        writer.finish(
-            {
-                "rows_read": reading.rows_read,
-                "dropped": dict(sorted(reading.dropped.items())),
-                "truncated_texts": reading.truncated,
-                "tokens": reading.tokens,
-            }
-        )
-        log.info("%s: %d rows read, %d dropped", source.name, reading.rows_read, sum(reading.dropped.values()))
-    return Spool(folder)
-
-
-def _chunks(
-    source: Source, recipe: PackRecipe, reading: _Reading, quarantine: TextIO
-) -> Iterator[list[tuple[str, Pair]]]:
-    chunk: list[tuple[str, Pair]] = []
-    for number, (where, row) in enumerate(tracked(source.rows(), f"reading {source.name}", None)):
-        reading.rows_read += 1
-        try:
-            if isinstance(row, DataError):
-                raise row
-            pair = pair_from_row(
-                row,
-                where=where,
-                number=number,
-                source=source.name,
-                columns=source.columns,
-                instructions=source.instructions,
-                symmetric=source.symmetric,
-                hard_negatives=recipe.text.hard_negatives,
-            )
-        except DataError as error:
-            _refuse(error, where, recipe, reading, quarantine)
-            continue
-        chunk.append((where, pair))
-        if len(chunk) == _CHUNK_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _tokenise(
-    chunk: list[tuple[str, Pair]],
-    segmenter: SegmentTokenizer,
-    writer: SpoolWriter,
-    reading: _Reading,
-    recipe: PackRecipe,
-    quarantine: TextIO,
-) -> None:
-    for (where, pair), segments in zip(chunk, segmenter.pairs([pair for _, pair in chunk]), strict=True):
-        if isinstance(segments, DataError):
-            _refuse(DataError(f"{where}: {segments}"), where, recipe, reading, quarantine)
-            continue
-        reading.truncated += sum(segment.truncated for segment in segments)
-        reading.tokens += sum(len(segment.input_ids) for segment in segments)
-        writer.add(pair.row, segments, [text_id(text) for text in pair.texts()])
-
-
-def _refuse(error: DataError, where: str, recipe: PackRecipe, reading: _Reading, quarantine: TextIO) -> None:
-    if recipe.on_bad_row == "fail":
-        raise error
-    reason = str(error).removeprefix(f"{where}: ")
-    reading.dropped[reason.split(";")[0].split(":")[0]] += 1
-    quarantine.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
 
 
 def _plan_batches(

@@ -1,20 +1,15 @@
 """Recipe sections -> streams of rows, each with the place it came from for messages."""
 
-import gzip
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from anchor.config.schema import Columns, E5Source, FilesSource, HubSource
 from anchor.errors import ConfigError, DataError, did_you_mean
 from data_prep.e5 import E5_TRAITS
-
-_JSON_SUFFIXES = (".jsonl", ".jsonl.gz")
+from data_prep.layouts import expanded, layout_of
+from data_prep.readers import JSON_SUFFIXES, TABLE_SUFFIXES, Place, Row, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +18,14 @@ class Source:
 
     Attributes:
         name: name in the index and in the metrics.
-        rows: opens a fresh stream of ``(where, row)``; a row that cannot be parsed is a :class:`DataError`.
-        columns: names of the fields.
+        rows: opens a fresh stream of rows with one positive each.
+        columns: names of their fields.
         instructions: none, one, or several that alternate by row.
         symmetric: whether documents carry the instruction too.
     """
 
     name: str
-    rows: Callable[[], Iterator[tuple[str, Any]]]
+    rows: Callable[[], Iterator[Row]]
     columns: Columns
     instructions: tuple[str, ...]
     symmetric: bool
@@ -48,7 +43,7 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
         if isinstance(section, E5Source):
             sources += _e5_sources(section, here)
         elif isinstance(section, FilesSource):
-            files = _files(section.path, (*_JSON_SUFFIXES, ".parquet"), here)
+            files = _files(section.path, TABLE_SUFFIXES, here)
             sources.append(_named(section, lambda files=files: _chain(files)))
         else:
             sources.append(_named(section, lambda section=section: _hub_rows(section)))
@@ -59,12 +54,17 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
     return sources
 
 
-def _named(section: FilesSource | HubSource, rows: Callable[[], Iterator[tuple[str, Any]]]) -> Source:
-    return Source(section.name, rows, section.columns, section.instructions, section.symmetric)
+def _named(section: FilesSource | HubSource, read: Callable[[], Iterator[Row]]) -> Source:
+    layout = layout_of(section)
+
+    def rows() -> Iterator[Row]:
+        return expanded(islice(read(), section.max_rows), layout, section.positives)
+
+    return Source(section.name, rows, layout.columns, section.instructions, section.symmetric)
 
 
 def _e5_sources(section: E5Source, where: str) -> list[Source]:
-    by_name = {_stem(file): file for file in _files(section.path, _JSON_SUFFIXES, where)}
+    by_name = e5_files(section.path, where)
     for name in section.only or ():
         if name not in by_name:
             raise ConfigError(f"{where}: no source '{name}' in {section.path}{did_you_mean(name, by_name)}")
@@ -85,12 +85,25 @@ def _e5_sources(section: E5Source, where: str) -> list[Source]:
         symmetric = name in section.symmetric or (preset is not None and preset.symmetric)
         file = by_name[name]
         columns = Columns(negatives=("negative",))
-        sources.append(Source(name, lambda file=file: _chain([file]), columns, instructions, symmetric))
+        sources.append(
+            Source(name, lambda file=file: islice(read_rows(file), section.max_rows), columns, instructions, symmetric)
+        )
     return sources
 
 
-def _stem(file: Path) -> str:
-    return file.name.split(".jsonl")[0]
+def e5_files(path: Path, where: str) -> dict[str, Path]:
+    """The files of an E5 folder by the names of their sources; of one file, itself.
+
+    Raises:
+        ConfigError: no such path, no JSON-lines file there, or two files of one source.
+    """
+    by_name: dict[str, Path] = {}
+    for file in _files(path, JSON_SUFFIXES, where):
+        name = file.name.split(".jsonl")[0]
+        if name in by_name:
+            raise ConfigError(f"{where}: {path}: both {by_name[name].name} and {file.name} are '{name}'; remove one")
+        by_name[name] = file
+    return by_name
 
 
 def _files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]:
@@ -106,41 +119,12 @@ def _files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]:
     return files
 
 
-def _chain(files: list[Path]) -> Iterator[tuple[str, Any]]:
+def _chain(files: Iterable[Path]) -> Iterator[Row]:
     for file in files:
-        yield from _parquet_rows(file) if file.suffix == ".parquet" else json_rows(file)
+        yield from read_rows(file)
 
 
-def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """``(file:line, parsed row)`` of a JSON-lines file, gzipped or not; an unparsable line yields a DataError."""
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{file}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    row = DataError(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}")
-                except UnicodeDecodeError as error:
-                    row = DataError(f"{where}: not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}")
-                yield where, row
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield f"{file}: row {number}", row
-                number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
-
-
-def _hub_rows(section: HubSource) -> Iterator[tuple[str, Any]]:
+def _hub_rows(section: HubSource) -> Iterator[Row]:
     import datasets  # half a second to import, and only this kind of source needs it
     from datasets.exceptions import DatasetsError
 
@@ -149,4 +133,4 @@ def _hub_rows(section: HubSource) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"dataset {section.dataset}: cannot be loaded: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(data):
-        yield f"{section.dataset}[{section.split}]: row {number}", row
+        yield Row(Place(f"{section.dataset}[{section.split}]", number, "row"), row)

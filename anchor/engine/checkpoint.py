@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from anchor import dist
+from anchor.config.load import validate
+from anchor.config.schema import TrainRecipe
 from anchor.engine.deepspeed import Engine
 from anchor.errors import TrainingError
 
@@ -82,9 +84,12 @@ def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
 
     Raises:
         TrainingError: another recipe (the differing keys are listed), other shards or another number of ranks.
+        ConfigError: the stored recipe has a key that this version does not know.
     """
     stored = _state(checkpoint)
-    before, now = _flat(stored["recipe"]), _flat(state["recipe"])
+    # Through the schema: a knob that did not exist then had what is its default now.
+    recipe = validate(stored["recipe"], TrainRecipe, str(checkpoint / "state.json")).model_dump(mode="json")
+    before, now = _flat(recipe), _flat(state["recipe"])
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})

@@ -92,6 +92,22 @@ def test_a_recipe_cannot_be_changed() -> None:
             r"x.yaml: sources.0.name: got 'a/b', string should match pattern '^\w[\w.-]*$' (and 1 more)",
         ),
         (
+            {
+                "sources": [
+                    {
+                        "kind": "files",
+                        "name": "a",
+                        "path": "p",
+                        "instructions": [],
+                        "format": "tevatron",
+                        "columns": {"query": "q"},
+                    }
+                ]
+            },
+            "x.yaml: sources.0: format 'tevatron' brings its own columns; remove columns or use format: columns "
+            "(and 1 more)",
+        ),
+        (
             {"sources": []},
             "x.yaml: sources: got [], tuple should have at least 1 item after validation, not 0",
         ),

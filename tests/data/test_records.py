@@ -36,6 +36,8 @@ def test_instructions_alternate_by_row() -> None:
 def test_negatives_come_from_several_columns_in_order_and_only_as_many_as_asked() -> None:
     assert make(ROW, hard_negatives=3, negatives=("other", "negative")).hard_negatives == ("n2", "n0", "n1")
     assert make(ROW, hard_negatives=1).hard_negatives == ("n0",)
+    # A table's rows with fewer negatives have nulls.
+    assert make(ROW | {"other": None}, negatives=("other", "negative")).hard_negatives == ("n0", "n1")
     # Nothing is asked of negatives that are not kept.
     assert make({"query": "q", "positive": "p"}, hard_negatives=0).hard_negatives == ()
 
@@ -47,7 +49,12 @@ def test_negatives_come_from_several_columns_in_order_and_only_as_many_as_asked(
         ({"quer": "q", "positive": "p"}, "f.jsonl:7: no field 'query'; did you mean 'quer'?"),
         ({"query": 3}, "f.jsonl:7: field 'query' is int, expected text"),
         ({"query": " \n"}, "f.jsonl:7: field 'query' is empty; remove the row or use on_bad_row: skip"),
-        (ROW | {"positive": None}, "f.jsonl:7: field 'positive' is NoneType, expected text"),
+        (ROW | {"positive": None}, "f.jsonl:7: field 'positive' is empty; remove the row or use on_bad_row: skip"),
+        (ROW | {"query": "a\0"}, "f.jsonl:7: field 'query' has a NUL character at character 2"),
+        (
+            ROW | {"positive": "\u200e\x07\u00a0"},
+            "f.jsonl:7: field 'positive' holds only control characters; remove the row or use on_bad_row: skip",
+        ),
         (ROW | {"query": "a\ud800b"}, "f.jsonl:7: field 'query' has half a surrogate pair at character 2"),
         (ROW | {"negative": ["n", ""]}, "f.jsonl:7: field 'negative' is empty; remove the row or use on_bad_row: skip"),
         (
@@ -60,3 +67,8 @@ def test_unusable_rows_are_refused(row: Any, expected: str) -> None:
     with pytest.raises(DataError) as caught:
         make(row)
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("text", ["👍🏽", "e\u0301", "שלום\u200f", "漢", "\u0378"])
+def test_visible_texts_in_any_script_are_taken(text: str) -> None:
+    assert make(ROW | {"query": text}).query == text

@@ -4,6 +4,8 @@ aside; equal recipes give equal bytes, also after an interruption; a folder of a
 
 import gzip
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import english_pairs, write_jsonl
 
+import data_prep.checking as checking_module
 import data_prep.pack as pack_module
+import data_prep.reading as reading_module
 from anchor.data.shards import Batch, ShardReader
 from anchor.data.tokenization import tokenizer_fingerprint
 from anchor.errors import AnchorError, ConfigError, DataError
@@ -159,7 +163,18 @@ def test_the_e5_preset_knows_the_public_portion() -> None:
         (b'{"query": "q",', "3: malformed JSON: Illegal trailing comma before end of object at character 14"),
         (b'{"query": "\xff"}', "3: not UTF-8: byte 12 is 0xff"),
         (b"[1]", "3: expected a JSON object, got list"),
-        (b"", "3: malformed JSON: Expecting value at character 2"),
+        (b"\n \t\n{", "5: malformed JSON: Expecting property name enclosed in double quotes at character 3"),
+        (b"[" * 100000, "3: malformed JSON: maximum recursion depth exceeded"),
+        (
+            b'{"query": ' + b"9" * 5000 + b"}",
+            "3: malformed JSON: Exceeds the limit (4300 digits) for integer string conversion",
+        ),
+        (b'{"query": "q\x00"}', "3: malformed JSON: Invalid control character at character 13"),
+        (b'{"query": "\\u0000q", "positive": "p"}', "3: field 'query' has a NUL character at character 1"),
+        (
+            b'{"query": "q", "positive": "\\u200b \\u0007"}',
+            "3: field 'positive' holds only control characters; remove the row or use on_bad_row: skip",
+        ),
         (b'{"query": "q", "positiv": "p"}', "3: no field 'positive'; did you mean 'positiv'?"),
         (b'{"query": " ", "positive": "p"}', "3: field 'query' is empty; remove the row or use on_bad_row: skip"),
         (b'{"query": "q", "positive": "\\ud800"}', "3: field 'positive' has half a surrogate pair at character 1"),
@@ -176,11 +191,64 @@ def test_a_bad_row_stops_with_file_and_line(
     file.write_bytes(file.read_bytes() + line + b"\n")
     got = refusal(make_recipe([files_source(file)]))
     # The wording of a JSON error is Python's own and differs between its versions.
+    got = got.split(" while decoding")[0].replace(": value has 5000 digits", "")
     got = got.replace(
         "Expecting property name enclosed in double quotes at character 16",
         "Illegal trailing comma before end of object at character 14",
     )
     assert got == f"{file}:{expected}"
+
+
+def test_no_half_characters_are_lost_on_the_way_to_quarantine(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", english_pairs(16))
+    file.write_bytes(file.read_bytes() + b'{"query": "\\ud800", "positive": "p"}\n{"query": "\xff"}\n')
+    recipe = make_recipe([files_source(file)], on_bad_row="skip", max_skipped_fraction=0.5)
+    reader = packed(recipe)
+    assert reader.index.sources[0]["dropped"] == {"field 'query' has half a surrogate pair": 1, "not UTF-8": 1}
+    aside = [json.loads(line) for line in (reader.folder / "quarantine-small.jsonl").read_text().splitlines()]
+    assert [row["content"] for row in aside] == [{"query": "\ud800", "positive": "p"}, '{"query": "\ufffd"}\n']
+
+
+def test_equal_pairs_and_queries_that_are_their_positive_are_dropped_and_counted(
+    tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    rows = english_pairs(36)
+    rows[5] = rows[3] | {"negative": ["another"]}
+    rows[9] = rows[3]
+    rows[11] = rows[11] | {"positive": rows[11]["query"]}
+    rows[12] = rows[12] | {"positive": rows[3]["positive"]}  # one document of two queries stays
+    # They are no mistake, so neither stops a run nor counts against the bound.
+    (clean,) = packed(make_recipe([files_source(write_jsonl(tmp_path / "a.jsonl", rows))])).index.sources
+    reader = packed(
+        make_recipe([files_source(tmp_path / "a.jsonl")], on_bad_row="skip", max_skipped_fraction=0.0, batch__pairs=4)
+    )
+    (summary,) = reader.index.sources
+    assert clean["dropped"] == summary["dropped"] == {"equal to an earlier pair": 2, "query equals positive": 1}
+    assert (summary["rows_read"], summary["kept"], summary["batches"], summary["remainder_pairs"]) == (36, 33, 8, 1)
+    assert not (reader.folder / "quarantine-small.jsonl").exists()
+    packs = [one for n in range(len(reader)) for one in reader.read(n).packs]
+    seen = {int(i) for one in packs for i in one.pair_ids}
+    assert len(seen) == 32
+    assert seen.isdisjoint({5, 9, 11})
+    # What is counted is what is kept.
+    distinct = [row for i, row in enumerate(rows) if i not in (5, 9, 11)]
+    (alone,) = packed(make_recipe([files_source(write_jsonl(tmp_path / "b.jsonl", distinct))])).index.sources
+    assert [summary[key] for key in ("tokens", "truncated_texts")] == [alone[k] for k in ("tokens", "truncated_texts")]
+
+
+def test_only_the_first_rows_are_read(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_jsonl(tmp_path / "e5" / "squad.jsonl", [*english_pairs(20), "not reached"])
+    for source in (
+        {"kind": "e5", "path": str(tmp_path / "e5"), "max_rows": 17},
+        files_source(tmp_path / "e5", max_rows=17),
+        files_source(tmp_path / "e5", max_rows=17) | {"kind": "hub", "dataset": str(tmp_path / "e5"), "split": "train"},
+    ):
+        if source["kind"] == "hub":
+            del source["path"]
+            write_jsonl(tmp_path / "e5" / "squad.jsonl", english_pairs(20))  # `datasets` reads ahead
+        reader = packed(make_recipe([source]))
+        assert reader.index.sources[0]["rows_read"] == 17
+        assert max(one.pair_ids.max() for one in reader.read(0).packs) <= 16
 
 
 def test_bad_rows_are_put_aside_and_counted_by_reason(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -191,12 +259,21 @@ def test_bad_rows_are_put_aside_and_counted_by_reason(tmp_path: Path, make_recip
     file = write_jsonl(tmp_path / "x.jsonl", rows)
     file.write_bytes(file.read_bytes() + b"{broken\n")
     recipe = make_recipe([files_source(file)], on_bad_row="skip")
+    with pytest.raises(DataError) as caught:
+        pack(str(recipe), ["batch.pairs=4"])
+    aside_file = recipe.parent / "shards" / "quarantine-small.jsonl"
+    assert str(caught.value) == (
+        f"{aside_file}: 4 of 33 rows of source 'small' cannot be used, more than max_skipped_fraction (0.05); mend the "
+        "source or raise max_skipped_fraction"
+    )
+    recipe = make_recipe([files_source(file)], on_bad_row="skip", max_skipped_fraction=4 / 33)
     reader = packed(recipe, "batch.pairs=4")
     (summary,) = reader.index.sources
     assert (summary["rows_read"], summary["kept"]) == (33, 29)
     assert summary["dropped"] == {"field 'query' is empty": 2, "malformed JSON": 1, "no field 'positive'": 1}
     aside = [json.loads(line) for line in (reader.folder / "quarantine-small.jsonl").read_text().splitlines()]
-    assert [row["where"] for row in aside] == [f"{file}:4", f"{file}:6", f"{file}:8", f"{file}:33"]
+    assert [(row["file"], row["line"]) for row in aside] == [(str(file), line) for line in (4, 6, 8, 33)]
+    assert [row["content"] for row in aside] == [rows[3], rows[5], rows[7], "{broken\n"]
     assert aside[0]["reason"] == "field 'query' is empty; remove the row or use on_bad_row: skip"
     rows_packed = {int(i) for n in range(len(reader)) for one in reader.read(n).packs for i in one.pair_ids}
     assert len(rows_packed) == 28
@@ -209,7 +286,7 @@ def test_an_instruction_that_fills_the_segment_is_refused_by_file_and_line(make_
     message = refusal(make_recipe([source]))
     assert message.startswith(f"{rows}:1: the instruction alone takes ")
     assert message.endswith(" tokens; raise text.max_tokens (64)")
-    recipe = make_recipe([source], on_bad_row="skip")
+    recipe = make_recipe([source], on_bad_row="skip", max_skipped_fraction=1.0)
     assert refusal(recipe) == (
         f"{recipe}: no batch can be made: batch.pairs is 16, pairs left per source are small 0; lower batch.pairs or "
         "add data"
@@ -255,7 +332,8 @@ def test_wrong_sources_are_refused(tmp_path: Path, make_recipe: MakeRecipe) -> N
         ([files_source(tmp_path / "none")], f"sources.0: {tmp_path}/none: no such file or folder"),
         (
             [files_source(tmp_path / "empty")],
-            f"sources.0: {tmp_path}/empty: holds no file ending in .jsonl, .jsonl.gz, .parquet",
+            f"sources.0: {tmp_path}/empty: holds no file ending in .jsonl, .jsonl.gz, .jsonl.zst, .csv, "
+            ".csv.gz, .csv.zst, .tsv, .tsv.gz, .tsv.zst, .parquet",
         ),
         (
             [files_source(tmp_path / "e5" / "squad.jsonl")] * 2,
@@ -271,7 +349,7 @@ def test_unreadable_files_are_refused(tmp_path: Path, make_recipe: MakeRecipe) -
     zipped = tmp_path / "a.jsonl.gz"
     zipped.write_bytes(gzip.compress(b'{"query": "q"}\n' * 100)[:-12])
     assert refusal(make_recipe([files_source(zipped)], on_bad_row="skip")) == (
-        f"{zipped}: cannot be read: Compressed file ended before the end-of-stream marker was reached"
+        f"{zipped}: cannot be read: Truncated compressed stream"
     )
     table = tmp_path / "a.parquet"
     table.write_bytes(b"no parquet at all")
@@ -296,6 +374,52 @@ def test_equal_recipes_give_equal_bytes(make_recipe: MakeRecipe) -> None:
     assert contents(packed(make_recipe(seed=1))) != contents(one)
 
 
+def test_the_number_of_workers_changes_no_byte(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_module, "CHUNK_ROWS", 7)
+    rows: list[Any] = english_pairs(120)
+    rows[3]["query"] += " <|im_end|> is text"  # a tokenizer that was sent to another process forgot this once
+    rows[10] = rows[40] = {"query": "q"}
+    rows[41] = rows[42] | {"positive": rows[42]["query"]}
+    rows[77] = rows[5]
+    sources = [files_source(write_jsonl(tmp_path / f"{n}.jsonl", rows), name=n, instructions=["I"]) for n in "ab"]
+    recipe = make_recipe(sources, on_bad_row="skip")
+    folder = recipe.parent / "shards"
+    found = []
+    for workers in (1, 2, 5):
+        pack(str(recipe), [], workers)
+        found.append(folder_bytes(folder))
+        shutil.rmtree(folder)
+    assert {"quarantine-a.jsonl", "quarantine-b.jsonl", "00000.arrow", "index.json"} <= set(found[0])
+    assert found[0] == found[1] == found[2]
+    # The first bad row is named, not the one that a worker met first; and rows before an unreadable end come first.
+    (tmp_path / "z.jsonl.gz").write_bytes(b"plain")
+    good = write_jsonl(tmp_path / "good" / "a.jsonl", english_pairs(9))
+    (good.parent / "z.jsonl.gz").write_bytes(b"plain")
+    for source, expected in (
+        (sources[0] | {"path": str(tmp_path)}, f"{tmp_path}/a.jsonl:11: no field 'positive'"),
+        (sources[0] | {"path": str(good.parent)}, f"{good.parent}/z.jsonl.gz: cannot be read: "),
+    ):
+        for workers in (1, 2):
+            with pytest.raises(DataError) as caught:
+                pack(str(make_recipe([source])), [], workers)
+            assert str(caught.value).startswith(expected)
+
+
+def test_a_worker_that_is_killed_is_reported(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking_module, "_in_worker", _die)
+    with pytest.raises(DataError) as caught:
+        pack(str(make_recipe()), [], 2)
+    assert str(caught.value) == (
+        "--workers 2: a process was killed, perhaps for want of memory; lower --workers and run again"
+    )
+
+
+def _die(*_: Any) -> None:
+    os._exit(9)
+
+
 def test_an_interrupted_run_is_continued(
     tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,23 +429,23 @@ def test_an_interrupted_run_is_continued(
     ]
     recipe = make_recipe(sources)
     expected = folder_bytes(packed(recipe).folder)
-    tokenise = pack_module._tokenise
+    check_rows = checking_module.check_rows
     for stop_at in ("b", "write"):
         folder = recipe.parent / "shards"
         for file in sorted(folder.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         read: list[str] = []
 
-        def tokenise_some(chunk: Any, *rest: Any, stop_at: str = stop_at, read: list[str] = read) -> None:
-            name = chunk[0][1].source
+        def check_some(check: Any, *rest: Any, stop_at: str = stop_at, read: list[str] = read) -> Any:
+            name = check.source
             if name == stop_at and name not in read:
                 read.append(name)
                 raise KeyboardInterrupt
             read.append(name)
-            tokenise(chunk, *rest)
+            return check_rows(check, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(pack_module, "_tokenise", tokenise_some)
+            patch.setattr(checking_module, "check_rows", check_some)
             if stop_at == "write":
                 patch.setattr(pack_module, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -383,7 +507,9 @@ def test_the_command_line_packs_with_overrides_and_exits_2_on_a_users_error(
     assert capsys.readouterr() == ("", f"error: {recipe}: unknown key batch.pears; did you mean 'pairs'?\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pack", "--help"], ["inspect", "--help"], ["docs", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("pack", "inspect", "docs", "decontaminate"))]
+)
 def test_every_help_fits_a_screen_and_shows_an_example(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,115 @@
+"""Rows in the layouts of other trainers -> rows with one text per side.
+
+Each layout says which fields of its rows hold the sides of a pair, and how one row becomes one row per positive:
+
+* ``columns``: as the recipe names them.
+* ``sentence_transformers``: ``anchor``, ``positive`` and any number of ``negative``, ``negative_1``, ``negative_2`` ...
+* ``flag_embedding`` (BGE): ``query``, ``pos`` and ``neg``, lists of texts.
+* ``tevatron``: ``query``, ``positive_passages`` and ``negative_passages``, lists of ``{"title", "text"}``; a passage
+  becomes its title, a space and its text, as Tevatron's own collator joins them.
+
+Fields that a layout does not name (ids, scores) are left out.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anchor.config.schema import Columns, FilesSource, HubSource
+from anchor.errors import DataError, did_you_mean
+from data_prep.readers import Row
+
+_NEGATIVE = re.compile(r"negative(?:_(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout.
+
+    Attributes:
+        columns: fields of a row that :attr:`expand` returns.
+        expand: the rows with one positive each that a row stands for; a :class:`DataError` says what is wrong.
+    """
+
+    columns: Columns
+    expand: Callable[[Mapping[str, Any]], list[dict[str, Any]]] | None
+
+
+def layout_of(section: FilesSource | HubSource) -> Layout:
+    """The layout that a recipe's section declares."""
+    if section.format == "sentence_transformers":
+        return Layout(Columns(query="anchor", negatives=("negative",)), _sentence_transformers)
+    if section.format == "flag_embedding":
+        return Layout(Columns(positive="pos", negatives=("neg",)), _flag_embedding)
+    if section.format == "tevatron":
+        return Layout(Columns(positive="positive_passages", negatives=("negative_passages",)), _tevatron)
+    return Layout(section.columns, None)
+
+
+def expanded(rows: Iterator[Row], layout: Layout, positives: str) -> Iterator[Row]:
+    """The rows of a source, one per pair.
+
+    Args:
+        rows: rows as they were read.
+        layout: their layout.
+        positives: ``first`` positive of a row only, the others counted in its ``unused_positives``; or ``each``.
+    """
+    for row in rows:
+        # What is no object is refused with all other wrong rows, by `pair_from_row`.
+        if layout.expand is None or row.problem is not None or not isinstance(row.value, Mapping):
+            yield row
+            continue
+        try:
+            found = layout.expand(row.value)
+        except DataError as error:
+            yield row._replace(problem=str(error))
+            continue
+        if positives == "first":
+            yield row._replace(value=found[0], unused_positives=len(found) - 1)
+        else:
+            for value in found:
+                yield row._replace(value=value)
+
+
+def _sentence_transformers(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = [name for name in row if _NEGATIVE.fullmatch(name)]
+    negatives: list[Any] = []
+    for name in sorted(names, key=lambda name: int(_NEGATIVE.sub(r"\1", name) or 0)):
+        value = row[name]
+        negatives += value if isinstance(value, list) else [value]
+    return [{**{name: row[name] for name in row if name not in names}, "negative": negatives}]
+
+
+def _flag_embedding(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    texts = _list(row, "pos")
+    if not texts:
+        raise DataError("field 'pos' is empty; remove the row or use on_bad_row: skip")
+    return [{**row, "pos": text} for text in texts]
+
+
+def _tevatron(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    texts = _passages(row, "positive_passages")
+    if not texts:
+        raise DataError("field 'positive_passages' is empty; remove the row or use on_bad_row: skip")
+    negatives = {"negative_passages": _passages(row, "negative_passages")} if "negative_passages" in row else {}
+    return [{**row, **negatives, "positive_passages": text} for text in texts]
+
+
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
+    if name not in row:
+        raise DataError(f"no field '{name}'{did_you_mean(name, row)}")
+    value = row[name]
+    if not isinstance(value, list):
+        raise DataError(f"field '{name}' is {type(value).__name__}, expected a list")
+    return value
+
+
+def _passages(row: Mapping[str, Any], name: str) -> list[str]:
+    texts = []
+    for passage in _list(row, name):
+        if not isinstance(passage, Mapping) or not isinstance(passage.get("text"), str):
+            raise DataError(f"field '{name}' has a passage without text; expected objects with title and text")
+        title = passage.get("title")
+        texts.append(f"{title} {passage['text']}" if title else passage["text"])
+    return texts
