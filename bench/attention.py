@@ -49,7 +49,7 @@ def main() -> None:
     mask = torch.arange(longest) < lengths[:, None]
 
     def padded() -> dict[str, float]:
-        q, k, v = (pad_sequence(t[0].transpose(0, 1).split(lengths.tolist()), batch_first=True) for t in inputs)
+        q, k, v = (pad_sequence(list(t[0].transpose(0, 1).split(lengths.tolist())), batch_first=True) for t in inputs)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2)

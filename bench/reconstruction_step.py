@@ -9,6 +9,7 @@ Shards of ``pairs`` real pairs a batch are made by ``data_prep pack``; the first
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +86,11 @@ def main() -> None:
     batch = ShardReader(Path(options.shards)).read(0)
     dtype = DTYPES[options.dtype]
     kernel = implementation(options.attention, device.type)
-    ours = load_causal_lm(options.model, dtype, kernel).to(device)
+    ours: Any = load_causal_lm(options.model, dtype, kernel)
+    ours.to(device)
     objective = ReconstructionObjective(ours, schema.ReconstructionObjective(kind="reconstruction", alpha=ALPHA))
-    theirs = load_causal_lm(options.model, dtype, "sdpa").to(device)
+    theirs: Any = load_causal_lm(options.model, dtype, "sdpa")
+    theirs.to(device)
     contestants = {
         "packed": lambda: packed_step(objective, batch, device),
         "padded": lambda: padded_step(theirs, batch, device),
