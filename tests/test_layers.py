@@ -124,7 +124,7 @@ import importlib
 for name in (
     "anchor.config.load", "anchor.config.schema", "anchor.config.model_path", "anchor.data.records",
     "anchor.data.templates", "anchor.data.tokenization", "anchor.data.packing", "anchor.data.shards",
-    "data_prep.docs", "data_prep.inspect", "data_prep.pack",
+    "data_prep.decontaminate", "data_prep.docs", "data_prep.inspect", "data_prep.mine", "data_prep.pack",
 ):
     importlib.import_module(name)
 from data_prep.__main__ import main
