@@ -23,7 +23,6 @@ def new_folder(output: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-    except BaseException:
-        shutil.rmtree(beside)
-        raise
-    os.replace(beside, output)
+        os.replace(beside, output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # there only after an error
