@@ -7,6 +7,7 @@
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,20 @@ def _refuse_auto(node: Any, where: str, name: str) -> None:
 
 
 def complete_ds_config(config: dict[str, Any], recipe: TrainRecipe, world_size: int) -> dict[str, Any]:
-    """The JSON with what the recipe says, as DeepSpeed wants it."""
+    """The JSON with what the recipe says, as DeepSpeed wants it.
+
+    Raises:
+        ConfigError: bf16 under ZeRO-0 or ZeRO-1.
+    """
+    stage = config["zero_optimization"].get("stage", 0)
+    if recipe.engine.dtype == "bf16" and stage < 2:
+        # Stage 0: "unsupported mix" of bf16 parameters and fp32 sums. Stage 1: DeepSpeed's BF16_Optimizer, which
+        # cannot be asked about overflow before it moves.
+        raise ConfigError(
+            f"{recipe.engine.deepspeed}: zero_optimization.stage is {stage}, at which DeepSpeed cannot both sum "
+            "gradients of bf16 parameters in float32 and check them before the update; use stage 2 or 3, or "
+            "engine.dtype: fp32"
+        )
     return config | {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
@@ -95,6 +109,8 @@ class Engine:
             dist_init_required=False,
         )[0]
         self._engine.train()
+        # ZeRO-0 leaves plain AdamW and whole gradients, equal on all ranks once they are reduced.
+        self._replicated = ds_config["zero_optimization"].get("stage", 0) == 0
 
     @property
     def objective(self) -> nn.Module:
@@ -117,6 +133,8 @@ class Engine:
 
     def gradient_overflows(self) -> bool:
         """Whether any rank's accumulated gradient is not finite; all ranks agree."""
+        if self._replicated:
+            return not math.isfinite(self._replicated_norm())
         optimizer = self._engine.optimizer
         optimizer.check_overflow()
         overflow, optimizer.overflow = bool(optimizer.overflow), False
@@ -130,8 +148,13 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        replicated_norm = self._replicated_norm() if self._replicated else None
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return float(self._engine.get_global_grad_norm()) if replicated_norm is None else replicated_norm
+
+    def _replicated_norm(self) -> float:
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def save(self, folder: Path, tag: str, *, exclude_frozen: bool) -> None:
         """Write this rank's share of parameters and optimiser state to ``folder/tag``."""
