@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -59,11 +60,12 @@ def set_rendezvous() -> None:
     env.setdefault("LOCAL_RANK", "0")
 
 
-def init(init_method: str = "env://") -> Ranks:
+def init(init_method: str = "env://", timeout: timedelta | None = None) -> Ranks:
     """Join the process group: NCCL on CUDA, gloo elsewhere.
 
     Args:
         init_method: torch's rendezvous; tests use a ``file://``.
+        timeout: how long to wait for other ranks, here and in every collective; torch's own when absent.
     """
     set_rendezvous()
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -72,7 +74,7 @@ def init(init_method: str = "env://") -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", init_method, rank=rank, world_size=world_size)
+        dist.init_process_group("nccl" if cuda else "gloo", init_method, timeout, world_size, rank)
     return Ranks(rank, world_size, local, device)
 
 
@@ -95,6 +97,15 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value on every rank, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Invariants: imports point only downwards (design.md, section 2); preparing data needs no torch; no assert, no print.
 
-Layers: 6 launch (shell); 5 anchor.train, data_prep, eval, which never import one another; 4 anchor.engine, the only
-one to import deepspeed; 3 anchor.objectives; 2 anchor.models and anchor.data; 1 anchor.config, anchor.dist,
+Layers: 6 launch (shell); 5 anchor.train, anchor.doctor, data_prep, eval, which never import one another; 4 anchor.engine,
+the only one to import deepspeed; 3 anchor.objectives; 2 anchor.models and anchor.data; 1 anchor.config, anchor.dist,
 anchor.log; 0 anchor.errors. In layer 2, anchor.models may import anchor.data, which holds what models are fed
 with; anchor.data never imports anchor.models. In layer 1 nothing imports a sibling.
 """
@@ -25,6 +25,7 @@ LAYERS = {
     "anchor.objectives": 3,
     "anchor.engine": 4,
     "anchor.train": 5,
+    "anchor.doctor": 5,
     "data_prep": 5,
     "eval": 5,
 }

@@ -1,0 +1,66 @@
+"""How fast ranks gather and reduce: the two collectives of ZeRO-3, timed by size."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from anchor.dist import Ranks
+
+MIB = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One collective at one size.
+
+    Attributes:
+        name: of the collective.
+        size_mib: bytes of the whole tensor, over all ranks, in MiB.
+        milliseconds: median of the slowest rank.
+        gib_per_second: bytes that leave a rank, (W - 1) / W of the tensor, per second (the bus bandwidth of
+            nccl-tests).
+    """
+
+    name: str
+    size_mib: int
+    milliseconds: float
+    gib_per_second: float
+
+
+def time_collectives(ranks: Ranks, sizes_mib: Sequence[int], turns: int = 5) -> list[Timing]:
+    """Time all-gather and reduce-scatter; every rank calls it.
+
+    Args:
+        ranks: this process among all, in a process group.
+        sizes_mib: sizes of the whole tensor in MiB.
+        turns: repetitions, after one that is not counted.
+    """
+    found = []
+    for size in sizes_mib:
+        share = torch.ones(max(1, size * MIB // 4 // ranks.world_size), device=ranks.device)
+        whole = torch.empty(share.numel() * ranks.world_size, device=ranks.device)
+        for name, call in (
+            ("all-gather", lambda share=share, whole=whole: dist.all_gather_into_tensor(whole, share)),
+            ("reduce-scatter", lambda share=share, whole=whole: dist.reduce_scatter_tensor(share, whole)),
+        ):
+            seconds = _median_seconds(call, ranks.device, turns)
+            moved = whole.numel() * 4 * (ranks.world_size - 1) / ranks.world_size
+            found.append(Timing(name, size, seconds * 1e3, moved / seconds / 1024**3))
+    return found
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device, turns: int) -> float:
+    taken = []
+    for _ in range(turns + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    slowest = torch.tensor(sorted(taken[1:])[turns // 2], device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)

@@ -1,0 +1,255 @@
+"""The hosts of a hostfile before a run: reachable, alike, and with everything that the recipe names.
+
+1. Every host is asked by ssh, all at once, for its facts: the same program at the same path must be there.
+2. The facts are compared with those of the launching machine and with the hostfile's slots.
+3. What all hosts agree on comes back: the address of the first host and the interface towards it.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anchor.config.load import load_recipe
+from anchor.config.model_path import resolve_model_path
+from anchor.config.schema import TrainRecipe
+from anchor.data.shards import read_index
+from anchor.doctor.facts import GIB, ROOT, Facts, gather_facts, interface_towards, resolve
+from anchor.doctor.judge import blocking, differences, skew
+from anchor.errors import AnchorError, ConfigError, ModelError
+
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+_TIMEOUT_SECONDS = 120.0
+_OPTIMISER_BYTES_PER_WEIGHT_BYTE = 6
+"""float32 weights and two AdamW moments, 12 bytes, beside 2 bytes of bf16."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """What a host says of itself.
+
+    Attributes:
+        facts: as JSON, see :class:`anchor.doctor.facts.Facts`.
+        first_host_address: what the first host's name resolves to there.
+        interface: by which the first host (on the first host itself: the second) is reached.
+        port_free: whether the rendezvous port can be bound.
+        recipe_problems: shards, model or disk space that the recipe needs and the host lacks.
+    """
+
+    facts: dict[str, Any]
+    first_host_address: str | None
+    interface: str | None
+    port_free: bool
+    recipe_problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all hosts agree on, and what is wrong.
+
+    Attributes:
+        problems: host -> what is wrong there; hosts without problems have an empty list.
+        master_address: of the first host, as the others resolve it.
+        interface: name of the network interface, if it is the same everywhere.
+    """
+
+    problems: dict[str, list[str]]
+    master_address: str | None
+    interface: str | None
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots by host, in the order of ranks.
+
+    Raises:
+        ConfigError: missing file, a line that is not `HOST slots=N`, a host given twice, or no host.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such hostfile; write one line `HOST slots=GPUS` per host")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots\s*=\s*([1-9]\d*)", text)
+        if match is None:
+            raise ConfigError(f"{path}:{number}: expected `HOST slots=GPUS`, got '{text}'")
+        if match[1] in hosts:
+            raise ConfigError(f"{path}:{number}: host '{match[1]}' is given twice; keep one line")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"{path}: names no host; write one line `HOST slots=GPUS` per host")
+    return hosts
+
+
+def report_of_this_host(
+    hosts: Sequence[str], position: int, port: int, recipe: str, overrides: Sequence[str]
+) -> HostReport:
+    """Run on every host.
+
+    Args:
+        hosts: all hosts in order.
+        position: of this one.
+        port: of the rendezvous.
+        recipe: training recipe.
+        overrides: of the recipe.
+    """
+    address = resolve(hosts[0])
+    peer = address if position else (resolve(hosts[1]) if len(hosts) > 1 else address)
+    return HostReport(
+        facts=gather_facts().to_json(),
+        first_host_address=address,
+        interface=None if peer is None else interface_towards(peer),
+        port_free=position > 0 or _port_free(port),
+        recipe_problems=tuple(_recipe_problems(recipe, overrides)),
+    )
+
+
+def _port_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _recipe_problems(path: str, overrides: Sequence[str]) -> list[str]:
+    """What a run of the recipe would miss on this machine."""
+    try:
+        recipe = load_recipe(path, TrainRecipe, overrides)
+    except AnchorError as error:
+        return [str(error)]
+    found = []
+    try:
+        index = read_index(recipe.data.shards)
+        lacking = [
+            shard["file"] for shard in index.shards if not os.access(recipe.data.shards / shard["file"], os.R_OK)
+        ]
+        if lacking:
+            found.append(f"{recipe.data.shards}: cannot read {', '.join(lacking[:3])}")
+    except AnchorError as error:
+        found.append(str(error))
+    try:
+        found += _disk_problems(recipe)
+    except ModelError as error:
+        found.append(str(error))
+    return found
+
+
+def _disk_problems(recipe: TrainRecipe) -> list[str]:
+    """Whether checkpoints and export fit; the weights' own size is the measure."""
+    model = resolve_model_path(recipe.backbone.path)
+    folder = Path(model.name)
+    if not folder.is_dir():
+        return []  # a hub name; its size is not known here
+    files = [folder / model.gguf_file] if model.gguf_file else list(folder.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in files)
+    full = recipe.backbone.trained.kind == "full"
+    checkpoint = weights * (1 + _OPTIMISER_BYTES_PER_WEIGHT_BYTE) if full else 0
+    needed = checkpoint * (recipe.engine.keep_checkpoints + 1) + weights
+    place = next(parent for parent in (recipe.output_dir, *recipe.output_dir.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free >= needed:
+        return []
+    return [f"{place}: {free / GIB:.0f} GiB free, checkpoints and export need about {needed / GIB:.0f} GiB; free some"]
+
+
+def examine(
+    hosts: dict[str, int], port: int, recipe: str, overrides: Sequence[str], environment: dict[str, str]
+) -> Agreement:
+    """Ask every host and compare.
+
+    Args:
+        hosts: slots by host.
+        port: of the rendezvous.
+        recipe: training recipe, as named on every host.
+        overrides: of the recipe.
+        environment: what the launcher will set for the ranks.
+    """
+    names = list(hosts)
+    with ThreadPoolExecutor(max_workers=min(64, len(names))) as pool:
+        answers = list(pool.map(lambda i: _ask(names, i, port, recipe, overrides), range(len(names))))
+    reference = gather_facts()
+    problems: dict[str, list[str]] = {}
+    reports: dict[str, HostReport] = {}
+    for name, (answer, before, after) in zip(names, answers, strict=True):
+        if isinstance(answer, str):
+            problems[name] = [answer]
+            continue
+        reports[name] = answer
+        facts = Facts(**answer.facts)
+        found = differences(facts, reference)
+        if environment.get("DS_ACCELERATOR") != "cpu" and len(facts.gpus) != hosts[name]:
+            found.append(f"has {len(facts.gpus)} GPUs, the hostfile says slots={hosts[name]}; correct the hostfile")
+        if not answer.port_free:
+            found.append(f"port {port} is in use, perhaps by a run that is just ending; wait 30 s or use --master-port")
+        if len(names) > 1 and (answer.first_host_address is None or answer.interface is None):
+            found.append(f"does not resolve or reach {names[0]}; add it to /etc/hosts there")
+        late = skew(facts.unix_seconds, before, after)
+        # The launcher sets the interface, so a name that resolves to loopback does no harm.
+        loopback_is_mended = environment | {"GLOO_SOCKET_IFNAME": answer.interface or "lo"}
+        found += [*answer.recipe_problems, *([late] if late else [])]
+        found += blocking(facts, several_hosts=len(names) > 1, environment=loopback_is_mended)
+        problems[name] = found
+    return _agree(names, reports, problems)
+
+
+def _agree(names: list[str], reports: dict[str, HostReport], problems: dict[str, list[str]]) -> Agreement:
+    others = [reports[name] for name in names[1:] if name in reports] or list(reports.values())
+    addresses = {report.first_host_address for report in others if report.first_host_address}
+    interfaces = {report.interface for report in reports.values() if report.interface}
+    if len(addresses) > 1:
+        seen = ", ".join(sorted(addresses))
+        problems[names[0]].append(f"other hosts resolve its name to different addresses ({seen}); use --master-addr")
+    return Agreement(
+        problems,
+        addresses.pop() if len(addresses) == 1 else None,
+        interfaces.pop() if len(interfaces) == 1 else None,
+    )
+
+
+def _ask(
+    names: Sequence[str], position: int, port: int, recipe: str, overrides: Sequence[str]
+) -> tuple[HostReport | str, float, float]:
+    """A host's report, or why there is none; and our clock before and after."""
+    words = [sys.executable, "-m", "anchor.doctor", "--report", ",".join(names), "--position", str(position)]
+    inner = shlex.join([*words, "--master-port", str(port), recipe, *overrides])
+    # The interpreter of this process by its path: on a host without it, that is the problem to name.
+    command = f"cd {shlex.quote(str(ROOT))} && {inner}"
+    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    before = time.time()
+    try:
+        done = subprocess.run(
+            [*_SSH, *options, names[position], command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_TIMEOUT_SECONDS:.0f} s; look at its load and network file systems", 0.0, 0.0
+    after = time.time()
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode == 255:
+        return f"not reachable by ssh: {last}", before, after
+    if done.returncode != 0:
+        return f"cannot run this project there (same path on every host, `bash launch/setup.sh`): {last}", before, after
+    return HostReport(**json.loads(done.stdout.splitlines()[-1])), before, after
+
+
+def to_json(report: HostReport) -> str:
+    """One line for the asking host."""
+    return json.dumps(asdict(report))

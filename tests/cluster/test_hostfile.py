@@ -1,0 +1,118 @@
+"""Invariants of `launch/multinode.sh` over real ssh between two hosts: the losses of one process, arguments unharmed,
+what is wrong with a host is said before anything starts, and no failure leaves a process or an exit code of zero.
+"""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from clusters import Cluster, losses, train_alone
+from nodes import ROOT, Node, wait_until
+
+pytestmark = pytest.mark.cluster
+RANK = "-m anchor.train --local_rank"
+
+
+def multinode(hostfile: Path, *words: object) -> tuple[object, ...]:
+    return ("launch/multinode.sh", "--hostfile", hostfile, *words)
+
+
+def gone(nodes: list[Node]) -> bool:
+    return not any(node.pids(words) for node in nodes for words in (RANK, "deepspeed.launcher"))
+
+
+def train_long(cluster: Cluster, recipe: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start a run on both hosts that would take minutes; returns when it has taken three steps."""
+    checked = ("--no-check", "--interface", "eth0", "--master-addr", "node1")
+    run = cluster.nodes[0].start(*multinode(cluster.folder / "hostfile", *checked, recipe), log=log)
+    wait_until(lambda: "step 3/" in log.read_text() or run.poll() is not None, 90, f"step 3 in {log}")
+    assert run.poll() is None, log.read_text()
+    return run
+
+
+def test_two_hosts_give_the_losses_of_one_process_and_arguments_arrive_unharmed(
+    ssh_cluster: Cluster, write_stage1: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, odd = write_stage1(), tmp_path / 'two hosts $HOME; `x` 100%h "q" it\'s'
+    train_alone(recipe, f"output_dir={tmp_path / 'alone'}")
+    done = ssh_cluster.nodes[0].run(*multinode(ssh_cluster.folder / "hostfile", recipe, f"output_dir={odd}"))
+    assert "node1: ok, 1 ranks\nnode2: ok, 1 ranks\n" in done.stdout
+    assert "2 ranks" in done.stdout
+    alone, together = losses(tmp_path / "alone"), losses(odd)
+    assert len(alone) == 6
+    assert alone[0] != alone[-1]
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert (odd / "export/config.json").is_file()
+
+
+def test_an_unreachable_host_is_named_before_anything_starts(
+    ssh_cluster: Cluster, write_stage1: Callable[..., Path], tmp_path: Path
+) -> None:
+    hostfile, output = tmp_path / "hostfile", tmp_path / "run"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")
+    done = ssh_cluster.nodes[0].run(*multinode(hostfile, write_stage1(), f"output_dir={output}"), check=False)
+    assert done.returncode == 1
+    assert "node2: ok, 1 ranks" in done.stdout
+    assert "node3: not reachable by ssh: ssh: Could not resolve hostname node3" in done.stdout
+    assert done.stdout.endswith("1 of 3 hosts cannot run this: node3\n")
+    assert not output.exists()
+
+
+def test_another_commit_other_files_and_missing_shards_are_named_by_host(
+    ssh_cluster: Cluster, write_stage1: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, second = ssh_cluster.nodes
+    recipe, other, empty = write_stage1(), tmp_path / "other", tmp_path / "empty"
+    subprocess.run(["git", "clone", "-q", "--shared", ROOT, other], check=True)
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run(["git", "-C", other, *identity, "commit", "-q", "--allow-empty", "-m", "other"], check=True)
+    for folder in ("anchor", "data_prep", "eval", "ds_configs", "launch"):  # what is not committed yet, too
+        shutil.copytree(ROOT / folder, other / folder, dirs_exist_ok=True)
+    (other / ".venv").mkdir()
+    empty.mkdir()
+    shards = next(line.split(": ")[1] for line in recipe.read_text().splitlines() if "shards: " in line)
+    second.mount(ROOT / ".venv", other / ".venv")
+    second.mount(other, ROOT)
+    second.mount(empty, Path(shards))
+    try:
+        done = first.run(*multinode(ssh_cluster.folder / "hostfile", recipe), check=False)
+    finally:
+        second.unmount(Path(shards))
+        second.unmount(ROOT)
+        second.unmount(other / ".venv")
+    assert done.returncode == 1
+    lines = [line for line in done.stdout.splitlines() if line.startswith("node")]
+    assert lines[0] == "node1: ok, 1 ranks"
+    assert lines[1].startswith("node2: commit is ")
+    assert lines[1].endswith("; check the same one out")
+    assert lines[2].startswith(f"node2: {shards}")
+    assert len(lines) == 3
+
+
+def test_a_killed_rank_ends_all_in_seconds_and_shows_where_it_was(
+    ssh_cluster: Cluster, write_stage1: Callable[..., Path], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    run = train_long(ssh_cluster, write_stage1(total_steps=5000), log)
+    (rank,) = ssh_cluster.nodes[1].pids(RANK)
+    start = time.monotonic()
+    ssh_cluster.nodes[1].run("kill", "-ABRT", rank)
+    assert run.wait(timeout=60) != 0
+    wait_until(lambda: gone(ssh_cluster.nodes), 40, "no process of the run")
+    assert time.monotonic() - start < 60
+    text = log.read_text()
+    assert "node2: Fatal Python error: Aborted" in text
+    assert "anchor/engine/" in text.split("Fatal Python error: Aborted")[1]
+
+
+def test_a_hostfile_or_recipe_that_cannot_be_meant_is_one_line(ssh_cluster: Cluster, tmp_path: Path) -> None:
+    node, hostfile = ssh_cluster.nodes[0], tmp_path / "hostfile"
+    hostfile.write_text("node1 slots=1\nnode1 slots=2\n")
+    done = node.run(*multinode(hostfile, "x.yaml"), check=False)
+    assert (done.returncode, done.stdout) == (2, f"error: {hostfile}:2: host 'node1' is given twice; keep one line\n")
+    done = node.run(*multinode(ssh_cluster.folder / "hostfile", "missing.yaml"), check=False)
+    assert done.returncode == 1
+    assert done.stdout.count("missing.yaml: no such recipe file; give the path of a .yaml file\n") == 2
