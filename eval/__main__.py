@@ -31,9 +31,18 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
         one.add_argument("--attention", choices=("segments", "varlen", "flash"), help="kernel (by the device)")
         one.add_argument("--pack-tokens", type=int, default=8192, help="tokens of one forward pass (8192)")
-    embed.add_argument("--input", type=Path, required=True, help=".jsonl with 'text' and 'id', or .txt")
-    embed.add_argument("--output", type=Path, required=True, help="new folder")
+    embed.add_argument("--input", required=True, help=".jsonl with 'text' and 'id', .parquet, .txt, or - (stdin)")
+    embed.add_argument("--output", type=Path, required=True, help="folder of the vectors")
     embed.add_argument("--prompt", help="name of a prompt of the folder: query, document, ...")
+    embed.add_argument("--format", choices=("jsonl", "parquet", "txt"), help="of the input (by its suffix)")
+    embed.add_argument("--text-field", default="text", help="field or column of the text (text)")
+    embed.add_argument("--id-field", default="id", help="field or column of the id (id)")
+    embed.add_argument("--output-format", choices=("npy", "parquet", "safetensors"), default="npy", help="(npy)")
+    embed.add_argument("--output-dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored vectors (fp32)")
+    embed.add_argument("--dimension", type=int, help="keep the first so many components (Matryoshka)")
+    embed.add_argument("--raw", action="store_true", help="anchor states as they are, not of length 1")
+    embed.add_argument("--shard-texts", type=int, default=2048, help="texts of a part, the unit of resuming (2048)")
+    embed.add_argument("--overwrite", action="store_true", help="replace vectors that the folder holds")
     mteb.add_argument("--tasks", default="", help="names of mteb tasks, separated by commas")
     mteb.add_argument("--retrieval", type=Path, action="append", default=[], help="folder of a local retrieval task")
     mteb.add_argument("--data-root", type=Path, help="offline copy of the tasks' data, by hub path")
@@ -62,13 +71,29 @@ def _mteb(arguments: argparse.Namespace) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from eval.embed import embed
-    from eval.encoder import Encoder
+    from anchor import dist
+    from eval.embed import Options, embed
+    from eval.encoder import open_encoder
+    from eval.texts import Source
 
-    encoder = Encoder(
-        arguments.model, dtype=arguments.dtype, attention=arguments.attention, pack_tokens=arguments.pack_tokens
+    path = None if arguments.input == "-" else Path(arguments.input)
+    source = Source(path, arguments.format, arguments.text_field, arguments.id_field)
+    options = Options(
+        prompt=arguments.prompt,
+        normalize=not arguments.raw,
+        dimension=arguments.dimension,
+        dtype=arguments.output_dtype,
+        format=arguments.output_format,
+        shard_texts=arguments.shard_texts,
     )
-    embed(encoder, arguments.input, arguments.output, arguments.prompt)
+    dist.init()
+    try:
+        encoder = open_encoder(
+            arguments.model, dtype=arguments.dtype, attention=arguments.attention, pack_tokens=arguments.pack_tokens
+        )
+        embed(encoder, source, arguments.output, options, overwrite=arguments.overwrite)
+    finally:
+        dist.shutdown()
 
 
 def _table(arguments: argparse.Namespace) -> None:

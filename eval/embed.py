@@ -1,70 +1,204 @@
-"""``python -m eval embed``: texts of a JSON-lines or plain text file -> ``embeddings.npy`` and ``ids.txt``."""
+"""``python -m eval embed``: texts -> a folder of vectors, on one process or many ranks.
+
+1. The texts are cut into blocks of ``shard_texts``, in order; rank r of W embeds blocks r, r + W, ... The blocks do
+   not depend on W, so a run may be continued on another number of ranks.
+2. Each finished block is a part, written beside and renamed. A run that was killed goes on behind its last part.
+3. Rank 0 merges the parts into one file with ids and norms, and writes the manifest last.
+"""
 
 import json
 import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
+from rich.console import Console
+from rich.progress import track
 
-from anchor.errors import ConfigError, DataError, did_you_mean
-from eval.encoder import Encoder
+from anchor import dist
+from anchor.errors import ConfigError, DataError
+from eval.encoder import NotFiniteError, TextEncoder, unit
+from eval.ranks import rank_and_size
+from eval.texts import Block, Source, read_blocks
+from eval.vectors import DTYPES, MANIFEST, Part, read_part, write_folder, write_json, write_part
 
 log = logging.getLogger(__name__)
 
+LOG_EVERY_SECONDS = 30.0
+_PARTS, _JOB = ".parts", "job.json"
+_OURS = ("embeddings.npy", "norms.npy", "ids.txt", "embeddings.parquet", "embeddings.safetensors", MANIFEST)
 
-def read_texts(path: Path) -> tuple[list[str], list[str]]:
-    """Ids and texts of a ``.jsonl`` file (fields ``text`` and, if present, ``id``) or a ``.txt`` file of lines.
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How vectors are made and stored.
+
+    Attributes:
+        prompt: name of a prompt of the folder, or None for bare texts.
+        normalize: unit vectors, or the anchor states as they are.
+        dimension: keep the first so many components (Matryoshka), then normalise; all when None.
+        dtype: of the stored vectors, ``fp32`` or ``fp16``.
+        format: ``npy``, ``parquet`` or ``safetensors``.
+        shard_texts: texts of a part.
+    """
+
+    prompt: str | None = None
+    normalize: bool = True
+    dimension: int | None = None
+    dtype: str = "fp32"
+    format: str = "npy"
+    shard_texts: int = 2048
+
+
+def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, *, overwrite: bool = False) -> None:
+    """Embed a source into a folder; every rank calls it. See :mod:`eval.vectors` for the files.
+
+    Args:
+        encoder: the model.
+        source: the texts; standard input only on one rank.
+        output: the folder; what an unfinished run of the same job left there is kept.
+        options: how.
+        overwrite: begin again where the folder holds other vectors.
 
     Raises:
-        ConfigError: missing file or another kind of file.
-        DataError: malformed line, missing field, an id given twice, no text at all.
+        AnchorError: bad input, unknown prompt, folder in use, vector that is not finite.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; expected .jsonl with a field 'text', or .txt with one text per line")
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ConfigError(f"{path}: expected a file ending in .jsonl or .txt")
-    ids, texts = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}:{number}"
-        row = {"text": line}
-        if path.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f"{where}: no field 'text' with a text{did_you_mean('text', row)}")
-        ids.append(str(row.get("id", number - 1)))
-        texts.append(row["text"])
-    if not texts:
-        raise DataError(f"{path}: holds no text")
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise DataError(f"{path}: the id '{twice}' is given twice")
-    return ids, texts
+    job = _job(encoder, source, options)
+    rank, world_size = rank_and_size()
+    if source.path is None and world_size > 1:
+        raise ConfigError(f"standard input: cannot be shared by {world_size} ranks; give a file")
+    parts = output / _PARTS
+    if rank == 0:
+        _claim(output, job, overwrite)
+    dist.barrier()
+    keys: list[str] = []
+    kept = made = 0
+    last = time.monotonic()
+    console = Console(stderr=True)
+    blocks = read_blocks(source, options.shard_texts)
+    for block in track(blocks, "embedding", console=console, disable=not console.is_terminal, transient=True):
+        keys.append(_key(block))
+        path = _part(parts, block.number)
+        if block.number % world_size != rank:
+            continue
+        if path.is_file():
+            read_part(path, keys[-1])
+            kept += 1
+            continue
+        _embed_block(encoder, source, block, path, job)
+        made += 1
+        if time.monotonic() - last >= LOG_EVERY_SECONDS:
+            last = time.monotonic()
+            log.info("%d texts embedded", (block.number + 1) * options.shard_texts)
+    dist.barrier()
+    log.info("rank %d: %d parts embedded, %d kept of an earlier run", rank, made, kept)
+    if rank == 0:
+        _merge(source, output, keys, job)
+    dist.barrier()
 
 
-def embed(encoder: Encoder, source: Path, output: Path, prompt_name: str | None) -> None:
-    """Embed a file into a new folder: ``embeddings.npy`` (float32), ``ids.txt`` and ``manifest.json``.
-
-    Raises:
-        AnchorError: bad input, unknown prompt, or an output folder that is not empty.
-    """
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output}: not empty; choose another --output")
-    ids, texts = read_texts(source)
-    prompt = encoder.prompt(prompt_name) if prompt_name is not None else ""
-    vectors = encoder.encode(texts, prompt)
-    output.mkdir(parents=True, exist_ok=True)
-    np.save(output / "embeddings.npy", vectors)
-    (output / "ids.txt").write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
-    manifest = {
+def _job(encoder: TextEncoder, source: Source, options: Options) -> dict[str, Any]:
+    """What the vectors depend on; a folder is only continued when all of it is the same."""
+    if options.dimension is not None and not 0 < options.dimension <= encoder.dimension:
+        raise ConfigError(
+            f"--dimension {options.dimension}: {encoder.folder} has {encoder.dimension}; give 1 to {encoder.dimension}"
+        )
+    if not encoder.raw and not options.normalize:
+        raise ConfigError(
+            f"{encoder.folder}: no anchor.json, so only the vectors of its own modules are known; drop --raw"
+        )
+    settings = {key: value for key, value in asdict(options).items() if key != "prompt"}
+    return {
+        **settings,
         "model": str(encoder.folder),
         "revision": encoder.revision(),
-        "prompt": prompt,
-        "texts": len(texts),
-        "dimension": encoder.dimension,
-        "dtype": "float32",
+        "prompt": encoder.prompt(options.prompt) if options.prompt is not None else "",
+        "max_tokens": encoder.max_tokens,
+        "compute_dtype": encoder.dtype,
+        "dimension": options.dimension or encoder.dimension,
+        "has_norms": encoder.raw,
+        "source": source.name,
     }
-    (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    log.info("%d texts of %s in %s", len(texts), source, output / "embeddings.npy")
+
+
+def _claim(output: Path, job: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder ready, or say why it cannot be written to."""
+    parts = output / _PARTS
+    if output.is_dir() and any(output.iterdir()):
+        if overwrite:
+            shutil.rmtree(parts, ignore_errors=True)
+            for name in _OURS:
+                (output / name).unlink(missing_ok=True)
+        elif (output / MANIFEST).is_file():
+            raise ConfigError(f"{output}: holds finished embeddings; choose another --output or add --overwrite")
+        elif not (parts / _JOB).is_file():
+            raise ConfigError(f"{output}: not empty; choose another --output")
+        else:
+            _check_same(output, _read_job(parts / _JOB), job)
+    parts.mkdir(parents=True, exist_ok=True)
+    write_json(parts / _JOB, job)
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    """The job of an unfinished folder.
+
+    Raises:
+        DataError: not readable.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not readable; add --overwrite to begin again") from error
+
+
+def _check_same(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differing = [key for key in now if before.get(key) != now[key]]
+    if differing:
+        what = ", ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in differing)
+        raise ConfigError(f"{output}: holds an unfinished run of another job ({what}); add --overwrite to begin again")
+
+
+def _key(block: Block) -> str:
+    digest = xxhash.xxh3_128()
+    for texts in (block.ids, block.texts):
+        for text in texts:
+            raw = text.encode(errors="surrogatepass")
+            digest.update(len(raw).to_bytes(8, "little"))
+            digest.update(raw)
+    return digest.hexdigest()
+
+
+def _embed_block(encoder: TextEncoder, source: Source, block: Block, path: Path, job: dict[str, Any]) -> None:
+    try:
+        states = encoder.states(block.texts, job["prompt"])
+    except NotFiniteError as error:
+        raise DataError(f"{source.name}: text '{block.ids[error.index]}': {error}") from error
+    norms = np.linalg.norm(states, axis=1).astype(np.float32)  # of all components
+    cut = states[:, : job["dimension"]]
+    vectors = (unit(cut) if job["normalize"] else cut).astype(DTYPES[job["dtype"]])
+    if not np.isfinite(vectors).all():
+        raise DataError(f"{source.name}: block {block.number} exceeds fp16; store with --output-dtype fp32")
+    write_part(path, Part(block.ids, vectors, norms), _key(block))
+
+
+def _merge(source: Source, output: Path, keys: list[str], job: dict[str, Any]) -> None:
+    parts = output / _PARTS
+
+    def in_order() -> Iterator[Part]:
+        for number, key in enumerate(keys):
+            yield read_part(_part(parts, number), key)
+
+    num_texts = sum(len(part.ids) for part in in_order())
+    manifest = {**job, "texts": num_texts, "ranks": rank_and_size()[1], "parts": len(keys)}
+    write_folder(output, in_order(), manifest)
+    shutil.rmtree(parts)
+    log.info("%d texts of %s in %s", num_texts, source.name, output)
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"part-{number:06d}.safetensors"

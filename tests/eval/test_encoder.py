@@ -1,14 +1,14 @@
 """Invariants: vectors depend neither on the order nor on the packing of texts; a folder that is no export, and a
 prompt that does not exist, are refused by name."""
 
-import json
+import shutil
 
 import numpy as np
 import pytest
 from conftest import english_pairs
 
 from anchor.errors import ConfigError, ModelError
-from eval.encoder import Encoder
+from eval.encoder import Encoder, open_encoder
 
 TEXTS = [row["positive"] for row in english_pairs(40)] + ["", "word " * 200]
 
@@ -39,37 +39,21 @@ def test_a_folder_that_is_no_export_is_refused(tiny_model_dir, tmp_path):
         Encoder(tmp_path / "nowhere", dtype="fp32")
 
 
-def test_embed_writes_vectors_ids_and_manifest(export_dir, tmp_path):
-    from eval.embed import embed
-
-    source, out = tmp_path / "texts.jsonl", tmp_path / "out"
-    source.write_text("".join(json.dumps({"id": f"n{i}", "text": text}) + "\n" for i, text in enumerate(TEXTS)))
-    encoder = Encoder(export_dir, dtype="fp32")
-    embed(encoder, source, out, "query")
-    vectors = np.load(out / "embeddings.npy")
-    np.testing.assert_array_equal(vectors, encoder.encode(TEXTS, "Answer it: "))
-    assert (out / "ids.txt").read_text().splitlines() == [f"n{i}" for i in range(len(TEXTS))]
-    assert json.loads((out / "manifest.json").read_text())["prompt"] == "Answer it: "
-    with pytest.raises(ConfigError) as error:
-        embed(encoder, source, out, None)
-    assert str(error.value) == f"{out}: not empty; choose another --output"
+def test_a_folder_of_sentence_transformers_is_served_by_that_library(export_dir, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(export_dir, folder)
+    (folder / "anchor.json").unlink()
+    encoder = open_encoder(folder, dtype="fp32")
+    assert not encoder.raw
+    assert encoder.prompt("query") == "Answer it: "
+    ours = Encoder(export_dir, dtype="fp32").encode(TEXTS[:5], "Answer it: ")
+    np.testing.assert_allclose(encoder.encode(TEXTS[:5], "Answer it: "), ours, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a"}\n{"text": \n', ":2: malformed JSON: Expecting value at character 10"),
-        ('{"txt": "a"}\n', ":1: no field 'text' with a text; did you mean 'txt'?"),
-        ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', ": the id '1' is given twice"),
-        ("", ": holds no text"),
-    ],
-)
-def test_bad_input_files_are_refused_by_line(tmp_path, content, message):
-    from anchor.errors import DataError
-    from eval.embed import read_texts
-
-    path = tmp_path / "texts.jsonl"
-    path.write_text(content)
-    with pytest.raises(DataError) as error:
-        read_texts(path)
-    assert str(error.value) == f"{path}{message}"
+def test_a_folder_of_another_kind_says_what_is_missing(tiny_model_dir):
+    with pytest.raises(ModelError) as error:
+        open_encoder(tiny_model_dir, dtype="fp32")
+    assert str(error.value) == (
+        f"{tiny_model_dir}: neither anchor.json nor modules.json; expected a folder exported by anchor.train or one of "
+        "sentence-transformers"
+    )

@@ -1,0 +1,83 @@
+"""Many ranks embed while one scores.
+
+Rank 0 runs mteb and asks for embeddings; the other ranks wait in :meth:`RankedEncoder.serve` for their share of the
+texts. The texts are dealt round in order of length, so that the shares take equal time. The group of its own waits for
+days where a collective of training would give up after minutes: scoring a task may take hours.
+"""
+
+import datetime
+from collections.abc import Sequence
+
+import numpy as np
+import torch.distributed as dist
+from jaxtyping import Float
+
+from anchor.errors import AnchorError
+from eval.encoder import NotFiniteError, TextEncoder
+
+_PATIENCE = datetime.timedelta(days=14)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; 0 and 1 outside a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class RankedEncoder(TextEncoder):
+    """An encoder whose texts are shared by all ranks; every rank makes one, rank 0 calls :meth:`states`.
+
+    Args:
+        local: this rank's encoder.
+    """
+
+    def __init__(self, local: TextEncoder) -> None:
+        super().__init__(local.folder, local.about, local.dtype)
+        self._local = local
+        self.raw = local.raw
+        self.rank, self.world_size = rank_and_size()
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
+
+    @property
+    def dimension(self) -> int:
+        return self._local.dimension
+
+    def revision(self) -> str:
+        return self._local.revision()
+
+    def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
+        if self.world_size == 1:
+            return self._local.states(texts, prompt)
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        shares = [order[rank :: self.world_size] for rank in range(self.world_size)]
+        self._scatter([(prompt, [texts[i] for i in share]) for share in shares])
+        parts: list[np.ndarray | AnchorError | None] = [None] * self.world_size
+        dist.gather_object(self._work(prompt, [texts[i] for i in shares[0]]), parts, group=self._group)
+        out = np.empty((len(texts), self.dimension), dtype=np.float32)
+        for share, part in zip(shares, parts, strict=True):
+            if isinstance(part, NotFiniteError):
+                part.index = share[part.index]
+            if isinstance(part, AnchorError) or part is None:
+                raise part or RuntimeError("a rank sent nothing")
+            out[share] = part
+        return out
+
+    def serve(self) -> None:
+        """Embed what rank 0 sends until it calls :meth:`stop`; for the other ranks."""
+        while (task := self._scatter(None)) is not None:
+            dist.gather_object(self._work(*task), None, group=self._group)
+
+    def stop(self) -> None:
+        """Let the other ranks go; rank 0 calls it once, also after an error."""
+        if self.world_size > 1:
+            self._scatter([None] * self.world_size)
+
+    def _work(self, prompt: str, texts: list[str]) -> np.ndarray | AnchorError:
+        try:
+            return self._local.states(texts, prompt)
+        except AnchorError as error:
+            return error  # raised on rank 0, so that no rank waits for another that is gone
+
+    def _scatter(self, tasks: list | None) -> tuple[str, list[str]] | None:
+        box: list = [None]
+        dist.scatter_object_list(box, tasks, src=0, group=self._group)
+        return box[0]

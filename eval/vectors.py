@@ -1,0 +1,210 @@
+"""Embedding files: ``.npy``, Parquet or safetensors, their ids and norms, and the manifest that completes a folder.
+
+A folder holds ``manifest.json`` (written last: without it the folder is unfinished) and
+
+* ``npy``: ``embeddings.npy`` (N x D), ``norms.npy`` (N, float32), ``ids.txt`` (one id a line);
+* ``safetensors``: ``embeddings.safetensors`` with the tensors ``embeddings`` and ``norms``, and ``ids.txt``;
+* ``parquet``: ``embeddings.parquet`` with the columns ``id``, ``embedding`` (list of D) and ``norm``.
+
+``norms`` are the lengths of the anchor states before normalisation: with them a normalised embedding can be decoded,
+see :mod:`eval.decode`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from anchor.errors import DataError
+
+FORMATS = ("npy", "parquet", "safetensors")
+DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive vectors.
+
+    Attributes:
+        ids: of the texts.
+        embeddings: ``B D``.
+        norms: float32 ``B``.
+    """
+
+    ids: list[str]
+    embeddings: Float[np.ndarray, "B D"]
+    norms: Float[np.ndarray, " B"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A finished folder, read back.
+
+    Attributes:
+        manifest: ``manifest.json``.
+        ids: of the texts.
+        embeddings: as stored; memory-mapped where the format allows it.
+        norms: lengths of the anchor states, or None where the folder's model gave none.
+    """
+
+    manifest: dict[str, Any]
+    ids: list[str]
+    embeddings: Float[np.ndarray, "B D"]
+    norms: Float[np.ndarray, " B"] | None
+
+
+def write_folder(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write vectors in the manifest's ``format``, then the manifest with sizes and checksums; returns it.
+
+    Args:
+        folder: exists; files of the same names are replaced.
+        parts: all vectors in order.
+        manifest: ``format``, ``texts``, ``dimension``, ``dtype`` and whatever else is to be recorded.
+    """
+    writer = {"npy": _write_npy, "parquet": _write_parquet, "safetensors": _write_safetensors}[manifest["format"]]
+    names = writer(folder, parts, manifest)
+    files = {name: {"bytes": (folder / name).stat().st_size, "xxh3": file_xxh3(folder / name)} for name in names}
+    whole = {**manifest, "files": files}
+    write_json(folder / MANIFEST, whole)
+    return whole
+
+
+def read_folder(folder: Path) -> Stored:
+    """Read a folder that :func:`write_folder` finished.
+
+    Raises:
+        DataError: unfinished, altered, or of another number of rows than its manifest says.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder}: no {MANIFEST}; expected a finished folder of `python -m eval embed`")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for name, about in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != about["bytes"] or file_xxh3(file) != about["xxh3"]:
+            raise DataError(f"{file}: missing or altered since it was written; run `python -m eval embed` again")
+    norms: np.ndarray | None
+    if manifest["format"] == "parquet":
+        table = pq.read_table(folder / "embeddings.parquet")
+        ids = table.column("id").to_pylist()
+        flat = table.column("embedding").combine_chunks()
+        embeddings = np.asarray(flat.values).reshape(len(ids), manifest["dimension"])
+        norms = table.column("norm").to_numpy()
+    else:
+        ids = (folder / "ids.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        if manifest["format"] == "npy":
+            embeddings, norms = np.load(folder / "embeddings.npy", mmap_mode="r"), np.load(folder / "norms.npy")
+        else:
+            tensors = load_file(folder / "embeddings.safetensors")
+            embeddings, norms = tensors["embeddings"], tensors["norms"]
+    return Stored(manifest, ids, embeddings, norms if manifest["has_norms"] else None)
+
+
+def write_part(path: Path, part: Part, key: str) -> None:
+    """Write vectors of a block beside and rename: a part that has its name is whole.
+
+    Args:
+        path: the part's file.
+        part: what to write; no id holds a line end.
+        key: identifies the texts.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    embeddings = np.ascontiguousarray(part.embeddings)
+    ids = np.frombuffer("\n".join(part.ids).encode(), dtype=np.uint8)
+    tensors = {"embeddings": embeddings, "norms": part.norms, "ids": ids}
+    save_file(tensors, beside, metadata={"key": key, "xxh3": _tensors_xxh3(tensors)})
+    os.replace(beside, path)
+
+
+def read_part(path: Path, key: str) -> Part:
+    """A part back.
+
+    Raises:
+        DataError: half-written, altered, or of other texts than ``key`` says.
+    """
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "np") as opened:
+            about = opened.metadata()
+        ids = tensors["ids"].tobytes().decode().split("\n")
+        part = Part(ids, tensors["embeddings"], tensors["norms"])
+        same_texts, same_bits = about["key"] == key, about["xxh3"] == _tensors_xxh3(tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: half-written or damaged ({error}); delete it and run the command again") from error
+    if not same_texts:
+        raise DataError(f"{path}: holds other texts than the input now does; add --overwrite to begin again")
+    if not same_bits:
+        raise DataError(f"{path}: checksum differs; delete it and run the command again")
+    return part
+
+
+def _tensors_xxh3(tensors: dict[str, np.ndarray]) -> str:
+    digest = xxhash.xxh3_64()
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]))
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside and rename."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def file_xxh3(path: Path) -> str:
+    """xxh3 of a file's bytes."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_npy(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> list[str]:
+    shape, dtype = (manifest["texts"], manifest["dimension"]), DTYPES[manifest["dtype"]]
+    out = np.lib.format.open_memmap(folder / "embeddings.npy", mode="w+", dtype=dtype, shape=shape)
+    np.save(folder / "norms.npy", _fill(folder, out, parts))
+    out.flush()
+    return ["embeddings.npy", "norms.npy", "ids.txt"]
+
+
+def _write_safetensors(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> list[str]:
+    out = np.empty((manifest["texts"], manifest["dimension"]), dtype=DTYPES[manifest["dtype"]])
+    norms = _fill(folder, out, parts)
+    save_file({"embeddings": out, "norms": norms}, folder / "embeddings.safetensors")
+    return ["embeddings.safetensors", "ids.txt"]
+
+
+def _fill(folder: Path, out: np.ndarray, parts: Iterator[Part]) -> np.ndarray:
+    """Copy the parts into ``out`` and their ids into ``ids.txt``; returns the norms."""
+    norms, start = np.empty(len(out), dtype=np.float32), 0
+    with (folder / "ids.txt").open("w", encoding="utf-8") as stream:
+        for part in parts:
+            rows = slice(start, start + len(part.ids))
+            out[rows], norms[rows] = part.embeddings, part.norms
+            stream.writelines(f"{one}\n" for one in part.ids)
+            start += len(part.ids)
+    return norms
+
+
+def _write_parquet(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> list[str]:
+    value = pa.from_numpy_dtype(DTYPES[manifest["dtype"]])
+    fields = [("id", pa.string()), ("embedding", pa.list_(value, manifest["dimension"])), ("norm", pa.float32())]
+    schema = pa.schema(fields)
+    with pq.ParquetWriter(folder / "embeddings.parquet", schema) as writer:
+        for part in parts:
+            flat = pa.array(np.ascontiguousarray(part.embeddings).reshape(-1), value)
+            columns = [part.ids, pa.FixedSizeListArray.from_arrays(flat, manifest["dimension"]), part.norms]
+            writer.write_table(pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema))
+    return ["embeddings.parquet"]

@@ -1,0 +1,210 @@
+"""Invariants: an output folder is whole or says that it is not; a run that was killed embeds nothing twice; vectors
+are the same in every format; nothing is overwritten unasked; bad input is one line."""
+
+import io
+import socket
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import english_pairs, write_jsonl
+
+from anchor.errors import ConfigError, DataError
+from eval.__main__ import main
+from eval.embed import Options, embed
+from eval.encoder import Encoder
+from eval.texts import Source, read_texts
+from eval.vectors import read_folder
+
+ROWS = [{"id": f"n{i}", "text": row["positive"]} for i, row in enumerate(english_pairs(50))]
+TEXTS = [row["text"] for row in ROWS]
+
+
+@pytest.fixture(scope="module")
+def encoder(export_dir) -> Encoder:
+    return Encoder(export_dir, dtype="fp32", pack_tokens=300)
+
+
+@pytest.fixture
+def source(tmp_path) -> Source:
+    return Source(write_jsonl(tmp_path / "texts.jsonl", ROWS))
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet", "safetensors"])
+def test_every_format_gives_back_vectors_ids_and_norms(encoder, source, tmp_path, kind):
+    out = tmp_path / "out"
+    embed(encoder, source, out, Options(prompt="query", format=kind, shard_texts=7))
+    stored = read_folder(out)
+    assert stored.ids == [row["id"] for row in ROWS]
+    np.testing.assert_allclose(stored.embeddings, encoder.encode(TEXTS, "Answer it: "), atol=1e-5)
+    states = encoder.states(TEXTS, "Answer it: ")
+    np.testing.assert_allclose(stored.embeddings * stored.norms[:, None], states, atol=1e-4)
+    assert stored.manifest["prompt"] == "Answer it: "
+    assert stored.manifest["texts"] == 50
+    assert not (out / ".parts").exists()
+
+
+def test_bfloat16_vectors_hardly_depend_on_packing(export_dir):
+    wide, narrow = (Encoder(export_dir, dtype="bf16", pack_tokens=t).encode(TEXTS) for t in (8192, 50))
+    assert (wide * narrow).sum(axis=1).min() > 0.9999
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+def test_a_killed_run_embeds_nothing_twice(encoder, source, tmp_path, monkeypatch):
+    asked: list[str] = []
+    real = Encoder.states
+
+    def counted(self, texts, prompt=""):
+        if len(asked) >= 20:
+            raise Killed
+        asked.extend(texts)
+        return real(self, texts, prompt)
+
+    monkeypatch.setattr(Encoder, "states", counted)
+    options = Options(shard_texts=10)
+    with pytest.raises(Killed):
+        embed(encoder, source, tmp_path / "out", options)
+    assert asked == TEXTS[:20]
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        read_folder(tmp_path / "out")
+    second: list[str] = []
+    monkeypatch.setattr(Encoder, "states", lambda self, texts, prompt="": second.extend(texts) or real(self, texts))
+    embed(encoder, source, tmp_path / "out", options)
+    assert second == TEXTS[20:]
+    monkeypatch.undo()
+    embed(encoder, source, tmp_path / "whole", options)
+    np.testing.assert_array_equal(read_folder(tmp_path / "out").embeddings, read_folder(tmp_path / "whole").embeddings)
+
+
+def test_an_unfinished_run_of_another_job_and_damaged_parts_are_refused(encoder, source, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", Options(shard_texts=10)
+    monkeypatch.setattr("eval.embed._merge", lambda *_: None)  # stop before the end
+    embed(encoder, source, out, options)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError) as error:
+        embed(encoder, source, out, Options(shard_texts=10, dtype="fp16"))
+    assert str(error.value) == (
+        f"{out}: holds an unfinished run of another job (dtype was 'fp32', is 'fp16'); add --overwrite to begin again"
+    )
+    part = out / ".parts/part-000002.safetensors"
+    whole = part.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-5] + b"xxxxx"):
+        part.write_bytes(damaged)
+        with pytest.raises(DataError) as error:
+            embed(encoder, source, out, options)
+        assert str(error.value).startswith(f"{part}: ")
+        assert str(error.value).endswith("delete it and run the command again")
+        assert part.read_bytes() == damaged
+    part.write_bytes(whole)
+    source.path.write_text(source.path.read_text().replace("answer 25", "reply 25"))
+    with pytest.raises(DataError, match="holds other texts than the input now does"):
+        embed(encoder, source, out, options)
+
+
+def test_finished_folders_and_others_files_are_kept_unless_asked(encoder, source, tmp_path):
+    out = tmp_path / "out"
+    embed(encoder, source, out, Options())
+    before = (out / "embeddings.npy").read_bytes()
+    with pytest.raises(ConfigError) as error:
+        embed(encoder, source, out, Options(dimension=8))
+    assert str(error.value) == f"{out}: holds finished embeddings; choose another --output or add --overwrite"
+    assert (out / "embeddings.npy").read_bytes() == before
+    (out / "notes.txt").write_text("mine")
+    embed(encoder, source, out, Options(dimension=8, dtype="fp16"), overwrite=True)
+    stored = read_folder(out)
+    assert stored.embeddings.shape == (50, 8)
+    assert stored.embeddings.dtype == np.float16
+    np.testing.assert_allclose(np.linalg.norm(stored.embeddings.astype(np.float32), axis=1), 1, atol=1e-3)
+    assert (out / "notes.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/x").write_text("")
+    with pytest.raises(ConfigError, match="not empty; choose another --output"):
+        embed(encoder, source, tmp_path / "other", Options())
+
+
+def test_raw_states_are_stored_as_they_are(encoder, source, tmp_path):
+    embed(encoder, source, tmp_path / "raw", Options(normalize=False))
+    np.testing.assert_allclose(read_folder(tmp_path / "raw").embeddings, encoder.states(TEXTS), atol=1e-4)
+
+
+def test_a_vector_that_is_not_finite_names_its_text(encoder, source, tmp_path, monkeypatch):
+    real = Encoder._tokenised
+
+    def poison(self, texts, prompt):
+        self.embedder.causal_lm.get_input_embeddings().weight.data[5] = float("nan")
+        yield from real(self, texts, prompt)
+
+    weight = encoder.embedder.causal_lm.get_input_embeddings().weight
+    kept = weight.data.clone()
+    monkeypatch.setattr(Encoder, "_tokenised", poison)
+    try:
+        token = encoder.backend.id_to_token(5)
+        row = write_jsonl(source.path, [{"id": "good", "text": "the river"}, {"id": "bad", "text": token}])
+        with pytest.raises(DataError) as error:
+            embed(encoder, Source(row), tmp_path / "out", Options())
+    finally:
+        weight.data.copy_(kept)
+    assert str(error.value).startswith(f"{row}: text 'bad': ")
+    assert "vectors are not finite" in str(error.value)
+
+
+def test_parquet_plain_text_and_other_columns_are_read(tmp_path):
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"name": [7, 8], "body": ["x", "y"]}), table)
+    assert read_texts(Source(table, text="body", id="name")) == (["7", "8"], ["x", "y"])
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert read_texts(Source(tmp_path / "a.txt")) == (["0", "1", "2"], ["one", "", "two"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', ":2: malformed JSON: Expecting value at character 10"),
+        (b'{"txt": "a"}\n', ":1: no field 'text' with a text; did you mean 'txt'?"),
+        (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', ": the id '1' is given twice; ids must differ"),
+        (b'{"id": "a\\nb", "text": "a"}\n', ":1: the id 'a\\nb' holds a line end"),
+        (b'{"text": "\xff"}\n', ":1: not UTF-8: byte 11 is 0xff"),
+        (b"", ": holds no text"),
+    ],
+)
+def test_bad_input_files_are_refused_by_line(tmp_path, content, message):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_texts(Source(path))
+    assert str(error.value) == f"{path}{message}"
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    """The environment of a single rank, which the command would otherwise leave in this process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def test_the_command_reads_standard_input_and_answers_errors_with_one_line(
+    export_dir, tmp_path, monkeypatch, capsys, one_rank
+):
+    command = ["embed", str(export_dir), "--input", "-", "--output", str(tmp_path / "o")]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    main(command)
+    stored = read_folder(tmp_path / "o")
+    assert stored.ids == ["0", "1"]
+    assert stored.manifest["source"] == "standard input"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"other\n")))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--prompt", "querry", "--overwrite"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"error: {export_dir}: no prompt is called 'querry'; did you mean 'query'?"
+    assert read_folder(tmp_path / "o").ids == ["0", "1"]
