@@ -100,7 +100,7 @@ class Node:
 
     def unmount(self, target: Path) -> None:
         """Undo :meth:`mount`."""
-        self._setup(["-m"], f"umount -R '{target}'")
+        self._setup(["-m", "-p"], f"umount -R '{target}'")
 
     def _setup(self, namespaces: list[str], script: str) -> None:
         """Run a script in some of the namespaces, as root of the machine."""

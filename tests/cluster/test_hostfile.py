@@ -39,6 +39,7 @@ def test_two_hosts_give_the_losses_of_one_process_and_arguments_arrive_unharmed(
     recipe, odd = write_stage1(), tmp_path / 'two hosts $HOME; `x` 100%h "q" it\'s'
     train_alone(recipe, f"output_dir={tmp_path / 'alone'}")
     done = ssh_cluster.nodes[0].run(*multinode(ssh_cluster.folder / "hostfile", recipe, f"output_dir={odd}"))
+    (tmp_path / "out").write_text(done.stdout)
     assert "node1: ok, 1 ranks\nnode2: ok, 1 ranks\n" in done.stdout
     assert "2 ranks" in done.stdout
     alone, together = losses(tmp_path / "alone"), losses(odd)
