@@ -25,6 +25,18 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("recipe", metavar="RECIPE", help="YAML file, see anchor/config/schema.py: PackRecipe")
     pack.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of the recipe's value")
     pack.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes; the result is the same")
+    pack.add_argument(
+        "--part", type=_part, metavar="I/N", help="only part I (from 0) of N, as one job of an array; then merge"
+    )
+
+    merge = _command(
+        commands.add_parser("merge", help="make shards of the parts of `pack --part`"),
+        "Make shards of the parts that `pack --part` has left: the same bytes as one `pack`.",
+        "python -m data_prep merge launch/recipes/quickstart/pack.yaml --workers 8",
+    )
+    merge.add_argument("recipe", metavar="RECIPE", help="the recipe of the parts")
+    merge.add_argument("overrides", nargs="*", metavar="section.key=value", help="those of the parts")
+    merge.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes; the result is the same")
 
     inspect = _command(
         commands.add_parser("inspect", help="report on a folder of shards"),
@@ -100,6 +112,13 @@ def _workers(text: str) -> int:
     return int(text)
 
 
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"expected a part such as 0/4, from 0/4 to 3/4, got '{text}'")
+    return int(part), int(parts)
+
+
 def _ranks(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
     if not (first.isdecimal() and last.isdecimal()):
@@ -122,7 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.command == "pack":
             from data_prep.pack import pack
 
-            pack(args.recipe, args.overrides, args.workers)
+            pack(args.recipe, args.overrides, args.workers, args.part)
+        elif args.command == "merge":
+            from data_prep.pack import merge
+
+            merge(args.recipe, args.overrides, args.workers)
         elif args.command == "inspect":
             from data_prep.inspect import inspect
 

@@ -1,153 +1,205 @@
-"""Rows -> tokenised pairs: the part of reading that needs no order, so that worker processes can do it."""
+"""Rows -> tokenised pairs: the part of packing that needs no order, so that worker processes can do it.
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+1. Parse each row of a unit, expand it to one row per pair, check it (:func:`anchor.data.records.pair_from_row`).
+2. Encode every distinct text of the unit once: documents repeat, and the tokenizer is what takes the time.
+3. Lay the pairs out as records and tokens. Rows that cannot be used obey the recipe's ``on_bad_row``: the first one
+   stops the run, or each becomes a line of quarantine. Pairs whose query is their positive are counted and left out.
+"""
+
+import json
+import re
+from collections import Counter
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
 
-from anchor.config.schema import Columns
-from anchor.data.records import Pair, pair_from_row
+from anchor.data.records import FIRST_NEGATIVE, Pair, pair_from_row
 from anchor.data.shards import text_id
-from anchor.data.tokenization import Segment, SegmentTokenizer
+from anchor.data.tokenization import Segments, SegmentTokenizer
 from anchor.errors import DataError
-from data_prep.readers import Row
+from data_prep.layouts import Layout, expanded
+from data_prep.readers import Row, parsed
+from data_prep.units import Unit
 
-CHUNK_ROWS = 1024
-_CHUNKS_PER_WORKER = 2
+QUERY_IS_POSITIVE = "query equals positive"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What rows of a source are checked for, without what cannot be sent to another process.
+    """What rows of a source are checked for.
 
     Attributes:
         source: name of the source.
-        columns: names of the fields.
+        layout: of its rows.
+        positives: which of several positives of a row are used.
         instructions: none, one, or several that alternate by row.
         symmetric: whether documents carry the instruction too.
         hard_negatives: how many are kept.
+        fail: whether the first row that cannot be used stops the run.
     """
 
     source: str
-    columns: Columns
+    layout: Layout
+    positives: str
     instructions: tuple[str, ...]
     symmetric: bool
     hard_negatives: int
+    fail: bool
 
 
-class Tokenised(NamedTuple):
-    """A pair.
+class Checked(NamedTuple):
+    """What became of a unit.
 
     Attributes:
-        tokens: int32, all its segments.
-        segments: per segment length, body start, body end, truncated; flat.
-        text_ids: per segment.
+        source, number, input_bytes: of the unit.
+        pairs: records of :func:`record_type`; rows and starts are counted from the unit's own first.
+        tokens: int32, all segments of all pairs.
+        quarantine: JSON lines of the rows that cannot be used.
+        rows: rows read, one per pair.
+        dropped: rows left out, by reason.
+        unused_positives: further positives that the recipe leaves out.
     """
 
+    source: str
+    number: int
+    input_bytes: int
+    pairs: np.ndarray
     tokens: np.ndarray
-    segments: list[int]
-    text_ids: list[int]
+    quarantine: bytes
+    rows: int
+    dropped: dict[str, int]
+    unused_positives: int
 
 
-class Chunk(NamedTuple):
-    """Rows that stand together in a source.
+def record_type(hard_negatives: int) -> np.dtype:
+    """A pair on disk: its row, where its tokens begin, and per segment its tokens, body, truncation and text id."""
+    segments = FIRST_NEGATIVE + hard_negatives
+    spans = ("lengths", "body_starts", "body_ends", "truncated")
+    return np.dtype(
+        [
+            ("row", "<i8"),
+            ("start", "<i8"),
+            *((name, "<i4", (segments,)) for name in spans),
+            ("text_ids", "<i8", (segments,)),
+        ]
+    )
 
-    Attributes:
-        first: number of the first one.
-        rows: the rows.
-        error: why there are no rows after these, if the source cannot be read further.
+
+def check_unit(segmenter: SegmentTokenizer, check: Check, unit: Unit) -> Checked:
+    """What becomes of each row; a pure function.
+
+    Raises:
+        DataError: the source cannot be read further; or, when ``check.fail``, the first row that cannot be used.
     """
-
-    first: int
-    rows: list[Row]
-    error: DataError | None
-
-
-Outcome = Tokenised | str | None
-"""The pair; or why its row cannot be used; or None when the query is the positive."""
-
-Worker = Callable[[Check, Iterable[Chunk]], Iterator[tuple[Chunk, list[Outcome]]]]
-
-
-def check_rows(check: Check, chunk: Chunk, segmenter: SegmentTokenizer) -> list[Outcome]:
-    """What becomes of each row; a pure function."""
-    out: list[Outcome] = [None] * len(chunk.rows)
+    rows: list[Row] = []
     pairs: list[tuple[int, Pair]] = []
-    for i, row in enumerate(chunk.rows):
-        if row.problem is not None:
-            out[i] = row.problem
-            continue
-        where = str(row.place)
-        try:
-            pair = pair_from_row(
-                row.value,
-                where=where,
-                number=chunk.first + i,
-                source=check.source,
-                columns=check.columns,
-                instructions=check.instructions,
-                symmetric=check.symmetric,
-                hard_negatives=check.hard_negatives,
-            )
-        except DataError as error:
-            out[i] = str(error).removeprefix(f"{where}: ")
-            continue
-        if pair.query != pair.positive:
-            pairs.append((i, pair))
-    for (i, pair), segments in zip(pairs, segmenter.pairs([pair for _, pair in pairs]), strict=True):
-        out[i] = str(segments) if isinstance(segments, DataError) else _tokenised(pair, segments)
-    return out
+    refused: dict[int, str] = {}
+    equal = 0
+    for i, read in enumerate(unit.rows):
+        for row in expanded(parsed(read), check.layout, check.positives):
+            number = len(rows)
+            rows.append(row)
+            pair = _pair(row, unit.first_row + i, check)
+            if isinstance(pair, str):
+                refused[number] = pair
+            elif pair.query == pair.positive:
+                equal += 1
+            else:
+                pairs.append((number, pair))
+    segments, which, keys = _encode([pair for _, pair in pairs], segmenter)
+    if segments.problems:
+        bad = np.isin(which, list(segments.problems))
+        usable = np.flatnonzero(~bad.any(axis=1))
+        for p in np.flatnonzero(bad.any(axis=1)).tolist():
+            refused[pairs[p][0]] = segments.problems[int(which[p][bad[p]][0])]
+        which, pairs = which[usable], [pairs[p] for p in usable.tolist()]
+    quarantine, dropped = _refuse(rows, refused, fail=check.fail)
+    if unit.error is not None:
+        raise unit.error
+    if equal:
+        dropped[QUERY_IS_POSITIVE] += equal
+    records, tokens = _lay_out(np.asarray([number for number, _ in pairs]), segments, which, keys, check.hard_negatives)
+    return Checked(
+        source=unit.source,
+        number=unit.number,
+        input_bytes=unit.input_bytes,
+        pairs=records,
+        tokens=tokens,
+        quarantine=quarantine,
+        rows=len(rows),
+        dropped=dict(dropped),
+        unused_positives=sum(row.unused_positives for row in rows),
+    )
 
 
-def _tokenised(pair: Pair, segments: list[Segment]) -> Tokenised:
-    tokens = np.concatenate([segment.input_ids for segment in segments])
-    spans = [(len(s.input_ids), s.body_start, s.body_end, int(s.truncated)) for s in segments]
-    return Tokenised(tokens, [value for span in spans for value in span], [text_id(text) for text in pair.texts()])
-
-
-@contextmanager
-def open_workers(number: int, segmenter: SegmentTokenizer) -> Iterator[Worker]:
-    """What checks chunks in order: this process when ``number`` is 1, else so many others, a few chunks ahead."""
-    if number == 1:
-        yield lambda check, chunks: ((chunk, check_rows(check, chunk, segmenter)) for chunk in chunks)
-        return
-    # A fresh interpreter each: a fork would copy threads of the tokenizer in whatever state they are.
-    pool = ProcessPoolExecutor(number, get_context("spawn"), _start_worker, (segmenter,))
-
-    def work(check: Check, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[Outcome]]]:
-        pending: list[tuple[Chunk, Future[list[Outcome]]]] = []
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(_in_worker, check, chunk)))
-            if len(pending) > number * _CHUNKS_PER_WORKER:
-                first, future = pending.pop(0)
-                yield first, future.result()
-        for chunk, future in pending:
-            yield chunk, future.result()
-
+def _pair(row: Row, number: int, check: Check) -> Pair | str:
+    """The pair, or why there is none."""
+    if row.problem is not None:
+        return row.problem
+    where = str(row.place)
     try:
-        yield work
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"--workers {number}: a process was killed, perhaps for want of memory; lower --workers and run again"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return pair_from_row(
+            row.value,
+            where=where,
+            number=number,
+            source=check.source,
+            columns=check.layout.columns,
+            instructions=check.instructions,
+            symmetric=check.symmetric,
+            hard_negatives=check.hard_negatives,
+        )
+    except DataError as error:
+        return str(error).removeprefix(f"{where}: ")
 
 
-_segmenter: list[SegmentTokenizer] = []
-"""The tokenizer of a worker process."""
+def _encode(pairs: list[Pair], segmenter: SegmentTokenizer) -> tuple[Segments, np.ndarray, np.ndarray]:
+    """Distinct texts encoded; which of them each pair's segments are (``pairs x segments``); their text ids."""
+    numbers: dict[tuple[str, int], int] = {}
+    keys: list[int] = []
+    which: list[int] = []
+    for pair in pairs:
+        for role, text in enumerate(pair.texts()):
+            instruction = pair.instruction if role == 0 or pair.symmetric else None
+            whole = segmenter.template.instructed(text, instruction)
+            number = numbers.setdefault(whole, len(keys))
+            if number == len(keys):
+                keys.append(text_id(text))
+            which.append(number)
+    shape = (len(pairs), len(which) // len(pairs)) if pairs else (0, 1)
+    return segmenter.encode(list(numbers)), np.asarray(which, dtype=np.int64).reshape(shape), np.asarray(keys, np.int64)
 
 
-def _start_worker(segmenter: SegmentTokenizer) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _segmenter.append(segmenter)
+def _refuse(rows: list[Row], refused: dict[int, str], *, fail: bool) -> tuple[bytes, Counter[str]]:
+    lines: list[str] = []
+    reasons: Counter[str] = Counter()
+    for number in sorted(refused):
+        row, problem = rows[number], refused[number]
+        if fail:
+            raise DataError(f"{row.place}: {problem}")
+        # The place within the text is not part of the kind.
+        reasons[re.sub(r" at character \d+$", "", re.split("[;:]", problem, maxsplit=1)[0])] += 1
+        where = {"file": row.place.file, row.place.unit: row.place.number}
+        content = {**where, "reason": problem, "content": row.value}
+        lines.append(json.dumps(content, ensure_ascii=False, default=str) + "\n")
+    # Half a surrogate pair has no bytes; its JSON escape has.
+    return "".join(lines).encode(errors="backslashreplace"), reasons
 
 
-def _in_worker(check: Check, chunk: Chunk) -> list[Outcome]:
-    return check_rows(check, chunk, _segmenter[0])
+def _lay_out(
+    numbers: np.ndarray, segments: Segments, which: np.ndarray, keys: np.ndarray, hard_negatives: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Records and tokens of the pairs whose segments are ``which`` of the encoded texts."""
+    records = np.zeros(len(which), record_type(hard_negatives))
+    if not len(which):
+        return records, np.empty(0, np.int32)
+    for name in ("lengths", "body_starts", "body_ends", "truncated"):
+        records[name] = getattr(segments, name)[which]
+    records["text_ids"] = keys[which]
+    records["row"] = numbers
+    lengths = segments.lengths[which.ravel()].astype(np.int64)
+    ends = np.cumsum(lengths)
+    records["start"] = (ends - lengths).reshape(which.shape)[:, 0]
+    starts = np.cumsum(segments.lengths, dtype=np.int64) - segments.lengths
+    taken = np.repeat(starts[which.ravel()] - (ends - lengths), lengths) + np.arange(int(ends[-1]))
+    return records, segments.input_ids[taken]

@@ -10,14 +10,18 @@ class Traits:
     Attributes:
         instructions: one, or several that alternate by row number.
         symmetric: both sides are of a kind, so documents carry the instruction too.
+        languages: ISO 639-1 codes.
     """
 
     instructions: tuple[str, ...]
     symmetric: bool = False
+    languages: tuple[str, ...] = ("en",)
 
 
-_WIKIPEDIA = Traits(("Given a question, retrieve Wikipedia passages that answer the question",))
-_CHINESE = Traits(("Given a Chinese search query, retrieve web passages that answer the question",))
+_WIKIPEDIA = ("Given a question, retrieve Wikipedia passages that answer the question",)
+_CHINESE = Traits(("Given a Chinese search query, retrieve web passages that answer the question",), languages=("zh",))
+_MIRACL = ("ar", "bn", "en", "es", "fa", "fi", "fr", "hi", "id", "ja", "ko", "ru", "sw", "te", "th", "zh")
+_MRTYDI = ("ar", "bn", "en", "fi", "id", "ja", "ko", "ru", "sw", "te", "th")
 _NLI = (
     "Given a premise, retrieve a hypothesis that is entailed by the premise",
     "Retrieve semantically similar text",
@@ -35,11 +39,11 @@ E5_TRAITS: dict[str, Traits] = {
     ),
     "fever": Traits(("Given a claim, retrieve documents that support or refute the claim",)),
     "hotpot_qa": Traits(("Given a multi-hop question, retrieve documents that can help answer the question",)),
-    "miracl": _WIKIPEDIA,
-    "mrtydi": _WIKIPEDIA,
+    "miracl": Traits(_WIKIPEDIA, languages=_MIRACL),
+    "mrtydi": Traits(_WIKIPEDIA, languages=_MRTYDI),
     "msmarco_passage": Traits(("Given a web search query, retrieve relevant passages that answer the query",)),
     "msmarco_document": Traits(("Given a web search query, retrieve relevant documents that answer the query",)),
-    "nq": _WIKIPEDIA,
+    "nq": Traits(_WIKIPEDIA),
     "quora_duplicates": Traits(_QUORA, symmetric=True),
     "squad": Traits(("Retrieve Wikipedia passages that answer the question",)),
     "t2ranking": _CHINESE,

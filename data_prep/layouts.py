@@ -12,7 +12,7 @@ Fields that a layout does not name (ids, scores) are left out.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,29 +47,24 @@ def layout_of(section: FilesSource | HubSource) -> Layout:
     return Layout(section.columns, None)
 
 
-def expanded(rows: Iterator[Row], layout: Layout, positives: str) -> Iterator[Row]:
-    """The rows of a source, one per pair.
+def expanded(row: Row, layout: Layout, positives: str) -> list[Row]:
+    """The rows, one per pair, that a parsed row stands for.
 
     Args:
-        rows: rows as they were read.
-        layout: their layout.
+        row: a row as it was read.
+        layout: its layout.
         positives: ``first`` positive of a row only, the others counted in its ``unused_positives``; or ``each``.
     """
-    for row in rows:
-        # What is no object is refused with all other wrong rows, by `pair_from_row`.
-        if layout.expand is None or row.problem is not None or not isinstance(row.value, Mapping):
-            yield row
-            continue
-        try:
-            found = layout.expand(row.value)
-        except DataError as error:
-            yield row._replace(problem=str(error))
-            continue
-        if positives == "first":
-            yield row._replace(value=found[0], unused_positives=len(found) - 1)
-        else:
-            for value in found:
-                yield row._replace(value=value)
+    # What is no object is refused with all other wrong rows, by `pair_from_row`.
+    if layout.expand is None or row.problem is not None or not isinstance(row.value, Mapping):
+        return [row]
+    try:
+        found = layout.expand(row.value)
+    except DataError as error:
+        return [row._replace(problem=str(error))]
+    if positives == "first":
+        return [row._replace(value=found[0], unused_positives=len(found) - 1)]
+    return [row._replace(value=value) for value in found]
 
 
 def _sentence_transformers(row: Mapping[str, Any]) -> list[dict[str, Any]]:

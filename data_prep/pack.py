@@ -1,34 +1,27 @@
-"""``python -m data_prep pack``: raw pairs -> packed shards.
+"""``python -m data_prep pack`` and ``merge``: raw pairs -> packed shards.
 
-1. Per source: read rows, check, tokenise in chunks, append to a spool on disk (:mod:`data_prep.reading`).
-2. Per source: shuffle the pairs, cut them into batches of ``batch.pairs``, drop the remainder, cut each batch
-   into packs.
-3. Shuffle the batches of all sources, write them, then the tokenizer, then ``index.json``.
+1. Read, check and tokenise the input into ``work/part-III-of-NNN`` (:mod:`data_prep.reading`): all of it, or with
+   ``--part i/n`` one of n parts, on as many machines.
+2. Put all parts together (:mod:`data_prep.gathered`), leave out equal pairs, shuffle each source
+   (:mod:`data_prep.shuffle`), plan the epochs (:mod:`data_prep.mixture`).
+3. Write the batches (:mod:`data_prep.writing`), then the tokenizer, then ``index.json``.
 
-Everything is a pure function of the recipe and the inputs, for any number of worker processes. What was finished in
-step 1 is kept when the program is run again after an interruption.
+``pack`` does all three, ``pack --part`` the first, ``merge`` the others. Everything is a pure function of the recipe
+and the inputs, for any number of worker processes and of parts. What was finished is kept when the program is run
+again after an interruption: units in step 1, files in step 3.
 """
 
-import json
+import hashlib
 import logging
 import shutil
-import zlib
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from anchor.config.load import load_recipe
 from anchor.config.schema import PackRecipe
-from anchor.data.packing import plan_packs
-from anchor.data.shards import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    Index,
-    ShardWriter,
-    make_batch,
-    read_index,
-)
+from anchor.data.shards import FORMAT_VERSION, INDEX_NAME, Index, read_index
 from anchor.data.templates import Template, resolve_template
 from anchor.data.tokenization import (
     SegmentTokenizer,
@@ -37,70 +30,120 @@ from anchor.data.tokenization import (
     tokenizer_fingerprint,
 )
 from anchor.errors import DataError
-from data_prep.checking import open_workers
-from data_prep.progress import tracked
-from data_prep.reading import spool_source
+from data_prep.gathered import Gathered, SourceUnits, find_parts, fingerprint
+from data_prep.mixture import Share, shares
+from data_prep.reading import read_part
+from data_prep.shuffle import Kept, keep_first
 from data_prep.sources import Source, resolve_sources
-from data_prep.spool import Spool
+from data_prep.spool import PART, part_name, read_json, write_json
+from data_prep.units import UNIT_BYTES, UNIT_ROWS
+from data_prep.writing import make_plan, write_shards
 
 log = logging.getLogger(__name__)
 
-_WORK, _MARK = "work", "recipe.json"
+_WORK, _PLAN, _MARK = "work", "plan", "parts.json"
+DUPLICATE = "equal to an earlier pair"
+"""Why a pair is dropped that :func:`data_prep.shuffle.keep_first` leaves out."""
 
 
-def pack(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
-    """Run the recipe.
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A recipe with what is made of it.
+
+    Attributes:
+        path: of the recipe, for messages.
+        recipe: validated.
+        resolved: the recipe with all defaults, as the index keeps it.
+        tokenizer: with the template in its post-processor.
+        template: what surrounds every text.
+        segmenter: texts -> segments.
+    """
+
+    path: str
+    recipe: PackRecipe
+    resolved: dict[str, Any]
+    tokenizer: Any
+    template: Template
+    segmenter: SegmentTokenizer
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.output_dir
+
+    @property
+    def work(self) -> Path:
+        return self.recipe.output_dir / _WORK
+
+
+def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[int, int] | None = None) -> Index | None:
+    """Run the recipe, or step 1 of one of its parts.
 
     Args:
         recipe_path: YAML file.
         overrides: ``section.key=value``.
-        workers: processes that check and tokenise; the shards do not depend on it.
+        workers: processes; the shards do not depend on it.
+        part: (number from 0, how many parts there are); everything when absent.
 
     Returns:
-        The index written, or the one found when the folder is finished and of the same recipe.
+        The index written, or the one found when the folder is finished and of the same recipe; None for a part.
 
     Raises:
         AnchorError: bad recipe, bad row under ``on_bad_row: fail``, no pair left, folder of another recipe.
     """
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
-    resolved = recipe.model_dump(mode="json")
-    folder = recipe.output_dir
-    if (folder / INDEX_NAME).is_file():
-        index = read_index(folder)
-        if index.recipe != resolved:
-            raise DataError(f"{folder}: already holds shards of another recipe; choose another output_dir or delete it")
-        missing = _missing_files(folder, index)
-        if not missing:
-            shutil.rmtree(folder / _WORK, ignore_errors=True)  # of a run that was interrupted after its last file
-            log.info("%s: already complete, %d batches", folder, index.num_batches)
-            return index
-        log.warning("%s: %s missing or of another size; packing again", folder, ", ".join(missing))
-        _begin(folder / _WORK, resolved)
-        (folder / INDEX_NAME).unlink()
+    found = _finished(recipe)
+    if found is not None and not (missing := _missing_files(recipe.output_dir, found)):
+        return _complete(recipe.output_dir, found)
     sources = resolve_sources(recipe.sources, recipe_path)
+    run = _run(recipe_path, recipe)
+    number, parts = part or (0, 1)
+    folder = _open_part(run, sources, number, parts)
+    if found is not None:
+        log.warning("%s: %s missing or of another size; packing again", run.folder, ", ".join(missing))
+        (run.folder / INDEX_NAME).unlink()
+    read_part(folder, sources, recipe, run.segmenter, part=number, parts=parts, workers=workers)
+    if part is not None:
+        log.info("%s: part %d of %d is finished; when all are, run `merge`", run.folder, number, parts)
+        return None
+    return _finish(run, workers)
+
+
+def merge(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
+    """Make shards of the parts that ``pack --part`` has left; the inputs are not read again.
+
+    Raises:
+        AnchorError: a missing, unfinished or double part, parts of different recipes, no pair left.
+    """
+    recipe = load_recipe(recipe_path, PackRecipe, overrides)
+    found = _finished(recipe)
+    if found is not None and not _missing_files(recipe.output_dir, found):
+        return _complete(recipe.output_dir, found)
+    return _finish(_run(recipe_path, recipe), workers)
+
+
+def _run(path: str, recipe: PackRecipe) -> _Run:
     tokenizer = load_tokenizer(recipe.tokenizer)
-    template = resolve_template(recipe.template, tokenizer, f"{recipe_path}: template")
+    template = resolve_template(recipe.template, tokenizer, f"{path}: template")
     prepare_tokenizer(tokenizer, template, recipe.tokenizer)
     segmenter = SegmentTokenizer(tokenizer, template, recipe.text.max_tokens)
-    work = _open_work_folder(folder, resolved)
+    return _Run(path, recipe, recipe.model_dump(mode="json"), tokenizer, template, segmenter)
 
-    # 1. Read and tokenise.
-    with open_workers(workers, segmenter) as worker:
-        spools = {source.name: spool_source(source, recipe, worker, work) for source in sources}
 
-    # 2. Plan batches.
-    plan, summaries = _plan_batches(sources, spools, recipe)
-    if not plan:
-        counts = ", ".join(f"{name} {spool.num_pairs}" for name, spool in spools.items())
+def _finished(recipe: PackRecipe) -> Index | None:
+    """The index of a folder of this recipe that has one."""
+    if not (recipe.output_dir / INDEX_NAME).is_file():
+        return None
+    index = read_index(recipe.output_dir)
+    if index.recipe != recipe.model_dump(mode="json"):
         raise DataError(
-            f"{recipe_path}: no batch can be made: batch.pairs is {recipe.batch.pairs}, pairs left per source are "
-            f"{counts}; lower batch.pairs or add data"
+            f"{recipe.output_dir}: already holds shards of another recipe; choose another output_dir or delete it"
         )
+    return index
 
-    # 3. Write.
-    index = _write(folder, plan, spools, recipe, resolved, template, segmenter, tokenizer, summaries)
-    shutil.rmtree(work)
-    log.info("%s: %d batches of %d pairs in %d files", folder, index.num_batches, recipe.batch.pairs, len(index.shards))
+
+def _complete(folder: Path, index: Index) -> Index:
+    shutil.rmtree(folder / _WORK, ignore_errors=True)  # of a run that was interrupted after its last file
+    log.info("%s: already complete, %d batches", folder, index.num_batches)
     return index
 
 
@@ -110,85 +153,153 @@ def _missing_files(folder: Path, index: Index) -> list[str]:
     return gone + ["tokenizer"] * (not (folder / "tokenizer" / "tokenizer.json").is_file())
 
 
-def _begin(work: Path, resolved: dict[str, Any]) -> None:
-    work.mkdir(parents=True, exist_ok=True)
-    (work / _MARK).write_text(json.dumps(resolved), encoding="utf-8")
+def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:
+    """The folder of a part; kept from an interrupted run of the same recipe and input, else made."""
+    content = {
+        "recipe": run.resolved,
+        "tokenizer_sha256": hashlib.sha256(run.segmenter.backend.to_str().encode()).hexdigest(),
+        "units": [UNIT_ROWS, UNIT_BYTES],
+        "sources": [source.traits() for source in sources],
+        "inputs": [[str(file), file.stat().st_size] for source in sources for file in source.files],
+    }
+    folder = run.work / part_name(part, parts)
+    others = sorted(other for other in run.work.glob("part-*-of-*") if (other / PART).is_file())
+    if not others and run.folder.is_dir() and not (run.folder / INDEX_NAME).is_file():
+        strange = [file for file in run.folder.iterdir() if file.name != _WORK]
+        if strange:
+            raise DataError(
+                f"{run.folder}: not empty and not an unfinished run; choose another output_dir or delete it"
+            )
+    for other in others:
+        found = read_json(other / PART)
+        if found["recipe"] != content["recipe"]:
+            raise DataError(
+                f"{run.folder}: holds an unfinished run of another recipe; delete it or choose another output_dir"
+            )
+        if found != content:
+            raise DataError(f"{other}: its input, tokenizer or program is another than now; delete it and run again")
+        if other.name.rpartition("-")[2] != folder.name.rpartition("-")[2]:
+            raise DataError(
+                f"{run.folder}: holds {other.name}, this run is part {part} of {parts}; finish that array of parts "
+                f"with `merge`, or delete {run.work}"
+            )
+    if folder not in others:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PART, content)
+    return folder
 
 
-def _open_work_folder(folder: Path, resolved: dict[str, Any]) -> Path:
-    """The folder of spools; kept from an interrupted run of the same recipe, else made anew."""
-    work = folder / _WORK
-    mark = work / _MARK
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == resolved:
-        log.info("%s: continuing an interrupted run", folder)
-        return work
-    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
-        raise DataError(f"{folder}: not empty and not an unfinished run; choose another output_dir or delete it")
-    if work.exists():
-        raise DataError(f"{folder}: holds an unfinished run of another recipe; delete it or choose another output_dir")
-    _begin(work, resolved)
-    return work
+def _finish(run: _Run, workers: int) -> Index:
+    """Steps 2 and 3."""
+    parts = find_parts(run.work, f"python -m data_prep pack {run.path}")
+    made = read_json(parts[0] / PART)
+    if made["recipe"] != run.resolved:
+        raise DataError(f"{run.work}: holds parts of another recipe; give merge the recipe and overrides of the parts")
+    with closing(Gathered(parts, run.recipe.text.hard_negatives)) as gathered:
+        index = _make_shards(run, gathered, made["sources"], fingerprint(parts), workers)
+    shutil.rmtree(run.work)
+    size = run.recipe.batch.pairs
+    log.info("%s: %d batches of %d pairs in %d files", run.folder, index.num_batches, size, len(index.shards))
+    return index
 
 
-def _plan_batches(
-    sources: list[Source], spools: dict[str, Spool], recipe: PackRecipe
-) -> tuple[list[tuple[str, np.ndarray]], list[dict[str, Any]]]:
-    """Batches as (source, pairs), in the order in which they are written, and the per-source summaries."""
-    plan: list[tuple[str, np.ndarray]] = []
-    summaries = []
-    for source in sources:
-        spool = spools[source.name]
-        # Seeded by name, so that adding a source does not reshuffle the others.
-        order = np.random.default_rng([recipe.seed, zlib.crc32(source.name.encode())]).permutation(spool.num_pairs)
-        batches = spool.num_pairs // recipe.batch.pairs
-        plan += [
-            (source.name, batch) for batch in order[: batches * recipe.batch.pairs].reshape(batches, recipe.batch.pairs)
-        ]
-        summaries.append(
-            {
-                "name": source.name,
-                "instructions": list(source.instructions),
-                "symmetric": source.symmetric,
-                **spool.summary,
-                "kept": spool.num_pairs,
-                "batches": batches,
-                "remainder_pairs": spool.num_pairs - batches * recipe.batch.pairs,
-            }
+def _make_shards(run: _Run, gathered: Gathered, traits: list[dict[str, Any]], parts: str, workers: int) -> Index:
+    folder = _open_plan(run.work / _PLAN, parts)
+    for name, units in gathered.sources.items():
+        _quarantine(run, gathered, name, units)
+    kept = {name: keep_first(gathered, name, folder, f"source{i}") for i, name in enumerate(gathered.sources)}
+    for name, found in kept.items():
+        _log_source(name, gathered.sources[name], found)
+    weights = {one["name"]: one["weight"] for one in traits}
+    mixed = shares({name: found.pairs for name, found in kept.items()}, weights, run.recipe)
+    if not any(share.per_epoch for share in mixed.values()):
+        counts = ", ".join(f"{name} {found.pairs}" for name, found in kept.items())
+        raise DataError(
+            f"{run.path}: no batch can be made: batch.pairs is {run.recipe.batch.pairs}, pairs left per source are "
+            f"{counts}; lower batch.pairs or add data"
         )
-    shuffled = np.random.default_rng([recipe.seed]).permutation(len(plan))
-    return [plan[i] for i in shuffled], summaries
+    shards = write_shards(make_plan(gathered, kept, mixed, run.recipe, run.folder, folder), workers)
+    summaries = [
+        _summary(one, gathered.sources[one["name"]], kept[one["name"]], mixed[one["name"]], run.recipe)
+        for one in traits
+    ]
+    return _write_index(run, summaries, shards)
 
 
-def _write(
-    folder: Path,
-    plan: list[tuple[str, np.ndarray]],
-    spools: dict[str, Spool],
-    recipe: PackRecipe,
-    resolved: dict[str, Any],
-    template: Template,
-    segmenter: SegmentTokenizer,
-    tokenizer: Any,
-    summaries: list[dict[str, Any]],
-) -> Index:
-    writer = ShardWriter(folder)
-    shape = recipe.batch
-    for name, pairs in tracked(plan, "packing batches", len(plan)):
-        spool = spools[name]
-        members = plan_packs(spool.pair_tokens[pairs].tolist(), shape.pack_tokens, shape.pack_multiple)
-        writer.write(make_batch([spool.pack(pairs[np.asarray(m)]) for m in members], name))
-    writer.close()
-    tokenizer.save_pretrained(folder / "tokenizer")
+def _open_plan(folder: Path, parts: str) -> Path:
+    """The folder of the plan, empty unless it is of these parts."""
+    mark = folder / _MARK
+    if not mark.is_file() or read_json(mark) != parts:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_json(mark, parts)
+    return folder
+
+
+def _quarantine(run: _Run, gathered: Gathered, name: str, units: SourceUnits) -> None:
+    """Write the rows of a source that cannot be used, and refuse the source if they are too many.
+
+    Raises:
+        DataError: more than ``max_skipped_fraction``.
+    """
+    aside = run.folder / f"quarantine-{name}.jsonl"
+    aside.unlink(missing_ok=True)
+    lines = 0
+    if units.quarantine:
+        with aside.open("wb") as file:
+            for block in gathered.quarantine(name):
+                file.write(block)
+                lines += block.count(b"\n")
+    allowed = run.recipe.max_skipped_fraction
+    if lines > allowed * units.num_rows:
+        raise DataError(
+            f"{aside}: {lines} of {units.num_rows} rows of source '{name}' cannot be used, more than "
+            f"max_skipped_fraction ({allowed:g}); mend the source or raise max_skipped_fraction"
+        )
+
+
+def _dropped(units: SourceUnits, kept: Kept) -> dict[str, int]:
+    equal = units.num_pairs - kept.pairs
+    return dict(sorted({**units.dropped, **({DUPLICATE: equal} if equal else {})}.items()))
+
+
+def _log_source(name: str, units: SourceUnits, kept: Kept) -> None:
+    dropped = ", ".join(f"{reason}: {count}" for reason, count in _dropped(units, kept).items())
+    log.info(
+        "%s: %d rows read, %d pairs kept%s", name, units.num_rows, kept.pairs, f", dropped {dropped}" * bool(dropped)
+    )
+
+
+def _summary(
+    traits: dict[str, Any], units: SourceUnits, kept: Kept, share: Share, recipe: PackRecipe
+) -> dict[str, Any]:
+    return {
+        **traits,
+        "rows_read": units.num_rows,
+        "dropped": _dropped(units, kept),
+        "unused_positives": units.unused_positives,
+        "truncated_texts": kept.truncated_texts,
+        "tokens": kept.tokens,
+        "kept": kept.pairs,
+        "batches": share.per_epoch * recipe.epochs,
+        "batches_per_pass": share.per_pass,
+        "remainder_pairs": share.remainder_pairs,
+    }
+
+
+def _write_index(run: _Run, summaries: list[dict[str, Any]], shards: list[dict[str, Any]]) -> Index:
+    run.tokenizer.save_pretrained(run.folder / "tokenizer")
     index = Index(
         version=FORMAT_VERSION,
-        tokenizer_sha256=tokenizer_fingerprint(folder / "tokenizer"),
-        anchor_token_id=segmenter.anchor_token_id,
-        template=template.to_json(),
-        recipe=resolved,
+        tokenizer_sha256=tokenizer_fingerprint(run.folder / "tokenizer"),
+        anchor_token_id=run.segmenter.anchor_token_id,
+        template=run.template.to_json(),
+        recipe=run.resolved,
         sources=summaries,
-        prompts=_prompts(template, summaries, recipe.prompts),
-        shards=writer.shards,
+        prompts=_prompts(run.template, summaries, run.recipe.prompts),
+        shards=shards,
     )
-    index.write(folder)
+    index.write(run.folder)
     return index
 
 

@@ -1,12 +1,13 @@
-"""Progress of long work: a bar on a terminal, one plain line now and then in a log file."""
+"""Progress of long work: a bar on a terminal, one plain line now and then in a log file; rate and remaining time."""
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
 
@@ -15,27 +16,61 @@ Item = TypeVar("Item")
 LOG_EVERY_SECONDS = 30.0
 
 
-def tracked(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
-    """The items, with their count shown on stderr while they pass.
+def tracked(
+    items: Iterable[Item],
+    description: str,
+    total: float | None,
+    *,
+    unit: str = "",
+    amount: Callable[[Item], float] | None = None,
+) -> Iterator[Item]:
+    """The items, with how much of them is done shown on stderr while they pass.
 
     Args:
         items: what is worked on.
         description: what is being done.
-        total: number of items, or None when it is not known beforehand.
+        total: sum of the amounts, or None when it is not known beforehand.
+        unit: of the amounts, behind a space.
+        amount: of an item; 1 when absent.
     """
     console = Console(stderr=True)
+    amount = amount or (lambda _: 1)
     if not console.is_terminal:
-        yield from _logged(items, description, total)
+        yield from _logged(items, description, total, unit, amount)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        yield from bar.track(items, total=total, description=description)
+        task = bar.add_task(description, total=total, state="")
+        done, start = 0.0, time.monotonic()
+        for item in items:
+            yield item
+            more = amount(item)
+            done += more
+            bar.update(task, advance=more, state=_state(done, total, unit, time.monotonic() - start))
 
 
-def _logged(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
-    last = time.monotonic()
-    for number, item in enumerate(items, start=1):
+def _logged(
+    items: Iterable[Item], description: str, total: float | None, unit: str, amount: Callable[[Item], float]
+) -> Iterator[Item]:
+    start = last = time.monotonic()
+    done = 0.0
+    for item in items:
         yield item
-        if time.monotonic() - last >= LOG_EVERY_SECONDS:
-            last = time.monotonic()
-            log.info("%s: %d%s", description, number, f" of {total}" if total is not None else "")
+        done += amount(item)
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_SECONDS:
+            last = now
+            left = _remaining(done, total, now - start)
+            log.info("%s: %s%s", description, _state(done, total, unit, now - start), left)
+
+
+def _state(done: float, total: float | None, unit: str, seconds: float) -> str:
+    of = f" of {total:,.0f}" if total is not None else ""
+    rate = done / seconds if seconds > 0.0 else 0.0
+    return f"{done:,.0f}{of}{unit}, {rate:,.{0 if rate >= 10 else 1}f}{unit}/s"
+
+
+def _remaining(done: float, total: float | None, seconds: float) -> str:
+    if total is None or done <= 0.0:
+        return ""
+    return f", {timedelta(seconds=round(seconds * max(total - done, 0.0) / done))} left"

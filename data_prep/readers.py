@@ -1,13 +1,14 @@
 """Files -> rows: JSON lines, CSV, TSV (each also as .gz or .zst) and Parquet, in constant memory.
 
-Every row comes with its place. A row that cannot be parsed is passed on with its problem, so that the caller can put
-it aside; a file that cannot be read is a :class:`DataError`.
+Every row comes with its place. :func:`raw_rows` leaves JSON lines as bytes, so that whoever needs the row parses it, in
+another process perhaps. A row that cannot be parsed is passed on with its problem, so that the caller can put it aside;
+a file that cannot be read is a :class:`DataError`.
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -45,7 +46,7 @@ class Row(NamedTuple):
 
     Attributes:
         place: where it comes from.
-        value: the parsed row; the raw text when there is a problem.
+        value: the parsed row; the raw text when there is a problem; bytes of JSON that :func:`parsed` has yet to read.
         problem: why it could not be parsed, or None.
         unused_positives: positives of the row that the recipe leaves out.
     """
@@ -56,30 +57,67 @@ class Row(NamedTuple):
     unused_positives: int = 0
 
 
+class Meter:
+    """How many bytes of some files have been read, as they stand on disk, compressed or not."""
+
+    def __init__(self) -> None:
+        self._finished_bytes = 0
+        self._tell: Callable[[], int] = int  # none
+
+    @property
+    def read_bytes(self) -> int:
+        return self._finished_bytes + self._tell()
+
+    def begin(self, tell: Callable[[], int]) -> None:
+        """A file is opened; ``tell`` gives the position in it."""
+        self._tell = tell
+
+    def end(self, file: Path) -> None:
+        """The file is closed."""
+        self._finished_bytes += file.stat().st_size
+        self._tell = int
+
+
 def read_rows(file: Path) -> Iterator[Row]:
     """Rows of a file of :data:`TABLE_SUFFIXES`, in order.
 
     Raises:
         DataError: the file cannot be read or decompressed, or a table has no usable header.
     """
+    return map(parsed, raw_rows(file, Meter()))
+
+
+def raw_rows(file: Path, meter: Meter) -> Iterator[Row]:
+    """Rows as :func:`read_rows` gives them, but JSON lines not yet parsed.
+
+    Raises:
+        DataError: as there.
+    """
     kind = file.name.removesuffix(file.suffix if file.suffix in _CODECS else "").rpartition(".")[2]
-    if kind == "parquet":
-        yield from _parquet_rows(file)
-        return
     try:
-        with open_input(file) as stream:
-            yield from _json_rows(file, stream) if kind == "jsonl" else _csv_rows(file, stream, kind)
+        if kind == "parquet":
+            yield from _parquet_rows(file, meter)
+        else:
+            with open_input(file, meter) as stream:
+                yield from _lines(file, stream) if kind == "jsonl" else _csv_rows(file, stream, kind)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
+    finally:
+        meter.end(file)
 
 
-def open_input(file: Path) -> BinaryIO:
-    """The bytes of a file, decompressed as its suffix says."""
+def open_input(file: Path, meter: Meter | None = None) -> BinaryIO:
+    """The bytes of a file, decompressed as its suffix says; a meter is told how far it is read."""
     codec = _CODECS.get(file.suffix)
     if codec is None:
-        return file.open("rb", buffering=_BUFFER_BYTES)
-    stream = pa.CompressedInputStream(pa.OSFile(str(file)), codec)
-    return cast(BinaryIO, io.BufferedReader(cast(Any, stream), _BUFFER_BYTES))
+        stream = file.open("rb", buffering=_BUFFER_BYTES)
+        if meter is not None:
+            meter.begin(stream.tell)
+        return stream
+    raw = pa.OSFile(str(file))
+    if meter is not None:
+        meter.begin(raw.tell)
+    return cast(BinaryIO, io.BufferedReader(cast(Any, pa.CompressedInputStream(raw, codec)), _BUFFER_BYTES))
 
 
 def open_output(file: Path) -> BinaryIO:
@@ -91,24 +129,30 @@ def open_output(file: Path) -> BinaryIO:
     return cast(BinaryIO, io.BufferedWriter(cast(Any, stream), _BUFFER_BYTES))
 
 
-def _json_rows(file: Path, lines: Iterable[bytes]) -> Iterator[Row]:
+def _lines(file: Path, lines: Iterable[bytes]) -> Iterator[Row]:
+    name = str(file)
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.isspace() or not line:
-            continue
-        place = Place(str(file), number, "line")
-        try:
-            yield Row(place, json.loads(line.decode()))
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}"
-            yield Row(place, line.decode(errors="replace"), problem)
-        except json.JSONDecodeError as error:
-            yield Row(
-                place, line.decode(), f"malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
-            )
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested lists
-            yield Row(place, line.decode(), f"malformed JSON: {str(error).split(';')[0]}")
+        if line and not line.isspace():
+            yield Row(Place(name, number, "line"), line)
+
+
+def parsed(row: Row) -> Row:
+    """The row with its JSON parsed, or with the reason why it cannot be; other rows as they are."""
+    line, place = row.value, row.place
+    if not isinstance(line, bytes):
+        return row
+    try:
+        return Row(place, json.loads(line.decode()))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}"
+        return Row(place, line.decode(errors="replace"), problem)
+    except json.JSONDecodeError as error:
+        problem = f"malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
+        return Row(place, line.decode(), problem)
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested lists
+        return Row(place, line.decode(), f"malformed JSON: {str(error).split(';')[0]}")
 
 
 def _csv_rows(file: Path, stream: BinaryIO, kind: str) -> Iterator[Row]:
@@ -160,10 +204,13 @@ def _csv_row(place: Place, header: list[str], cells: list[str]) -> Row:
     return Row(place, {name: cell or None for name, cell in zip(header, cells, strict=True)})
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path, meter: Meter) -> Iterator[Row]:
     number = 0
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+        table = pq.ParquetFile(file)
+        size, rows = file.stat().st_size, max(table.metadata.num_rows, 1)
+        meter.begin(lambda: size * number // rows)
+        for batch in table.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 yield Row(Place(str(file), number, "row"), value)
                 number += 1

@@ -1,15 +1,16 @@
 """Recipe sections -> streams of rows, each with the place it came from for messages."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from anchor.config.schema import Columns, E5Source, FilesSource, HubSource
 from anchor.errors import ConfigError, DataError, did_you_mean
 from data_prep.e5 import E5_TRAITS
-from data_prep.layouts import expanded, layout_of
-from data_prep.readers import JSON_SUFFIXES, TABLE_SUFFIXES, Place, Row, read_rows
+from data_prep.layouts import Layout, layout_of
+from data_prep.readers import JSON_SUFFIXES, TABLE_SUFFIXES, Meter, Place, Row, raw_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +19,40 @@ class Source:
 
     Attributes:
         name: name in the index and in the metrics.
-        rows: opens a fresh stream of rows with one positive each.
-        columns: names of their fields.
+        rows: opens a fresh stream of rows that are not yet parsed; the meter is told how far it is.
+        files: its files; none where `datasets` reads.
+        layout: of its rows.
+        positives: which of several positives of a row are used, ``first`` or ``each``.
         instructions: none, one, or several that alternate by row.
         symmetric: whether documents carry the instruction too.
+        weight: multiplies its share of the mixture.
+        languages: of its texts.
     """
 
     name: str
-    rows: Callable[[], Iterator[Row]]
-    columns: Columns
+    rows: Callable[[Meter], Iterator[Row]]
+    files: tuple[Path, ...]
+    layout: Layout
+    positives: str
     instructions: tuple[str, ...]
     symmetric: bool
+    weight: float
+    languages: tuple[str, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its files; 0 where `datasets` reads."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def traits(self) -> dict[str, Any]:
+        """What the index says of it beside counts."""
+        return {
+            "name": self.name,
+            "instructions": list(self.instructions),
+            "symmetric": self.symmetric,
+            "weight": self.weight,
+            "languages": list(self.languages),
+        }
 
 
 def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], where: str) -> list[Source]:
@@ -43,10 +67,10 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
         if isinstance(section, E5Source):
             sources += _e5_sources(section, here)
         elif isinstance(section, FilesSource):
-            files = _files(section.path, TABLE_SUFFIXES, here)
-            sources.append(_named(section, lambda files=files: _chain(files)))
+            files = tuple(_files(section.path, TABLE_SUFFIXES, here))
+            sources.append(_named(section, _reader(files, section.max_rows), files))
         else:
-            sources.append(_named(section, lambda section=section: _hub_rows(section)))
+            sources.append(_named(section, lambda _, section=section: islice(_hub_rows(section), section.max_rows), ()))
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -54,13 +78,26 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
     return sources
 
 
-def _named(section: FilesSource | HubSource, read: Callable[[], Iterator[Row]]) -> Source:
-    layout = layout_of(section)
+def _named(section: FilesSource | HubSource, rows: Callable[[Meter], Iterator[Row]], files: tuple[Path, ...]) -> Source:
+    return Source(
+        name=section.name,
+        rows=rows,
+        files=files,
+        layout=layout_of(section),
+        positives=section.positives,
+        instructions=section.instructions,
+        symmetric=section.symmetric,
+        weight=section.weight,
+        languages=section.languages,
+    )
 
-    def rows() -> Iterator[Row]:
-        return expanded(islice(read(), section.max_rows), layout, section.positives)
 
-    return Source(section.name, rows, layout.columns, section.instructions, section.symmetric)
+def _reader(files: Sequence[Path], max_rows: int | None) -> Callable[[Meter], Iterator[Row]]:
+    def rows(meter: Meter) -> Iterator[Row]:
+        for file in files:
+            yield from raw_rows(file, meter)
+
+    return lambda meter: islice(rows(meter), max_rows)
 
 
 def _e5_sources(section: E5Source, where: str) -> list[Source]:
@@ -68,7 +105,7 @@ def _e5_sources(section: E5Source, where: str) -> list[Source]:
     for name in section.only or ():
         if name not in by_name:
             raise ConfigError(f"{where}: no source '{name}' in {section.path}{did_you_mean(name, by_name)}")
-    for name in (*section.instructions, *section.symmetric):
+    for name in (*section.instructions, *section.symmetric, *section.weights, *section.languages):
         if name not in by_name:
             raise ConfigError(
                 f"{where}: traits for '{name}', which is not in {section.path}{did_you_mean(name, by_name)}"
@@ -82,11 +119,18 @@ def _e5_sources(section: E5Source, where: str) -> list[Source]:
                 f"{where}: source '{name}' has no instruction in the E5 preset; give sources.N.instructions.{name} "
                 f"([] for none){did_you_mean(name, E5_TRAITS) if name not in E5_TRAITS else ''}"
             )
-        symmetric = name in section.symmetric or (preset is not None and preset.symmetric)
-        file = by_name[name]
-        columns = Columns(negatives=("negative",))
         sources.append(
-            Source(name, lambda file=file: islice(read_rows(file), section.max_rows), columns, instructions, symmetric)
+            Source(
+                name=name,
+                rows=_reader([by_name[name]], section.max_rows),
+                files=(by_name[name],),
+                layout=Layout(Columns(negatives=("negative",)), None),
+                positives="first",
+                instructions=instructions,
+                symmetric=name in section.symmetric or (preset is not None and preset.symmetric),
+                weight=section.weights.get(name, 1.0),
+                languages=section.languages.get(name, preset.languages if preset else ()),
+            )
         )
     return sources
 
@@ -117,11 +161,6 @@ def _files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]:
     if not files:
         raise ConfigError(f"{where}: {path}: holds no file ending in {', '.join(suffixes)}")
     return files
-
-
-def _chain(files: Iterable[Path]) -> Iterator[Row]:
-    for file in files:
-        yield from read_rows(file)
 
 
 def _hub_rows(section: HubSource) -> Iterator[Row]:

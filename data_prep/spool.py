@@ -1,116 +1,173 @@
-"""Tokenised pairs of one source on disk, so that shuffling and packing never hold them in memory.
+"""Tokenised pairs on disk between reading and packing: one folder per part of the input, appended to unit by unit.
 
-``tokens.bin`` is a flat int32 run of all segments; the other files have one row per kept pair: ``starts.npy`` where
-its tokens begin there, ``segments.npy`` length, body start, body end and truncated of each of its segments,
-``texts.npy`` their hashes, ``pairs.npy`` its row number. Every pair has
-the same number of segments. ``done.json`` is written last; a spool without it is made again.
+``part-III-of-NNN/`` holds ``part.json`` (what is packed: recipe, tokenizer, inputs), ``pairs.bin`` (records of
+:func:`data_prep.checking.record_type`), ``tokens.bin`` (int32), ``quarantine.jsonl``, the journal ``units.jsonl`` and,
+at the end, ``done.json`` (how many units each source has). A unit counts when its line is in the journal, which is
+written after its data, and its checksum is right: what an interruption leaves beyond such units is cut off.
 """
 
 import json
 import os
-from array import array
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import xxhash
 
-from anchor.data.records import FIRST_NEGATIVE
-from anchor.data.shards import Pack
-from data_prep.checking import Tokenised
+from anchor.errors import DataError
+from data_prep.checking import Checked
 
-DUPLICATE = "equal to an earlier pair"
-"""Why :meth:`SpoolWriter.finish` drops a pair."""
-
-
-def first_of_equals(keys: np.ndarray) -> np.ndarray:
-    """Indices, ascending, of the first of each set of equal rows (``n x 2``)."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable, so equal rows stay in their order
-    fresh = np.ones(len(keys), dtype=bool)
-    fresh[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
-    return np.sort(order[fresh])
+PAIRS, TOKENS, QUARANTINE, JOURNAL = "pairs.bin", "tokens.bin", "quarantine.jsonl", "units.jsonl"
+PART, DONE = "part.json", "done.json"
 
 
-class SpoolWriter:
-    """Appends tokenised pairs; :meth:`finish` makes the spool readable."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._tokens = (folder / "tokens.bin").open("wb")
-        # Flat arrays of machine integers: lists of tuples would take ten times the memory on 10 million pairs.
-        self._segments = array("i")
-        self._pairs = array("q")
-        self._texts = array("q")
-
-    def add(self, row: int, pair: Tokenised) -> None:
-        self._tokens.write(pair.tokens.tobytes())
-        self._segments.extend(pair.segments)
-        self._pairs.append(row)
-        self._texts.extend(pair.text_ids)
-
-    def close(self) -> None:
-        self._tokens.close()
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Leave out equal pairs, count, and make the spool readable.
-
-        Args:
-            summary: ``rows_read`` and ``dropped``; what is kept is counted here.
-        """
-        self.close()
-        pairs = np.asarray(self._pairs, dtype=np.int64)
-        shape = (len(pairs), len(self._texts) // len(pairs)) if len(pairs) else (0, FIRST_NEGATIVE)
-        texts = np.asarray(self._texts, dtype=np.int64).reshape(shape)
-        segments = np.asarray(self._segments, dtype=np.int32).reshape(*shape, 4)
-        starts = np.cumsum(segments[:, :, 0].sum(axis=1, dtype=np.int64))
-        kept = first_of_equals(texts[:, :2])
-        duplicates = {DUPLICATE: len(pairs) - len(kept)} if len(kept) < len(pairs) else {}
-        summary = summary | {
-            "dropped": dict(sorted({**summary["dropped"], **duplicates}.items())),
-            "truncated_texts": int(segments[kept, :, 3].sum()),
-            "tokens": int(segments[kept, :, 0].sum(dtype=np.int64)),
-        }
-        np.save(self.folder / "segments.npy", segments[kept])
-        np.save(self.folder / "starts.npy", (starts - segments[:, :, 0].sum(axis=1))[kept])
-        np.save(self.folder / "pairs.npy", pairs[kept])
-        np.save(self.folder / "texts.npy", texts[kept])
-        beside = self.folder / "done.json.tmp"
-        beside.write_text(json.dumps(summary), encoding="utf-8")
-        os.replace(beside, self.folder / "done.json")
-
-
-class Spool:
-    """A finished spool.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of the journal.
 
     Attributes:
-        summary: counts of the reading.
-        num_pairs: pairs held.
-        pair_tokens: tokens of each pair, int64.
+        source, number: of the unit.
+        pairs, tokens, quarantine_bytes: how much it added to the files.
+        rows: rows read, one per pair.
+        dropped: rows left out, by reason.
+        unused_positives: further positives that the recipe leaves out.
+        xxh3: of what it added to the three files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.summary: dict[str, Any] = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-        self._segments = np.load(folder / "segments.npy")
-        self._starts = np.load(folder / "starts.npy")
-        self._rows = np.load(folder / "pairs.npy")
-        self._texts = np.load(folder / "texts.npy")
-        self.num_pairs = len(self._rows)
-        self.pair_tokens = self._segments[:, :, 0].sum(axis=1, dtype=np.int64)
-        empty = self.num_pairs == 0
-        self._tokens = np.empty(0, np.int32) if empty else np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+    source: str
+    number: int
+    pairs: int
+    tokens: int
+    quarantine_bytes: int
+    rows: int
+    dropped: dict[str, int]
+    unused_positives: int
+    xxh3: str
 
-    def pack(self, pairs: np.ndarray) -> Pack:
-        """The pack of some pairs, in the order given."""
-        segments = self._segments[pairs]
-        per_pair = segments.shape[1]
-        flat = segments.reshape(-1, 4)
-        spans = zip(self._starts[pairs], self._starts[pairs] + self.pair_tokens[pairs], strict=True)
-        return Pack(
-            input_ids=np.concatenate([self._tokens[start:end] for start, end in spans]),
-            segment_lengths=flat[:, 0],
-            body_starts=flat[:, 1],
-            body_ends=flat[:, 2],
-            roles=np.tile(np.arange(per_pair, dtype=np.int8), len(pairs)),
-            pair_ids=np.repeat(self._rows[pairs], per_pair),
-            text_ids=self._texts[pairs].reshape(-1),
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def part_name(part: int, parts: int) -> str:
+    return f"part-{part:05d}-of-{parts:05d}"
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write atomically: beside, then renamed."""
+    beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    os.replace(beside, file)
+
+
+def read_json(file: Path) -> Any:
+    """What :func:`write_json` wrote.
+
+    Raises:
+        DataError: after a loss of power it may be empty.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not readable ({error}); delete {file.parent} and run again") from error
+
+
+def read_journal(folder: Path) -> list[Entry]:
+    """The units of a part; a last line that an interruption cut short is none."""
+    file = folder / JOURNAL
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [Entry(**json.loads(line)) for line in lines]
+
+
+class PartWriter:
+    """Appends units to a part's folder, after those that are there already and whole.
+
+    Args:
+        folder: of the part; must exist.
+        pair_bytes: bytes of a record.
+
+    Attributes:
+        finished: (source, number) of the units that are there.
+    """
+
+    def __init__(self, folder: Path, pair_bytes: int) -> None:
+        self.folder = folder
+        entries = read_journal(folder)
+        entries = entries[: _whole_units(folder, entries, pair_bytes)]
+        self.finished = {(entry.source, entry.number) for entry in entries}
+        self._tokens = sum(entry.tokens for entry in entries)
+        sizes = {
+            PAIRS: sum(entry.pairs for entry in entries) * pair_bytes,
+            TOKENS: self._tokens * 4,
+            QUARANTINE: sum(entry.quarantine_bytes for entry in entries),
+            JOURNAL: sum(len(_line(entry)) for entry in entries),
+        }
+        for name, size in sizes.items():
+            (folder / name).touch()
+            os.truncate(folder / name, size)
+        self._files = {name: (folder / name).open("ab") for name in sizes}
+
+    def add(self, unit: Checked) -> None:
+        """Append a unit, data first."""
+        unit.pairs["start"] += self._tokens
+        data = {PAIRS: unit.pairs.tobytes(), TOKENS: unit.tokens.tobytes(), QUARANTINE: unit.quarantine}
+        for name, content in data.items():
+            self._append(name, content)
+        entry = Entry(
+            source=unit.source,
+            number=unit.number,
+            pairs=len(unit.pairs),
+            tokens=len(unit.tokens),
+            quarantine_bytes=len(unit.quarantine),
+            rows=unit.rows,
+            dropped=unit.dropped,
+            unused_positives=unit.unused_positives,
+            xxh3=_checksum(*data.values()),
         )
+        self._append(JOURNAL, _line(entry))
+        self._tokens += entry.tokens
+        self.finished.add((unit.source, unit.number))
+
+    def _append(self, name: str, data: Any) -> None:
+        self._files[name].write(data)
+        self._files[name].flush()
+
+    def finish(self, num_units: dict[str, int]) -> None:
+        """Say that nothing is missing; ``num_units`` are those of each source, over all parts."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        write_json(self.folder / DONE, {"units": num_units})
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry.to_json()).encode() + b"\n"
+
+
+def _whole_units(folder: Path, entries: list[Entry], pair_bytes: int) -> int:
+    """How many units, from the first, have their data: after a loss of power the journal may say more."""
+    if not entries:
+        return 0
+    with ExitStack() as stack:
+        pairs, tokens, quarantine = (stack.enter_context((folder / n).open("rb")) for n in (PAIRS, TOKENS, QUARANTINE))
+        for number, entry in enumerate(entries):
+            read = (
+                pairs.read(entry.pairs * pair_bytes),
+                tokens.read(entry.tokens * 4),
+                quarantine.read(entry.quarantine_bytes),
+            )
+            if _checksum(*read) != entry.xxh3:
+                return number
+    return len(entries)
+
+
+def _checksum(*data: Any) -> str:
+    digest = xxhash.xxh3_64()
+    for one in data:
+        digest.update(one)
+    return digest.hexdigest()

@@ -19,6 +19,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FileStem = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can stand in a file name."""
+Weight = Annotated[float, Field(gt=0.0)]
 Similarity = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
 """Of which side of a pair to which side of all pairs."""
 
@@ -84,6 +85,10 @@ class E5Source(_Section):
     """Further sources whose documents carry the instruction too (allnli and quora do by the preset)."""
     max_rows: PositiveInt | None = None
     """Rows read of each source, the first ones; all when absent."""
+    weights: dict[str, Weight] = {}
+    """Weights of sources in the mixture; 1 when absent."""
+    languages: dict[str, tuple[str, ...]] = {}
+    """Languages (ISO 639-1) of sources that the shipped preset does not know, or other ones."""
 
 
 class _NamedSource(_Section):
@@ -106,6 +111,10 @@ class _NamedSource(_Section):
     """Whether documents carry the instruction too."""
     max_rows: PositiveInt | None = None
     """Rows read, the first ones; all when absent."""
+    weight: Weight = 1.0
+    """Multiplies the source's share of the mixture: 2 is two passes over it per epoch, 0.5 half a pass."""
+    languages: tuple[str, ...] = ()
+    """Languages (ISO 639-1) of the texts; kept in the index and shown by `inspect`."""
 
     @model_validator(mode="after")
     def _columns_belong_to_their_format(self) -> "_NamedSource":
@@ -153,6 +162,32 @@ class BatchShape(_Section):
     """Packs per batch are a multiple of it; training works on every number of ranks that divides it."""
 
 
+class ProportionalMixture(_Section):
+    """Every pair once per epoch."""
+
+    kind: Literal["proportional"]
+
+
+class CappedMixture(_Section):
+    """Every pair once per epoch, but of no source more than so many; the next epoch goes on where this one stopped."""
+
+    kind: Literal["capped"]
+    max_pairs: PositiveInt
+    """Pairs of one source in an epoch, at most; at least `batch.pairs`."""
+
+
+class TemperatureMixture(_Section):
+    """As many batches as the sources have, shared out as `pairs ** exponent`: small sources repeat, large ones take
+    several epochs (Conneau et al. 2020, arXiv:1911.02116, section 3.1, whose alpha is `exponent`)."""
+
+    kind: Literal["temperature"]
+    exponent: Fraction
+    """1 is proportional, 0 gives every source as many batches."""
+
+
+Mixture = Annotated[ProportionalMixture | CappedMixture | TemperatureMixture, Field(discriminator="kind")]
+
+
 class PackRecipe(_Section):
     """What `python -m data_prep pack` does."""
 
@@ -170,6 +205,10 @@ class PackRecipe(_Section):
     """Limits per text."""
     batch: BatchShape
     """Size of a batch and of its packs."""
+    mixture: Mixture = ProportionalMixture(kind="proportional")
+    """How many batches of each source an epoch has."""
+    epochs: PositiveInt = 1
+    """Epochs written, each with pairs put into batches anew; training walks through them in turn."""
     prompts: dict[str, str] = {}
     """Instructions of the exported model's prompts by name: `query`, or an mteb task or task type such as `STS`;
     `query` is the largest source's instruction when absent."""
@@ -194,6 +233,11 @@ class PackRecipe(_Section):
             raise ValueError(
                 f"batch.pairs ({self.batch.pairs}) is not a multiple of batch.pack_multiple "
                 f"({self.batch.pack_multiple}); choose a multiple"
+            )
+        if isinstance(self.mixture, CappedMixture) and self.mixture.max_pairs < self.batch.pairs:
+            raise ValueError(
+                f"mixture.max_pairs ({self.mixture.max_pairs}) is less than batch.pairs ({self.batch.pairs}), so "
+                "that no source has a batch; raise it"
             )
         if not self.template.instruction_format.endswith("{text}"):
             raise ValueError(
@@ -346,6 +390,40 @@ class EngineSection(_Section):
     """A checkpoint every so many steps; one is always written at the end."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps are kept too, for good."""
+    timeout_seconds: PositiveInt = 1800
+    """Longest that a collective, a step, a checkpoint or the export may take; then the run ends and names the step."""
+
+
+class EvaluationSection(_Section):
+    """Loss and retrieval on pairs that are not trained on, while training."""
+
+    shards: Path
+    """Held-out shards, packed with the same tokenizer and template."""
+    every_steps: PositiveInt
+    """Evaluate every so many steps, and before the first and after the last."""
+    max_batches: PositiveInt = 8
+    """The first so many batches are used; their documents are one pool."""
+
+
+class TelemetrySection(_Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """TensorBoard files in `output_dir/tensorboard`; Weights & Biases. One that cannot start stops the run."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases; required by its logger."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes to `output_dir/wandb`, for `wandb sync` later."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak bf16 TFLOP/s of one device, for model FLOP/s utilisation; by the GPU's name when absent."""
+
+    @model_validator(mode="after")
+    def _wandb_has_a_project(self) -> "TelemetrySection":
+        if ("wandb" in self.loggers) != (self.wandb_project is not None):
+            raise ValueError("loggers and wandb_project disagree: give both 'wandb' and a project, or neither")
+        return self
 
 
 class TrainRecipe(_Section):
@@ -365,6 +443,10 @@ class TrainRecipe(_Section):
     """How it is minimised."""
     engine: EngineSection
     """How it is run."""
+    evaluation: EvaluationSection | None = None
+    """Held-out evaluation while training; none when absent."""
+    telemetry: TelemetrySection = TelemetrySection()
+    """Further loggers."""
 
     @model_validator(mode="after")
     def _decoders_are_causal(self) -> "TrainRecipe":

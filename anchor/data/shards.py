@@ -33,6 +33,7 @@ from anchor.errors import ShardError
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+BATCHES_PER_SHARD = 256
 _COLUMNS: dict[str, Any] = {
     "input_ids": np.int32,
     "segment_lengths": np.int32,
@@ -129,10 +130,12 @@ class ShardWriter:
     Args:
         folder: where the files go; must exist.
         batches_per_shard: batches per file.
+        first_shard: number of the first file, where several writers share a folder.
     """
 
-    def __init__(self, folder: Path, batches_per_shard: int = 256) -> None:
+    def __init__(self, folder: Path, batches_per_shard: int = BATCHES_PER_SHARD, first_shard: int = 0) -> None:
         self.folder = folder
+        self.first_shard = first_shard
         self.batches_per_shard = batches_per_shard
         self.shards: list[dict[str, Any]] = []
         self._writer: pa.RecordBatchFileWriter | None = None
@@ -141,7 +144,7 @@ class ShardWriter:
     def write(self, batch: Batch) -> None:
         """Append one batch."""
         if self._writer is None:
-            self._path = self.folder / f"{len(self.shards):05d}.arrow"
+            self._path = self.folder / f"{self.first_shard + len(self.shards):05d}.arrow"
             # Beside, then renamed: a process that still maps an older file of this name keeps it.
             self._writer = pa.ipc.new_file(f"{self._path}.tmp", _SCHEMA)
         arrays, columns = [], {}
@@ -207,6 +210,15 @@ class Index:
     @property
     def num_batches(self) -> int:
         return sum(shard["batches"] for shard in self.shards)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the folder holds, one after another, each of as many batches."""
+        return self.recipe.get("epochs", 1)  # absent where the program that packed knew only one
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.num_batches // self.num_epochs
 
     @property
     def pack_multiple(self) -> int:

@@ -1,4 +1,4 @@
-"""Pair + template -> segments: token ids and the span of the bare text among them.
+"""Texts + template -> segments: token ids and the span of the bare text among them.
 
 1. :func:`prepare_tokenizer` puts the template into the tokenizer's own post-processor and makes special
    tokens inside texts ordinary text, so that a web page cannot forge an anchor token or a turn.
@@ -9,6 +9,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,29 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from anchor.config.model_path import resolve_model_path
-from anchor.data.records import Pair
 from anchor.data.templates import Template
 from anchor.errors import DataError, ModelError
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """One text with its template.
+class Segments:
+    """Texts with their templates, flat: prefix + instruction + body + suffix, whose last id is the anchor token.
 
     Attributes:
-        input_ids: int32, prefix + instruction + body + suffix; the last id is the anchor token.
-        body_start: index of the body's first token.
-        body_end: index after the body's last token.
-        truncated: whether the text was cut to the limit.
+        input_ids: int32 ``T``, one segment after another.
+        lengths: int32 ``S``, tokens of each.
+        body_starts: int32 ``S``, index of the body's first token in its segment.
+        body_ends: int32 ``S``, index after the body's last token.
+        truncated: bool ``S``, whether the text was cut to the limit.
+        problems: why a text cannot be used, by its number; such a segment has no body.
     """
 
     input_ids: np.ndarray
-    body_start: int
-    body_end: int
-    truncated: bool
+    lengths: np.ndarray
+    body_starts: np.ndarray
+    body_ends: np.ndarray
+    truncated: np.ndarray
+    problems: dict[int, str]
 
 
 def load_tokenizer(path: str) -> Any:
@@ -151,39 +155,44 @@ class SegmentTokenizer:
     def anchor_token_id(self) -> int:
         return int(self.suffix[-1])
 
-    def pairs(self, pairs: Sequence[Pair]) -> list[list[Segment] | DataError]:
-        """Segments of each pair in order of role, or the reason why the pair cannot be used."""
-        texts: list[tuple[str, int]] = []
-        for pair in pairs:
-            for role, text in enumerate(pair.texts()):
-                instruction = pair.instruction if role == 0 or pair.symmetric else None
-                texts.append(self.template.instructed(text, instruction))
-        segments = iter(self.encode(texts))
-        return [_first_error([next(segments) for _ in pair.texts()]) for pair in pairs]
-
-    def encode(self, texts: Sequence[tuple[str, int]]) -> list[Segment | DataError]:
-        """Encode (text, character at which the body begins) in one call to the Rust tokenizer."""
+    def encode(self, texts: Sequence[tuple[str, int]]) -> Segments:
+        """Encode (text, character at which the body begins) in two calls to the Rust tokenizer."""
         # Offsets cost a quarter of the time and are needed only behind an instruction.
         plain = [i for i, (_, body) in enumerate(texts) if body == 0]
         instructed = [i for i, (_, body) in enumerate(texts) if body > 0]
-        out: list[Segment | DataError] = [DataError("not encoded")] * len(texts)
+        ids: list[list[int]] = [[]] * len(texts)
+        bodies = np.zeros(len(texts), dtype=np.int32)
         fast = self.backend.encode_batch_fast([texts[i][0] for i in plain], add_special_tokens=False)
         for i, encoding in zip(plain, fast, strict=True):
-            out[i] = self._segment(encoding.ids, 0)
+            ids[i] = encoding.ids
         slow = self.backend.encode_batch([texts[i][0] for i in instructed], add_special_tokens=False)
         for i, encoding in zip(instructed, slow, strict=True):
-            out[i] = self._segment(encoding.ids, _first_body_token(encoding, texts[i][1]))
-        return out
+            ids[i] = encoding.ids
+            bodies[i] = _first_body_token(encoding, texts[i][1])
+        return self._flat(ids, bodies)
 
-    def _segment(self, ids: list[int], body: int) -> Segment | DataError:
-        kept = min(len(ids), self.max_text_tokens)
-        if body >= len(ids):
-            return DataError("the text has no tokens")
-        if body >= kept:
-            return DataError(f"the instruction alone takes {body} tokens; raise text.max_tokens ({self.max_tokens})")
-        start = len(self.prefix)
-        input_ids = np.concatenate([self.prefix, np.asarray(ids[:kept], dtype=np.int32), self.suffix])
-        return Segment(input_ids, start + body, start + kept, kept < len(ids))
+    def _flat(self, ids: list[list[int]], bodies: np.ndarray) -> Segments:
+        found = np.fromiter(map(len, ids), np.int32, len(ids))
+        kept = np.minimum(found, self.max_text_tokens)
+        problems = {}
+        for i in np.flatnonzero(bodies >= kept).tolist():
+            problems[i] = (
+                "the text has no tokens"
+                if bodies[i] >= found[i]
+                else f"the instruction alone takes {bodies[i]} tokens; raise text.max_tokens ({self.max_tokens})"
+            )
+        before, after = len(self.prefix), len(self.suffix)
+        lengths = kept + np.int32(before + after)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        input_ids = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
+        of_text = np.ones(len(input_ids), dtype=bool)
+        for part, first in ((self.prefix, ends - lengths), (self.suffix, ends - after)):
+            where = first[:, None] + np.arange(len(part))
+            input_ids[where] = part
+            of_text[where] = False
+        cut = (one if len(one) <= self.max_text_tokens else one[: self.max_text_tokens] for one in ids)
+        input_ids[of_text] = np.fromiter(chain.from_iterable(cut), np.int32, int(kept.sum()))
+        return Segments(input_ids, lengths, bodies + np.int32(before), kept + np.int32(before), kept < found, problems)
 
 
 def _first_body_token(encoding: Encoding, body_char: int) -> int:
@@ -193,10 +202,3 @@ def _first_body_token(encoding: Encoding, body_char: int) -> int:
         return token
     ends: Iterable[tuple[int, int]] = encoding.offsets
     return next((i for i, (_, end) in enumerate(ends) if end > body_char), len(encoding.ids))
-
-
-def _first_error(segments: list[Segment | DataError]) -> list[Segment] | DataError:
-    good = [s for s in segments if isinstance(s, Segment)]
-    if len(good) == len(segments):
-        return good
-    return next(s for s in segments if isinstance(s, DataError))

@@ -4,17 +4,16 @@ name inside a text is text; the saved tokenizer gives the same ids as the shards
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchor.data.records import Pair
 from anchor.data.templates import Template
 from anchor.data.tokenization import (
-    Segment,
+    Segments,
     SegmentTokenizer,
     load_tokenizer,
     prepare_tokenizer,
@@ -51,10 +50,29 @@ def segmenter(tokenizer: Any) -> SegmentTokenizer:
     return SegmentTokenizer(tokenizer, CHATML, 256)
 
 
+class Segment(NamedTuple):
+    input_ids: np.ndarray
+    body_start: int
+    body_end: int
+    truncated: bool
+
+
 def encoded(segmenter: SegmentTokenizer, text: str, instruction: str | None = None) -> Segment:
-    (segment,) = segmenter.encode([segmenter.template.instructed(text, instruction)])
-    assert isinstance(segment, Segment)
-    return segment
+    found = segmenter.encode([segmenter.template.instructed(text, instruction)])
+    assert found.problems == {}
+    return split(found)[0]
+
+
+def split(found: Segments) -> list[Segment]:
+    assert [array.dtype for array in (found.input_ids, found.lengths, found.body_starts)] == [np.int32] * 3
+    ends = np.cumsum(found.lengths)
+    assert ends[-1] == len(found.input_ids)
+    return [
+        Segment(found.input_ids[end - length : end], int(start), int(stop), bool(cut))
+        for end, length, start, stop, cut in zip(
+            ends, found.lengths, found.body_starts, found.body_ends, found.truncated, strict=True
+        )
+    ]
 
 
 def byte_lengths(segmenter: SegmentTokenizer, ids: np.ndarray) -> np.ndarray:
@@ -138,17 +156,31 @@ def test_saving_twice_gives_one_fingerprint(tokenizer: Any, reloaded: Any, tmp_p
     assert len(tokenizer_fingerprint(tmp_path / "a")) == 64
 
 
-def test_a_pair_has_its_instruction_on_the_query_and_on_documents_only_if_symmetric(
-    segmenter: SegmentTokenizer,
+@given(st.lists(st.tuples(SCRIPTS, st.sampled_from([None, "Find it", "漢"])), max_size=6))
+def test_many_texts_at_once_are_each_encoded_as_alone(
+    segmenter: SegmentTokenizer, texts: list[tuple[str, str | None]]
 ) -> None:
-    def heads(symmetric: bool) -> list[int]:
-        pair = Pair("one", "two", ("three", "four"), "Find it", "s", 0, symmetric)
-        (segments,) = segmenter.pairs([pair])
-        assert isinstance(segments, list)
-        return [segment.body_start - len(segmenter.prefix) for segment in segments]
+    found = segmenter.encode([segmenter.template.instructed(*one) for one in texts])
+    assert len(found.lengths) == len(texts)
+    for one, text in zip(split(found) if texts else [], texts, strict=True):
+        alone = encoded(segmenter, *text)
+        assert one.input_ids.tolist() == alone.input_ids.tolist()
+        assert one[1:] == alone[1:]
 
-    assert [head > 0 for head in heads(False)] == [True, False, False, False]
-    assert [head > 0 for head in heads(True)] == [True, True, True, True]
+
+LONG = ["👩‍👩‍👧🇩🇪", "e\u0301\u0323\u035c", "שלום עולם ", "漢字かな", "한국어", "a", " ", "\n", "\u200b", "x y. "]
+
+
+@pytest.mark.parametrize("piece", LONG)
+@pytest.mark.parametrize("instruction", [None, "Find it"])
+def test_a_line_of_100_000_characters_is_cut_and_keeps_the_anchor_token(
+    tokenizer: Any, piece: str, instruction: str | None
+) -> None:
+    segment = encoded(SegmentTokenizer(tokenizer, CHATML, 32), "q" + piece * (100_000 // len(piece)), instruction)
+    assert segment.truncated
+    assert len(segment.input_ids) == 32
+    assert segment.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert segment.body_start < segment.body_end == 31
 
 
 def test_a_tokenizer_without_the_templates_anchor_token_is_refused(tiny_tokenizer_dir: Path) -> None:
@@ -170,27 +202,25 @@ def test_a_limit_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
     assert SegmentTokenizer(tokenizer, CHATML, template + 1).max_text_tokens == 1
 
 
-def test_an_instruction_that_leaves_no_room_is_an_error_of_the_pair(tokenizer: Any) -> None:
+def test_an_instruction_that_leaves_no_room_is_a_problem_of_the_text(tokenizer: Any) -> None:
     segmenter = SegmentTokenizer(tokenizer, CHATML, 16)
     instruction = "Retrieve the passage that answers this question"
-    (error,) = segmenter.pairs([Pair("q", "p", (), instruction, "s", 0, False)])
-    assert isinstance(error, DataError)
+    texts = [("fine", 0), segmenter.template.instructed("q", instruction)]
     tokens = len(segmenter.backend.encode(f"{instruction}: ", add_special_tokens=False).ids)
     assert tokens > 10
     taken = encoded(SegmentTokenizer(tokenizer, CHATML, 256), "q", instruction).body_start - len(segmenter.prefix)
-    assert str(error) == f"the instruction alone takes {taken} tokens; raise text.max_tokens (16)"
+    expected = f"the instruction alone takes {taken} tokens; raise text.max_tokens (16)"
+    assert segmenter.encode(texts).problems == {1: expected}
 
 
-def test_a_text_without_tokens_is_an_error_of_the_pair(tiny_tokenizer_dir: Path) -> None:
+def test_a_text_without_tokens_is_a_problem_of_the_text(tiny_tokenizer_dir: Path) -> None:
     from tokenizers import normalizers
 
     tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
     segmenter = SegmentTokenizer(prepare_tokenizer(tokenizer, CHATML, "tiny"), CHATML, 16)
-    for pair in (Pair("\u200b\u200b", "p", (), None, "s", 0, False), Pair("\u200b", "p", (), "I", "s", 0, False)):
-        (error,) = segmenter.pairs([pair])
-        assert isinstance(error, DataError)
-        assert str(error) == "the text has no tokens"
+    texts = [segmenter.template.instructed("\u200b\u200b", i) for i in (None, "I")]
+    assert segmenter.encode([*texts, ("p", 0)]).problems == dict.fromkeys((0, 1), "the text has no tokens")
 
 
 @pytest.mark.parametrize(

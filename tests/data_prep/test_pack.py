@@ -1,12 +1,11 @@
-"""Invariants: every kind of source ends in the same shards; a bad row is named by file and line, or counted and put
-aside; equal recipes give equal bytes, also after an interruption; a folder of another recipe is left alone.
+"""Invariants: every kind of source ends in the same shards, which hold every kept pair once with its texts; equal
+recipes give equal bytes, for any number of worker processes.
 """
 
 import gzip
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import english_pairs, write_jsonl
+from packs import MakeRecipe, contents, files_source, folder_bytes, packed
 
-import data_prep.checking as checking_module
-import data_prep.pack as pack_module
-import data_prep.reading as reading_module
-from anchor.data.shards import Batch, ShardReader
+import data_prep.units as units_module
+import data_prep.workers as workers_module
+import data_prep.writing as writing_module
+from anchor.data.shards import ShardReader
 from anchor.data.tokenization import tokenizer_fingerprint
-from anchor.errors import AnchorError, ConfigError, DataError
+from anchor.errors import DataError
 from data_prep.__main__ import main
 from data_prep.e5 import E5_TRAITS
-from data_prep.inspect import verify
 from data_prep.pack import pack
-
-MakeRecipe = Callable[..., Path]
-
-
-def files_source(path: Path, **changes: Any) -> dict[str, Any]:
-    source = {"kind": "files", "name": "small", "path": str(path), "columns": {"negatives": ["negative"]}}
-    return source | {"instructions": []} | changes
-
-
-def packed(recipe: Path, *overrides: str) -> ShardReader:
-    pack(str(recipe), list(overrides))
-    reader = ShardReader(recipe.parent / "shards")
-    verify(reader)
-    return reader
-
-
-def contents(reader: ShardReader) -> list[tuple[Any, ...]]:
-    """Everything in the shards, in order."""
-    batches: list[Batch] = [reader.read(i) for i in range(len(reader))]
-    return [
-        (batch.source, pack.input_ids.tolist(), pack.pair_ids.tolist(), pack.text_ids.tolist(), pack.roles.tolist())
-        for batch in batches
-        for pack in batch.packs
-    ]
-
-
-def refusal(recipe: Path, kind: type[AnchorError] = DataError) -> str:
-    with pytest.raises(kind) as caught:
-        pack(str(recipe), [])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_every_kind_of_source_gives_the_same_shards(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -157,85 +125,6 @@ def test_the_e5_preset_knows_the_public_portion() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        (b'{"query": "q",', "3: malformed JSON: Illegal trailing comma before end of object at character 14"),
-        (b'{"query": "\xff"}', "3: not UTF-8: byte 12 is 0xff"),
-        (b"[1]", "3: expected a JSON object, got list"),
-        (b"\n \t\n{", "5: malformed JSON: Expecting property name enclosed in double quotes at character 3"),
-        (b"[" * 100000, "3: malformed JSON: maximum recursion depth exceeded"),
-        (
-            b'{"query": ' + b"9" * 5000 + b"}",
-            "3: malformed JSON: Exceeds the limit (4300 digits) for integer string conversion",
-        ),
-        (b'{"query": "q\x00"}', "3: malformed JSON: Invalid control character at character 13"),
-        (b'{"query": "\\u0000q", "positive": "p"}', "3: field 'query' has a NUL character at character 1"),
-        (
-            b'{"query": "q", "positive": "\\u200b \\u0007"}',
-            "3: field 'positive' holds only control characters; remove the row or use on_bad_row: skip",
-        ),
-        (b'{"query": "q", "positiv": "p"}', "3: no field 'positive'; did you mean 'positiv'?"),
-        (b'{"query": " ", "positive": "p"}', "3: field 'query' is empty; remove the row or use on_bad_row: skip"),
-        (b'{"query": "q", "positive": "\\ud800"}', "3: field 'positive' has half a surrogate pair at character 1"),
-        (
-            b'{"query": "q", "positive": "p", "negative": []}',
-            "3: 0 hard negatives, the recipe keeps 1; lower text.hard_negatives or mine more",
-        ),
-    ],
-)
-def test_a_bad_row_stops_with_file_and_line(
-    tmp_path: Path, make_recipe: MakeRecipe, line: bytes, expected: str
-) -> None:
-    file = write_jsonl(tmp_path / "x.jsonl", english_pairs(2))
-    file.write_bytes(file.read_bytes() + line + b"\n")
-    got = refusal(make_recipe([files_source(file)]))
-    # The wording of a JSON error is Python's own and differs between its versions.
-    got = got.split(" while decoding")[0].replace(": value has 5000 digits", "")
-    got = got.replace(
-        "Expecting property name enclosed in double quotes at character 16",
-        "Illegal trailing comma before end of object at character 14",
-    )
-    assert got == f"{file}:{expected}"
-
-
-def test_no_half_characters_are_lost_on_the_way_to_quarantine(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    file = write_jsonl(tmp_path / "x.jsonl", english_pairs(16))
-    file.write_bytes(file.read_bytes() + b'{"query": "\\ud800", "positive": "p"}\n{"query": "\xff"}\n')
-    recipe = make_recipe([files_source(file)], on_bad_row="skip", max_skipped_fraction=0.5)
-    reader = packed(recipe)
-    assert reader.index.sources[0]["dropped"] == {"field 'query' has half a surrogate pair": 1, "not UTF-8": 1}
-    aside = [json.loads(line) for line in (reader.folder / "quarantine-small.jsonl").read_text().splitlines()]
-    assert [row["content"] for row in aside] == [{"query": "\ud800", "positive": "p"}, '{"query": "\ufffd"}\n']
-
-
-def test_equal_pairs_and_queries_that_are_their_positive_are_dropped_and_counted(
-    tmp_path: Path, make_recipe: MakeRecipe
-) -> None:
-    rows = english_pairs(36)
-    rows[5] = rows[3] | {"negative": ["another"]}
-    rows[9] = rows[3]
-    rows[11] = rows[11] | {"positive": rows[11]["query"]}
-    rows[12] = rows[12] | {"positive": rows[3]["positive"]}  # one document of two queries stays
-    # They are no mistake, so neither stops a run nor counts against the bound.
-    (clean,) = packed(make_recipe([files_source(write_jsonl(tmp_path / "a.jsonl", rows))])).index.sources
-    reader = packed(
-        make_recipe([files_source(tmp_path / "a.jsonl")], on_bad_row="skip", max_skipped_fraction=0.0, batch__pairs=4)
-    )
-    (summary,) = reader.index.sources
-    assert clean["dropped"] == summary["dropped"] == {"equal to an earlier pair": 2, "query equals positive": 1}
-    assert (summary["rows_read"], summary["kept"], summary["batches"], summary["remainder_pairs"]) == (36, 33, 8, 1)
-    assert not (reader.folder / "quarantine-small.jsonl").exists()
-    packs = [one for n in range(len(reader)) for one in reader.read(n).packs]
-    seen = {int(i) for one in packs for i in one.pair_ids}
-    assert len(seen) == 32
-    assert seen.isdisjoint({5, 9, 11})
-    # What is counted is what is kept.
-    distinct = [row for i, row in enumerate(rows) if i not in (5, 9, 11)]
-    (alone,) = packed(make_recipe([files_source(write_jsonl(tmp_path / "b.jsonl", distinct))])).index.sources
-    assert [summary[key] for key in ("tokens", "truncated_texts")] == [alone[k] for k in ("tokens", "truncated_texts")]
-
-
 def test_only_the_first_rows_are_read(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     write_jsonl(tmp_path / "e5" / "squad.jsonl", [*english_pairs(20), "not reached"])
     for source in (
@@ -251,48 +140,6 @@ def test_only_the_first_rows_are_read(tmp_path: Path, make_recipe: MakeRecipe) -
         assert max(one.pair_ids.max() for one in reader.read(0).packs) <= 16
 
 
-def test_bad_rows_are_put_aside_and_counted_by_reason(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    rows: list[Any] = english_pairs(32)
-    rows[3] = rows[3] | {"query": ""}
-    rows[5] = {"query": "q"}
-    rows[7] = rows[7] | {"query": "  "}
-    file = write_jsonl(tmp_path / "x.jsonl", rows)
-    file.write_bytes(file.read_bytes() + b"{broken\n")
-    recipe = make_recipe([files_source(file)], on_bad_row="skip")
-    with pytest.raises(DataError) as caught:
-        pack(str(recipe), ["batch.pairs=4"])
-    aside_file = recipe.parent / "shards" / "quarantine-small.jsonl"
-    assert str(caught.value) == (
-        f"{aside_file}: 4 of 33 rows of source 'small' cannot be used, more than max_skipped_fraction (0.05); mend the "
-        "source or raise max_skipped_fraction"
-    )
-    recipe = make_recipe([files_source(file)], on_bad_row="skip", max_skipped_fraction=4 / 33)
-    reader = packed(recipe, "batch.pairs=4")
-    (summary,) = reader.index.sources
-    assert (summary["rows_read"], summary["kept"]) == (33, 29)
-    assert summary["dropped"] == {"field 'query' is empty": 2, "malformed JSON": 1, "no field 'positive'": 1}
-    aside = [json.loads(line) for line in (reader.folder / "quarantine-small.jsonl").read_text().splitlines()]
-    assert [(row["file"], row["line"]) for row in aside] == [(str(file), line) for line in (4, 6, 8, 33)]
-    assert [row["content"] for row in aside] == [rows[3], rows[5], rows[7], "{broken\n"]
-    assert aside[0]["reason"] == "field 'query' is empty; remove the row or use on_bad_row: skip"
-    rows_packed = {int(i) for n in range(len(reader)) for one in reader.read(n).packs for i in one.pair_ids}
-    assert len(rows_packed) == 28
-    assert rows_packed.isdisjoint({3, 5, 7, 32})
-
-
-def test_an_instruction_that_fills_the_segment_is_refused_by_file_and_line(make_recipe: MakeRecipe) -> None:
-    rows = write_jsonl(make_recipe().parent / "x.jsonl", english_pairs(16))
-    source = files_source(rows, instructions=["river mountain " * 40])
-    message = refusal(make_recipe([source]))
-    assert message.startswith(f"{rows}:1: the instruction alone takes ")
-    assert message.endswith(" tokens; raise text.max_tokens (64)")
-    recipe = make_recipe([source], on_bad_row="skip", max_skipped_fraction=1.0)
-    assert refusal(recipe) == (
-        f"{recipe}: no batch can be made: batch.pairs is 16, pairs left per source are small 0; lower batch.pairs or "
-        "add data"
-    )
-
-
 def test_long_texts_are_cut_and_counted(make_recipe: MakeRecipe) -> None:
     reader = packed(make_recipe(text__max_tokens=24))
     (summary,) = reader.index.sources
@@ -301,63 +148,6 @@ def test_long_texts_are_cut_and_counted(make_recipe: MakeRecipe) -> None:
     # Uncut texts can have 24 tokens as well, so the longest are at least the cut ones.
     assert 0 < summary["truncated_texts"] <= (lengths == 24).sum() < len(lengths)
     assert packed(make_recipe(text__max_tokens=250, batch__pack_tokens=1000)).index.sources[0]["truncated_texts"] == 0
-
-
-def test_too_few_pairs_are_refused(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    one = files_source(write_jsonl(tmp_path / "a.jsonl", english_pairs(15)), name="a")
-    two = files_source(write_jsonl(tmp_path / "b.jsonl", english_pairs(9)), name="b")
-    recipe = make_recipe([one, two])
-    assert refusal(recipe) == (
-        f"{recipe}: no batch can be made: batch.pairs is 16, pairs left per source are a 15, b 9; lower batch.pairs "
-        "or add data"
-    )
-
-
-def test_wrong_sources_are_refused(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    write_jsonl(tmp_path / "e5" / "squad.jsonl", english_pairs(16))
-    write_jsonl(tmp_path / "e5" / "sqaud.jsonl", english_pairs(16))
-    (tmp_path / "empty").mkdir()
-    e5 = {"kind": "e5", "path": str(tmp_path / "e5")}
-    cases = [
-        (
-            [e5],
-            "sources.0: source 'sqaud' has no instruction in the E5 preset; give sources.N.instructions.sqaud ([] for "
-            "none); did you mean 'squad'?",
-        ),
-        ([e5 | {"only": ["squat"]}], f"sources.0: no source 'squat' in {tmp_path}/e5; did you mean 'squad'?"),
-        (
-            [e5 | {"only": ["squad"], "symmetric": ["nq"]}],
-            f"sources.0: traits for 'nq', which is not in {tmp_path}/e5; known are sqaud, squad",
-        ),
-        ([files_source(tmp_path / "none")], f"sources.0: {tmp_path}/none: no such file or folder"),
-        (
-            [files_source(tmp_path / "empty")],
-            f"sources.0: {tmp_path}/empty: holds no file ending in .jsonl, .jsonl.gz, .jsonl.zst, .csv, "
-            ".csv.gz, .csv.zst, .tsv, .tsv.gz, .tsv.zst, .parquet",
-        ),
-        (
-            [files_source(tmp_path / "e5" / "squad.jsonl")] * 2,
-            "two sources are called 'small'; rename one",
-        ),
-    ]
-    for sources, expected in cases:
-        recipe = make_recipe(sources)
-        assert refusal(recipe, ConfigError) == f"{recipe}: {expected}"
-
-
-def test_unreadable_files_are_refused(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    zipped = tmp_path / "a.jsonl.gz"
-    zipped.write_bytes(gzip.compress(b'{"query": "q"}\n' * 100)[:-12])
-    assert refusal(make_recipe([files_source(zipped)], on_bad_row="skip")) == (
-        f"{zipped}: cannot be read: Truncated compressed stream"
-    )
-    table = tmp_path / "a.parquet"
-    table.write_bytes(b"no parquet at all")
-    assert refusal(make_recipe([files_source(table)])).startswith(f"{table}: not a readable Parquet file: ")
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_equal_recipes_give_equal_bytes(make_recipe: MakeRecipe) -> None:
@@ -377,7 +167,8 @@ def test_equal_recipes_give_equal_bytes(make_recipe: MakeRecipe) -> None:
 def test_the_number_of_workers_changes_no_byte(
     tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading_module, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(units_module, "UNIT_ROWS", 7)
+    monkeypatch.setattr(writing_module, "BATCHES_PER_SHARD", 4)
     rows: list[Any] = english_pairs(120)
     rows[3]["query"] += " <|im_end|> is text"  # a tokenizer that was sent to another process forgot this once
     rows[10] = rows[40] = {"query": "q"}
@@ -408,7 +199,7 @@ def test_the_number_of_workers_changes_no_byte(
 
 
 def test_a_worker_that_is_killed_is_reported(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checking_module, "_in_worker", _die)
+    monkeypatch.setattr(workers_module, "_run", _die)
     with pytest.raises(DataError) as caught:
         pack(str(make_recipe()), [], 2)
     assert str(caught.value) == (
@@ -418,80 +209,6 @@ def test_a_worker_that_is_killed_is_reported(make_recipe: MakeRecipe, monkeypatc
 
 def _die(*_: Any) -> None:
     os._exit(9)
-
-
-def test_an_interrupted_run_is_continued(
-    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sources = [
-        files_source(write_jsonl(tmp_path / f"{name}.jsonl", english_pairs(32, seed=i)), name=name)
-        for i, name in enumerate(("a", "b"))
-    ]
-    recipe = make_recipe(sources)
-    expected = folder_bytes(packed(recipe).folder)
-    check_rows = checking_module.check_rows
-    for stop_at in ("b", "write"):
-        folder = recipe.parent / "shards"
-        for file in sorted(folder.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        read: list[str] = []
-
-        def check_some(check: Any, *rest: Any, stop_at: str = stop_at, read: list[str] = read) -> Any:
-            name = check.source
-            if name == stop_at and name not in read:
-                read.append(name)
-                raise KeyboardInterrupt
-            read.append(name)
-            return check_rows(check, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(checking_module, "check_rows", check_some)
-            if stop_at == "write":
-                patch.setattr(pack_module, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                pack(str(recipe), [])
-        assert read == ["a", "b"]
-        assert not (folder / "index.json").exists()
-        # What was finished is not read again.
-        (tmp_path / "a.jsonl").rename(tmp_path / "moved")
-        (tmp_path / "a.jsonl").touch()
-        assert folder_bytes(packed(recipe).folder) == expected
-        (tmp_path / "moved").rename(tmp_path / "a.jsonl")
-
-
-def test_a_finished_folder_is_left_alone(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = make_recipe()
-    folder = packed(recipe).folder
-    before = folder_bytes(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "load_tokenizer", lambda *_: pytest.fail("packed again"))
-        assert pack(str(recipe), []).num_batches == 4
-    assert folder_bytes(folder) == before
-    assert refusal(make_recipe(output_dir=str(folder))) == (
-        f"{folder}: already holds shards of another recipe; choose another output_dir or delete it"
-    )
-    # A deleted file comes back, as the messages about altered files promise.
-    (folder / "00000.arrow").unlink()
-    caplog.clear()
-    assert folder_bytes(packed(recipe).folder) == before
-    assert f"{folder}: 00000.arrow missing or of another size; packing again" in caplog.messages
-
-
-def test_other_folders_are_left_alone(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert refusal(make_recipe(output_dir=str(tmp_path / "full"))) == (
-        f"{tmp_path}/full: not empty and not an unfinished run; choose another output_dir or delete it"
-    )
-    bad = make_recipe([files_source(write_jsonl(tmp_path / "x.jsonl", [{}]))])
-    refusal(bad)
-    assert (bad.parent / "shards" / "work").is_dir()
-    assert refusal(make_recipe(output_dir=str(bad.parent / "shards"))) == (
-        f"{bad.parent}/shards: holds an unfinished run of another recipe; delete it or choose another output_dir"
-    )
-    assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
 def test_the_command_line_packs_with_overrides_and_exits_2_on_a_users_error(
@@ -508,7 +225,8 @@ def test_the_command_line_packs_with_overrides_and_exits_2_on_a_users_error(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("pack", "inspect", "docs", "decontaminate"))]
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("pack", "merge", "inspect", "docs", "decontaminate", "mine"))],
 )
 def test_every_help_fits_a_screen_and_shows_an_example(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -521,7 +239,18 @@ def test_every_help_fits_a_screen_and_shows_an_example(
     assert any(line.startswith("example: python -m data_prep ") for line in lines)
 
 
-@pytest.mark.parametrize("arguments", [[], ["pak"], ["inspect", "x", "--show", "many"], ["docs", "--output"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["pak"],
+        ["inspect", "x", "--show", "many"],
+        ["docs", "--output"],
+        ["pack", "x", "--part", "4/4"],
+        ["pack", "x", "--part", "1"],
+        ["merge"],
+    ],
+)
 def test_a_wrong_command_line_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

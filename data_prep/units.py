@@ -1,0 +1,71 @@
+"""Sources cut into units: the rows that one process works on at a time, and what an interruption can lose.
+
+A unit ends after :data:`UNIT_ROWS` rows or with the row that reaches :data:`UNIT_BYTES`, so that where units end
+depends on the input alone: not on the number of processes, of parts or of interruptions.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from anchor.errors import DataError
+from data_prep.readers import Meter, Row
+from data_prep.sources import Source
+
+UNIT_ROWS = 2048
+UNIT_BYTES = 8 << 20
+
+
+class Unit(NamedTuple):
+    """Rows that stand together in a source.
+
+    Attributes:
+        source: name of the source.
+        number: of the unit in its source, from 0.
+        first_row: number of its first row in the source, as it is read.
+        rows: not yet parsed.
+        error: why there are no rows after these, if the source cannot be read further.
+        input_bytes: how much of the source's files it took to read them.
+    """
+
+    source: str
+    number: int
+    first_row: int
+    rows: list[Row]
+    error: DataError | None
+    input_bytes: int
+
+
+def units(source: Source) -> Iterator[Unit]:
+    """The units of a source; an error in reading comes as part of the last one, after the rows before it."""
+    meter = Meter()
+    rows = source.rows(meter)
+    number = first_row = read_bytes = 0
+    while True:
+        found: list[Row] = []
+        size, error = 0, None
+        try:
+            for row in rows:
+                found.append(row)  # one by one, so that those before an error stay
+                size += _size(row.value)
+                if len(found) == UNIT_ROWS or size >= UNIT_BYTES:
+                    break
+            else:
+                rows = iter(())
+        except DataError as caught:
+            error = caught
+        if found or error is not None:
+            before, read_bytes = read_bytes, meter.read_bytes
+            yield Unit(source.name, number, first_row, found, error, read_bytes - before)
+        if error is not None or not found:
+            return
+        number += 1
+        first_row += len(found)
+
+
+def _size(value: Any) -> int:
+    """About how many bytes a row has."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 8

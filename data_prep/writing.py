@@ -1,0 +1,113 @@
+"""The plan of a folder of shards, and the shards themselves: each file a pure function of the plan and its number."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchor.config.schema import BatchShape, PackRecipe
+from anchor.data.packing import plan_packs
+from anchor.data.shards import BATCHES_PER_SHARD, Batch, ShardWriter, make_batch
+from data_prep.gathered import Gathered
+from data_prep.mixture import Share, epoch_batches
+from data_prep.progress import tracked
+from data_prep.shuffle import Kept, read_batch, shuffled
+from data_prep.spool import read_json, write_json
+from data_prep.workers import open_workers
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All batches of a folder, in the order in which they are written.
+
+    Attributes:
+        gathered: the tokenised pairs.
+        names: of the sources.
+        per_pass: batches of a pass, by source.
+        passes: files of each source's passes.
+        batches: int64 ``batches x 2``: source, number of the batch in it.
+        shape: of a batch.
+        folder: of the shards.
+        written: what is known of finished files, one JSON file each.
+        batches_per_shard: batches of a file.
+    """
+
+    gathered: Gathered
+    names: list[str]
+    per_pass: list[int]
+    passes: list[list[Path]]
+    batches: np.ndarray
+    shape: BatchShape
+    folder: Path
+    written: Path
+    batches_per_shard: int
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.batches) // self.batches_per_shard)
+
+    def entry(self, shard: int) -> Path:
+        return self.written / f"{shard:05d}.json"
+
+
+def make_plan(
+    gathered: Gathered, kept: dict[str, Kept], shares: dict[str, Share], recipe: PackRecipe, folder: Path, work: Path
+) -> Plan:
+    """Shuffle the passes and the batches."""
+    names = list(shares)
+    passes = [[shuffled(kept[name], recipe.seed, name, p) for p in range(shares[name].passes)] for name in names]
+    per_epoch = list(shares.values())
+    return Plan(
+        gathered=gathered,
+        names=names,
+        per_pass=[share.per_pass for share in per_epoch],
+        passes=passes,
+        batches=np.concatenate([epoch_batches(per_epoch, recipe.seed, epoch) for epoch in range(recipe.epochs)]),
+        shape=recipe.batch,
+        folder=folder,
+        written=work,
+        batches_per_shard=BATCHES_PER_SHARD,
+    )
+
+
+def write_shards(plan: Plan, workers: int) -> list[dict[str, Any]]:
+    """Write the files that are not finished yet; what the index says of all of them."""
+    missing = [shard for shard in range(plan.num_shards) if not _finished(plan, shard)]
+    with open_workers(max(1, min(workers, len(missing))), partial(write_shard, plan)) as work:
+        for _ in tracked(work(missing), "packing", len(missing), unit=" files"):
+            pass
+    return [read_json(plan.entry(shard)) for shard in range(plan.num_shards)]
+
+
+def _finished(plan: Plan, shard: int) -> bool:
+    if not plan.entry(shard).is_file():
+        return False
+    expected = read_json(plan.entry(shard))
+    file = plan.folder / expected["file"]
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]
+
+
+def write_shard(plan: Plan, shard: int) -> None:
+    """Write one file, and then what the index will say of it."""
+    size = plan.batches_per_shard
+    writer = ShardWriter(plan.folder, size, shard)
+    for source, number in plan.batches[shard * size : (shard + 1) * size].tolist():
+        writer.write(_batch(plan, source, number))
+    writer.close()
+    write_json(plan.entry(shard), writer.shards[0])
+
+
+def _batch(plan: Plan, source: int, number: int) -> Batch:
+    walk, batch = divmod(number, plan.per_pass[source])
+    pairs = read_batch(plan.passes[source][walk], batch, plan.shape.pairs)
+    records, parts = plan.gathered.records(plan.names[source], pairs)
+    tokens = records["lengths"].sum(axis=1, dtype=np.int64).tolist()
+    packs = plan_packs(tokens, plan.shape.pack_tokens, plan.shape.pack_multiple)
+    members = [np.asarray(pack) for pack in packs]
+    return make_batch([plan.gathered.pack(records[m], parts[m]) for m in members], plan.names[source])

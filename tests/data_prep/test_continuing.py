@@ -1,0 +1,153 @@
+"""Invariants: a run that is interrupted anywhere continues and ends in the same bytes, without doing finished work
+again; a finished folder, and a folder of anything else, is left alone.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import english_pairs, write_jsonl
+from packs import MakeRecipe, files_source, folder_bytes, packed, refusal
+
+import data_prep.pack as pack_module
+import data_prep.units as units_module
+import data_prep.writing as writing_module
+from anchor.data.shards import ShardWriter
+from data_prep.checking import Checked
+from data_prep.pack import pack
+from data_prep.spool import PartWriter, read_journal
+
+
+def emptied(folder: Path) -> None:
+    for file in sorted(folder.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+
+
+@pytest.mark.parametrize(("workers", "stops"), [(1, (("a", 2), ("b", 1), "00002.arrow")), (2, (("b", 1),))])
+def test_an_interrupted_run_is_continued_inside_a_source(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, workers: int, stops: tuple[Any, ...]
+) -> None:
+    monkeypatch.setattr(units_module, "UNIT_ROWS", 8)
+    monkeypatch.setattr(writing_module, "BATCHES_PER_SHARD", 1)
+    sources = [
+        files_source(write_jsonl(tmp_path / f"{name}.jsonl", english_pairs(32, seed=i)), name=name)
+        for i, name in enumerate(("a", "b"))
+    ]
+    recipe = make_recipe(sources)
+    folder = recipe.parent / "shards"
+    expected = folder_bytes(packed(recipe).folder)
+    for stop_at in stops:
+        emptied(folder)
+        add, write = PartWriter.add, ShardWriter.close
+
+        def add_some(self: PartWriter, unit: Checked, stop_at: Any = stop_at, add: Any = add) -> None:
+            if (unit.source, unit.number) == stop_at:
+                raise KeyboardInterrupt
+            add(self, unit)
+
+        def write_some(self: ShardWriter, stop_at: Any = stop_at, write: Any = write) -> None:
+            if self._path.name == stop_at:
+                raise KeyboardInterrupt
+            write(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PartWriter, "add", add_some)
+            patch.setattr(ShardWriter, "close", write_some)
+            with pytest.raises(KeyboardInterrupt):
+                pack(str(recipe), [])
+        assert not (folder / "index.json").exists()
+        there = [(entry.source, entry.number) for entry in read_journal(folder / "work" / "part-00000-of-00001")]
+        everything = [(name, number) for name in "ab" for number in range(4)]
+        assert there == everything[: everything.index(stop_at) if stop_at in everything else None]
+        shard = folder / "00001.arrow"
+        before = shard.stat().st_mtime_ns if shard.exists() else None
+        done: list[tuple[str, int]] = []
+
+        def add_all(self: PartWriter, unit: Checked, done: list[tuple[str, int]] = done, add: Any = add) -> None:
+            done.append((unit.source, unit.number))
+            add(self, unit)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PartWriter, "add", add_all)
+            pack(str(recipe), [], workers)
+        # What was finished is not done again.
+        assert done == everything[len(there) :]
+        assert before in (None, shard.stat().st_mtime_ns)
+        assert folder_bytes(folder) == expected
+
+
+def test_what_an_interruption_left_beyond_the_journal_is_cut_off(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units_module, "UNIT_ROWS", 8)
+    recipe = make_recipe()
+    folder = recipe.parent / "shards"
+    expected = folder_bytes(packed(recipe).folder)
+    emptied(folder)
+    pack(str(recipe), [], part=(0, 1))
+    part = folder / "work" / "part-00000-of-00001"
+    (part / "done.json").unlink()
+    journal = (part / "units.jsonl").read_bytes().splitlines(keepends=True)
+    (part / "units.jsonl").write_bytes(b"".join(journal[:5]) + journal[5][:20])
+    assert len(journal) == 8
+    packed(recipe)
+    assert folder_bytes(folder) == expected
+    # So are units whose data the disk has not kept.
+    for name, damage in (("tokens.bin", 3000), ("pairs.bin", 100), ("quarantine.jsonl", 0)):
+        emptied(folder)
+        pack(str(recipe), [], part=(0, 1))
+        (part / "done.json").unlink()
+        data = bytearray((part / name).read_bytes())
+        if data:
+            data[damage] ^= 1
+        (part / name).write_bytes(data)
+        packed(recipe)
+        assert folder_bytes(folder) == expected
+
+
+def test_an_input_that_changed_is_not_continued(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [*english_pairs(20), "broken"])
+    recipe = make_recipe([files_source(file)])
+    assert refusal(recipe).startswith(f"{file}:21: ")
+    write_jsonl(file, english_pairs(20))
+    part = recipe.parent / "shards" / "work" / "part-00000-of-00001"
+    assert refusal(recipe) == f"{part}: its input, tokenizer or program is another than now; delete it and run again"
+    shutil.rmtree(part)
+    assert len(packed(recipe)) == 1
+
+
+def test_a_finished_folder_is_left_alone(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe()
+    folder = packed(recipe).folder
+    before = folder_bytes(folder)
+    assert len(before) > 3
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "load_tokenizer", lambda *_: pytest.fail("packed again"))
+        assert (pack(str(recipe), []) or pytest.fail("no index")).num_batches == 4
+    assert folder_bytes(folder) == before
+    assert refusal(make_recipe(output_dir=str(folder))) == (
+        f"{folder}: already holds shards of another recipe; choose another output_dir or delete it"
+    )
+    # A deleted file comes back, as the messages about altered files promise.
+    (folder / "00000.arrow").unlink()
+    caplog.clear()
+    assert folder_bytes(packed(recipe).folder) == before
+    assert f"{folder}: 00000.arrow missing or of another size; packing again" in caplog.messages
+
+
+def test_other_folders_are_left_alone(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert refusal(make_recipe(output_dir=str(tmp_path / "full"))) == (
+        f"{tmp_path}/full: not empty and not an unfinished run; choose another output_dir or delete it"
+    )
+    bad = make_recipe([files_source(write_jsonl(tmp_path / "x.jsonl", [{}]))])
+    refusal(bad)
+    assert (bad.parent / "shards" / "work").is_dir()
+    assert refusal(make_recipe(output_dir=str(bad.parent / "shards"))) == (
+        f"{bad.parent}/shards: holds an unfinished run of another recipe; delete it or choose another output_dir"
+    )
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.txt"]
