@@ -15,7 +15,8 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # run_ranks COMMAND...: one rank per GPU of every node (one per node without GPUs); ends all when one fails.
 run_ranks() {
-  local per_node=${SLURM_GPUS_ON_NODE:-1}
+  local per_node=${SLURM_GPUS_PER_NODE:-1}
+  per_node=${per_node##*:} # "h100:8" is 8
   echo "job $SLURM_JOB_ID: $((SLURM_JOB_NUM_NODES * per_node)) ranks on $SLURM_JOB_NODELIST, restart $restarts of at most $max_restarts" >&2
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --ntasks-per-node="$per_node" \
     --cpus-per-task="$((SLURM_CPUS_ON_NODE / per_node))" --kill-on-bad-exit=1 bash launch/slurm/rank.sh "$@"

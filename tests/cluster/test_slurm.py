@@ -1,5 +1,5 @@
-"""Invariants of `launch/slurm` on a real SLURM of two nodes: the losses of one process; a signal, a time limit or a dead
-node costs no human and no step that was checkpointed; a failure ends the job, and a finished job stays finished.
+"""Invariants of `launch/slurm` on a real SLURM of two nodes: the losses of one process; a signal or a dead node costs
+no human and no step that was checkpointed; a failure ends the job, and a finished job stays finished.
 """
 
 import time
@@ -17,10 +17,10 @@ RANK = "-m anchor.train"
 
 @pytest.fixture
 def submit_training(slurm: Slurm, tmp_path: Path) -> Callable[..., str]:
-    """``submit(recipe, output, **environment)``: the training job on two nodes, one rank each; its output in ``out``."""
+    """``submit(recipe, output, **environment)``: two nodes, one rank each; what it prints is in ``out``."""
 
     def submit(recipe: Path, output: Path, **environment: str) -> str:
-        options = ("--nodes=2", "--gpus-per-node=1", "--time=10", "-o", tmp_path / "out")
+        options = ("--nodes=2", "--gpus-per-node=1", "--time=30", "-o", tmp_path / "out")
         return slurm.submit(*options, TRAIN, recipe, f"output_dir={output}", **environment)
 
     return submit

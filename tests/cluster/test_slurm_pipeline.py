@@ -1,5 +1,5 @@
-"""Invariants of `launch/slurm` from raw pairs on: an array of packing jobs and their merge give the bytes of one process;
-`pipeline.sh` goes from raw pairs to a score by itself; what cannot be packed stops everything that depends on it.
+"""Invariants of `launch/slurm` from raw pairs on: an array of packing jobs and their merge give the bytes of one
+process; `pipeline.sh` goes from raw pairs to a score by itself; what cannot be packed stops what depends on it.
 """
 
 import hashlib
@@ -85,6 +85,7 @@ def test_the_pipeline_goes_from_raw_pairs_to_a_score(
 def write_retrieval_task(folder: Path) -> Path:
     """Four documents, two queries, in the layout of BEIR."""
     (folder / "qrels").mkdir(parents=True)
+    (folder / "README.md").write_text("A task.\n")
     documents = [{"_id": f"d{i}", "title": "", "text": f"the river number {i} crosses the forest"} for i in range(4)]
     queries = [{"_id": f"q{i}", "text": f"which river has number {i}"} for i in range(2)]
     for name, rows in (("corpus", documents), ("queries", queries)):
