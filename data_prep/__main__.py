@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", type=Path, metavar="DIR", help="folder written by pack")
     inspect.add_argument("--verify", action="store_true", help="check every file, checksum, span and count")
     inspect.add_argument("--show", type=_count, default=0, metavar="N", help="decode N pairs, bodies between ⟦ and ⟧")
+    inspect.add_argument("--png", type=Path, metavar="FILE", help="draw the histogram of lengths, per source")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
     docs = _command(
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif args.command == "inspect":
             from data_prep.inspect import inspect
 
-            inspect(args.folder, verify_all=args.verify, show=args.show, as_json=args.json)
+            inspect(args.folder, verify_all=args.verify, show=args.show, as_json=args.json, png=args.png)
         elif args.command == "decontaminate":
             from data_prep.decontaminate import decontaminate
 

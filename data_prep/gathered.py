@@ -209,7 +209,8 @@ def _check_units(folders: list[Path]) -> None:
     for folder in folders:
         if counts[folder] != counts[folders[0]]:
             raise DataError(
-                f"{folder}: counted other units than {folders[0].name}; the input changed, run all parts again"
+                f"{folder}: counted other units than {folders[0].name}; the input changed, delete all parts and run "
+                "them again"
             )
         entries = read_journal(folder)
         for entry in entries:

@@ -1,13 +1,13 @@
 """``python -m data_prep inspect``: what a folder of shards holds, and whether all of it is sound.
 
 1. :func:`summarise`: counts from the index; segment lengths and balance from the shards themselves.
-2. :func:`verify`: every promise of the format, batch by batch; the first broken one is a :class:`ShardError`.
+2. :func:`data_prep.verifying.verify`: every promise of the format, batch by batch.
 3. :func:`examples`: pairs turned back into text, with the body marked.
+4. Tables and the histogram of lengths (:mod:`data_prep.histogram`).
 """
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from anchor.data.records import FIRST_NEGATIVE, POSITIVE, QUERY
-from anchor.data.shards import Batch, Pack, ShardReader, make_batch
-from anchor.data.tokenization import tokenizer_fingerprint
-from anchor.errors import ShardError
-from data_prep.progress import tracked
+from anchor.data.shards import Pack, ShardReader
+from data_prep.histogram import bars, bins, draw
 from data_prep.tables import print_table
+from data_prep.verifying import batches_of, verify
 
+_OF_SOURCE = (
+    *("name", "rows_read", "kept", "dropped", "batches", "remainder_pairs", "truncated_texts", "tokens"),
+    *("instructions", "symmetric", "languages", "weight"),
+)
 PERCENTILES = (5, 25, 50, 75, 95, 100)
 BODY_MARKS = "⟦⟧"
 
 
-def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool) -> None:
+def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool, png: Path | None = None) -> None:
     """Write the report of a folder of shards to stdout.
 
     Args:
@@ -33,6 +36,7 @@ def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool) -> None
         verify_all: check every promise of the format first.
         show: number of pairs to decode.
         as_json: one JSON object instead of tables.
+        png: new file for the histogram of lengths as a picture.
 
     Raises:
         ShardError: unfinished or altered folder, or a broken promise, by file and batch.
@@ -43,6 +47,8 @@ def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool) -> None
         verify(reader)
     report["verified"] = verify_all
     shown = examples(reader, show)
+    if png is not None:
+        draw(report["segments_by_tokens"], png)
     if as_json:
         sys.stdout.write(json.dumps(report | {"examples": shown}, ensure_ascii=False) + "\n")
         return
@@ -60,31 +66,25 @@ def summarise(reader: ShardReader) -> dict[str, Any]:
     index = reader.index
     packs, tokens = (sum(shard[key] for shard in index.shards) for key in ("packs", "tokens"))
     pack_tokens = index.recipe["batch"]["pack_tokens"]
-    counts = np.zeros(index.recipe["text"]["max_tokens"] + 1, dtype=np.int64)
+    counts = {
+        source["name"]: np.zeros(index.recipe["text"]["max_tokens"] + 1, dtype=np.int64) for source in index.sources
+    }
     balance = []
-    for _, batch in _batches(reader, "reading lengths"):
+    for _, batch in batches_of(reader, "reading lengths"):
         for pack in batch.packs:
-            seen = np.bincount(pack.segment_lengths)
-            if len(seen) > len(counts):  # longer than the recipe allows: counted all the same, refused by `verify`
-                counts = np.pad(counts, (0, len(seen) - len(counts)))
-            counts[: len(seen)] += seen
+            counts[batch.source] = _added(counts[batch.source], np.bincount(pack.segment_lengths))
         sizes = [pack.num_tokens for pack in batch.packs]
         balance.append(max(sizes) * len(sizes) / sum(sizes))
+    everything = np.zeros(0, dtype=np.int64)
+    for one in counts.values():
+        everything = _added(everything, one)
     return {
         "folder": str(reader.folder),
         "sources": [
-            {
-                "name": source["name"],
-                "rows_read": source["rows_read"],
-                "kept": source["kept"],
-                "dropped": source["dropped"],
-                "batches": source["batches"],
-                "remainder_pairs": source["remainder_pairs"],
-                "truncated_texts": source["truncated_texts"],
-                "tokens": source["tokens"],
-            }
+            {name: source.get(name) for name in _OF_SOURCE} | {"segment_tokens": _percentiles(counts[source["name"]])}
             for source in index.sources
         ],
+        "epochs": index.num_epochs,
         "batches": len(reader),
         "pairs_per_batch": index.recipe["batch"]["pairs"],
         "packs": packs,
@@ -92,14 +92,23 @@ def summarise(reader: ShardReader) -> dict[str, Any]:
         "tokens": tokens,
         "pack_tokens": pack_tokens,
         "pack_fill": tokens / (packs * pack_tokens),
-        "segment_tokens": {f"p{p}" if p < 100 else "max": _percentile(counts, p) for p in PERCENTILES},
+        "segment_tokens": _percentiles(everything),
+        "segments_by_tokens": {name: bins(one) for name, one in counts.items()},
         "balance": {"mean": float(np.mean(balance)), "max": float(np.max(balance))},
     }
 
 
-def _batches(reader: ShardReader, description: str) -> Iterator[tuple[int, Batch]]:
-    for number in tracked(range(len(reader)), description, len(reader)):
-        yield number, reader.read(number)
+def _added(counts: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """The sum of two counts by length, as long as the longer one."""
+    # Segments longer than the recipe allows are counted all the same; `verify` refuses them.
+    out = np.zeros(max(len(counts), len(more)), dtype=np.int64)
+    out[: len(counts)] += counts
+    out[: len(more)] += more
+    return out
+
+
+def _percentiles(counts: np.ndarray) -> dict[str, int]:
+    return {f"p{p}" if p < 100 else "max": _percentile(counts, p) for p in PERCENTILES} if counts.any() else {}
 
 
 def _percentile(counts: np.ndarray, percent: int) -> int:
@@ -107,95 +116,7 @@ def _percentile(counts: np.ndarray, percent: int) -> int:
     return int(np.searchsorted(np.cumsum(counts), counts.sum() * percent / 100))
 
 
-# 2. Promises.
-
-
-def verify(reader: ShardReader) -> None:
-    """Check files, checksums, spans, anchor tokens, order of segments, target counts, and that no pair is twice.
-
-    Raises:
-        ShardError: the first broken promise, by file and batch.
-    """
-    index = reader.index
-    tokenizer = reader.folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
-        raise ShardError(f"{tokenizer}: missing or not the tokenizer that the shards were made with; pack again")
-    reader.verify_files()
-    seen = {source["name"]: np.zeros(source["rows_read"], dtype=bool) for source in index.sources}
-    batches = dict.fromkeys(seen, 0)
-    for number, batch in _batches(reader, "verifying"):
-        problem = _broken_promise(batch, reader, seen)
-        if problem is not None:
-            raise ShardError(f"{reader.where(number)}: {problem}; pack again into an empty folder")
-        batches[batch.source] += 1
-    for source in index.sources:
-        if batches[source["name"]] != source["batches"]:
-            raise ShardError(
-                f"{reader.folder}: source '{source['name']}' has {batches[source['name']]} batches, the index says "
-                f"{source['batches']}; pack again into an empty folder"
-            )
-
-
-def _broken_promise(batch: Batch, reader: ShardReader, seen: dict[str, np.ndarray]) -> str | None:
-    shape, limits = reader.index.recipe["batch"], reader.index.recipe["text"]
-    if batch.source not in seen:
-        return f"source '{batch.source}' is not in the index"
-    if batch.num_pairs != shape["pairs"]:
-        return f"{batch.num_pairs} pairs, the recipe says {shape['pairs']}"
-    if len(batch.packs) % shape["pack_multiple"]:
-        return f"{len(batch.packs)} packs are no multiple of pack_multiple ({shape['pack_multiple']})"
-    for number, pack in enumerate(batch.packs):
-        problem = _broken_pack(pack, shape["pack_tokens"], limits, reader.index.anchor_token_id)
-        if problem is not None:
-            return f"pack {number}: {problem}"
-        rows = pack.pair_ids[pack.roles == QUERY]
-        problem = _take_rows(rows, seen[batch.source])
-        if problem is not None:
-            return f"pack {number}: {problem}"
-    counted = make_batch(batch.packs, batch.source)
-    for name in ("query_target_tokens", "document_target_tokens"):
-        if getattr(counted, name) != getattr(batch, name):
-            return f"{name} is {getattr(batch, name)}, counted are {getattr(counted, name)}"
-    return None
-
-
-def _broken_pack(pack: Pack, pack_tokens: int, limits: dict[str, int], anchor_token_id: int) -> str | None:
-    lengths = pack.segment_lengths
-    per_pair = FIRST_NEGATIVE + limits["hard_negatives"]
-    if len(lengths) == 0 or lengths.min() < 1 or lengths.sum() != pack.num_tokens:
-        return f"segment lengths do not add up to its {pack.num_tokens} tokens"
-    if pack.num_tokens > pack_tokens:
-        return f"{pack.num_tokens} tokens, more than pack_tokens ({pack_tokens})"
-    if lengths.max() > limits["max_tokens"]:
-        return f"a segment of {lengths.max()} tokens, more than text.max_tokens ({limits['max_tokens']})"
-    ends = np.cumsum(lengths) - 1
-    if (pack.input_ids[ends] != anchor_token_id).any():
-        return f"segment {int(np.argmax(pack.input_ids[ends] != anchor_token_id))} does not end in the anchor token"
-    # The anchor token is behind the body, so a body ends before the segment's last token.
-    inside = (pack.body_starts >= 0) & (pack.body_starts < pack.body_ends) & (pack.body_ends < lengths)
-    if not inside.all():
-        return f"the body of segment {int(np.argmin(inside))} is empty or not inside the segment"
-    if len(lengths) % per_pair or (pack.roles.reshape(-1, per_pair) != np.arange(per_pair)).any():
-        return "a pair's segments do not stand together as query, positive, hard negatives"
-    if (np.ptp(pack.pair_ids.reshape(-1, per_pair), axis=1) != 0).any():
-        return "the segments of a pair are of different rows"
-    return None
-
-
-def _take_rows(rows: np.ndarray, seen: np.ndarray) -> str | None:
-    if rows.min() < 0 or rows.max() >= len(seen):
-        return f"a pair of a row that the source does not have (it has {len(seen)})"
-    twice = rows[seen[rows]]
-    if not len(twice) and len(np.unique(rows)) < len(rows):
-        values, counts = np.unique(rows, return_counts=True)
-        twice = values[counts > 1]
-    if len(twice):
-        return f"row {int(twice[0])} of the source is packed twice"
-    seen[rows] = True
-    return None
-
-
-# 3. Examples.
+# 2. Examples.
 
 
 def examples(reader: ShardReader, number: int) -> list[dict[str, Any]]:
@@ -240,28 +161,40 @@ def _escaped(text: str) -> str:
     return text.replace("\n", "\\n")
 
 
-# Tables.
+# 3. Tables.
 
 
 def _print_tables(report: dict[str, Any]) -> None:
-    columns = ("source", "rows read", "kept", "dropped", "batches", "remainder", "truncated", "tokens")
+    columns = (
+        "source",
+        "rows read",
+        "kept",
+        "dropped",
+        "batches",
+        "remainder",
+        "truncated",
+        "tokens",
+        "segment tokens",
+    )
     rows = [
         (
             source["name"],
             *(f"{source[key]:,}" for key in ("rows_read", "kept")),
             ", ".join(f"{reason}: {count:,}" for reason, count in source["dropped"].items()) or "0",
             *(f"{source[key]:,}" for key in ("batches", "remainder_pairs", "truncated_texts", "tokens")),
+            _named(source["segment_tokens"]),
         )
         for source in report["sources"]
     ]
     print_table(columns, rows)
     lengths, balance = report["segment_tokens"], report["balance"]
     facts = (
+        ("epochs", f"{report['epochs']:,}"),
         ("batches", f"{report['batches']:,} of {report['pairs_per_batch']:,} pairs"),
         ("packs", f"{report['packs']:,}, a multiple of {report['pack_multiple']} per batch"),
         ("tokens", f"{report['tokens']:,}"),
         ("pack fill", f"{report['pack_fill']:.1%} of {report['pack_tokens']:,} tokens"),
-        ("segment tokens", ", ".join(f"{name} {value:,}" for name, value in lengths.items())),
+        ("segment tokens", _named(lengths)),
         (
             "balance",
             f"largest pack / mean pack of a batch: {balance['mean']:.3f} on average, {balance['max']:.3f} at most",
@@ -270,3 +203,9 @@ def _print_tables(report: dict[str, Any]) -> None:
     )
     sys.stdout.write("\n")
     print_table(("", report["folder"]), facts)
+    sys.stdout.write("\nsegments by tokens\n")
+    sys.stdout.writelines(f"{line}\n" for line in bars(report["segments_by_tokens"]))
+
+
+def _named(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in values.items())

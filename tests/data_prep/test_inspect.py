@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import english_pairs
+from PIL import Image
 
 from anchor.data.shards import Batch, Pack, ShardReader, ShardWriter
 from anchor.errors import ShardError
 from data_prep.__main__ import main
-from data_prep.inspect import examples, summarise, verify
+from data_prep.inspect import examples, summarise
+from data_prep.verifying import verify
 
 MakeShards = Callable[..., Path]
 
@@ -76,7 +78,17 @@ def test_the_report_counts_what_is_in_the_shards(shards: Path) -> None:
         "dropped": {},
         "batches": 4,
         "remainder_pairs": 6,
+        "instructions": ["Answer it"],
+        "symmetric": False,
+        "languages": [],
+        "weight": 1.0,
+        "segment_tokens": report["segment_tokens"],  # of the only source
     }
+    histogram = report["segments_by_tokens"]["small"]
+    assert [number for *_, number in histogram] == [
+        int(((lengths >= first) & (lengths <= last)).sum()) for first, last, _ in histogram
+    ]
+    assert (histogram[0][0], histogram[-1][1], len(histogram)) == (1, 64, 16)
     assert (report["batches"], report["packs"], report["tokens"]) == (4, len(packs), lengths.sum())
     assert report["pack_fill"] == pytest.approx(lengths.sum() / (len(packs) * 512))
     expected = {f"p{p}": int(np.percentile(lengths, p, method="inverted_cdf")) for p in (5, 25, 50, 75, 95)}
@@ -205,6 +217,33 @@ def test_a_missing_batch_is_noticed(make_shards: MakeShards) -> None:
     )
 
 
+def test_an_index_that_does_not_add_up_is_refused(make_shards: MakeShards) -> None:
+    folder = make_shards(num_rows=70)
+    reader = ShardReader(folder)
+    (source,) = reader.index.sources
+    for change, expected in (
+        ({"rows_read": 71}, "source 'small' has 71 rows, but 70 kept and 0 dropped"),
+        (
+            {"kept": 69, "dropped": {"x": 1}},
+            "source 'small' kept 69 pairs, but has 4 batches a pass of 16 and 6 left over",
+        ),
+    ):
+        dataclasses.replace(reader.index, sources=[source | change]).write(folder)
+        message = refusal(ShardReader(folder))
+        assert message == f"{folder}/index.json: {expected}; pack again into an empty folder"
+
+
+def test_an_epoch_with_a_batch_twice_is_refused(make_shards: MakeShards) -> None:
+    folder = make_shards(epochs=2)  # 4 batches, twice
+    verify(ShardReader(folder))
+    swapped = rewritten(folder, lambda b: [*b[:3], b[0], *b[4:]])
+    row = int(swapped.read(0).packs[0].pair_ids[0])
+    assert refusal(swapped) == (
+        f"{folder}/00000.arrow: batch 3: pack 0: row {row} of the source is packed twice; pack again into an empty "
+        "folder"
+    )
+
+
 def test_an_altered_file_or_tokenizer_is_refused(make_shards: MakeShards) -> None:
     folder = make_shards()
     file = folder / "00000.arrow"
@@ -243,13 +282,35 @@ def test_the_tables_are_plain_text_away_from_a_terminal(shards: Path, capsys: py
     main(["inspect", str(shards), "--verify", "--show", "1"])
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == "source rows read kept dropped batches remainder truncated tokens"
+    assert lines[0] == "source rows read kept dropped batches remainder truncated tokens segment tokens"
     assert lines[1].startswith("small 70 70 0 4 6 ")
     assert "batches 4 of 16 pairs" in lines
     assert "verified yes" in lines
     assert any(line.startswith("pack fill ") and line.endswith(" of 512 tokens") for line in lines)
     assert "query: <|im_start|>user\\nAnswer it: ⟦question" in out
     assert "│" not in out
+    drawn = [line for line in out.splitlines() if "#" in line]
+    assert len(drawn) > 5
+    assert max(line.count("#") for line in drawn) == 40
+    counted = [line.split()[-1] for line in out.split("segments by tokens\n")[1].split("\n\n")[0].splitlines()]
+    assert sum(map(int, counted)) == 64 * 3
+
+
+def test_the_picture_is_a_png_with_ink_and_other_files_are_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["inspect", str(shards), "--png", str(tmp_path / "lengths.png")])
+    with Image.open(tmp_path / "lengths.png") as image:
+        colours = image.convert("RGB").getcolors(1 << 24) or []
+    assert image.size[0] > 900
+    assert max(number for number, colour in colours if colour == (42, 92, 138)) > 2000
+    capsys.readouterr()
+    for name, expected in (("lengths.nonsense", "Format 'nonsense' is not supported"), ("no/x.png", "[Errno 2]")):
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", str(shards), "--png", str(tmp_path / name)])
+        assert stop.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"error: --png {tmp_path / name}: cannot be written: {expected}")
 
 
 def test_json_is_one_object(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,167 @@
+"""Every promise of the format of shards, checked batch by batch; the first broken one is a :class:`ShardError`.
+
+1. The index: what was read is what was kept and dropped; the batches are those of the passes and epochs it tells of.
+2. Files: sizes, sha256, the tokenizer.
+3. Batches: checksums, number of pairs and packs, spans, anchor tokens, order of segments, target counts.
+4. Coverage: no pair is in an epoch more often than there are passes in it, and none that was kept is left out but the
+   remainder of a pass: with one epoch of a proportional mixture every pair is in exactly one batch.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from anchor.data.records import FIRST_NEGATIVE, QUERY
+from anchor.data.shards import Batch, Pack, ShardReader, make_batch
+from anchor.data.tokenization import tokenizer_fingerprint
+from anchor.errors import ShardError
+from data_prep.progress import tracked
+
+
+def batches_of(reader: ShardReader, description: str) -> Iterator[tuple[int, Batch]]:
+    """(number, batch) of all batches, with progress."""
+    for number in tracked(range(len(reader)), description, len(reader), unit=" batches"):
+        yield number, reader.read(number)
+
+
+class _Coverage:
+    """How often the rows of a source are in batches.
+
+    Args:
+        source: its entry in the index.
+        pairs: of a batch.
+        epochs: in the folder.
+    """
+
+    def __init__(self, source: dict[str, Any], pairs: int, epochs: int) -> None:
+        self.batches = 0
+        self._pairs = pairs
+        self._per_epoch = source["batches"] // epochs
+        # Absent where the program that packed knew only one pass.
+        self._per_pass = source.get("batches_per_pass", source["batches"])
+        self._expected = source["batches"]
+        self._in_epoch = np.zeros(source["rows_read"], dtype=np.uint16)
+        self._ever = np.zeros(source["rows_read"], dtype=bool)
+
+    def next_epoch(self) -> None:
+        self._in_epoch[:] = 0
+
+    def take(self, packs: tuple[Pack, ...], epoch: int) -> str | None:
+        """Count a batch's rows; what is wrong with them, by pack."""
+        first = epoch * self._per_epoch
+        walks = (first + self._per_epoch - 1) // self._per_pass - first // self._per_pass + 1 if self._per_pass else 1
+        self.batches += 1
+        before: set[int] = set()
+        for number, pack in enumerate(packs):
+            rows = pack.pair_ids[pack.roles == QUERY]
+            if rows.min() < 0 or rows.max() >= len(self._ever):
+                return f"pack {number}: a pair of a row that the source does not have (it has {len(self._ever)})"
+            np.add.at(self._in_epoch, rows, 1)
+            if len(often := rows[self._in_epoch[rows] > walks]):
+                times = "twice" if walks == 1 else f"more than {walks} times in an epoch"
+                return f"pack {number}: row {often[0]} of the source is packed {times}"
+            for row in rows.tolist():
+                if row in before:
+                    return f"pack {number}: row {row} of the source is twice in the batch"
+                before.add(row)
+            self._ever[rows] = True
+        return None
+
+    def problem(self, name: str) -> str | None:
+        """What is wrong with the whole."""
+        if self.batches != self._expected:
+            return f"source '{name}' has {self.batches} batches, the index says {self._expected}"
+        least = min(self._expected, self._per_pass) * self._pairs
+        if (found := int(self._ever.sum())) < least:
+            return f"{found} pairs of source '{name}' are in batches, {least} should be"
+        return None
+
+
+def verify(reader: ShardReader) -> None:
+    """Check all promises.
+
+    Raises:
+        ShardError: the first broken promise, by file and batch.
+    """
+    index = reader.index
+    tokenizer = reader.folder / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
+        raise ShardError(f"{tokenizer}: missing or not the tokenizer that the shards were made with; pack again")
+    _check_counts(reader)
+    reader.verify_files()
+    pairs = index.recipe["batch"]["pairs"]
+    coverage = {source["name"]: _Coverage(source, pairs, index.num_epochs) for source in index.sources}
+    for number, batch in batches_of(reader, "verifying"):
+        if number % index.batches_per_epoch == 0:
+            for source in coverage.values():
+                source.next_epoch()
+        problem = _broken_promise(batch, reader, coverage, number // index.batches_per_epoch)
+        if problem is not None:
+            raise ShardError(f"{reader.where(number)}: {problem}; pack again into an empty folder")
+    for name, source in coverage.items():
+        problem = source.problem(name)
+        if problem is not None:
+            raise ShardError(f"{reader.folder}: {problem}; pack again into an empty folder")
+
+
+def _check_counts(reader: ShardReader) -> None:
+    index = reader.index
+    size = index.recipe["batch"]["pairs"]
+    for source in index.sources:
+        name, per_pass = source["name"], source.get("batches_per_pass", source["batches"])
+        if source["rows_read"] != source["kept"] + sum(source["dropped"].values()):
+            raise ShardError(
+                f"{reader.folder}/index.json: source '{name}' has {source['rows_read']} rows, but "
+                f"{source['kept']} kept and {sum(source['dropped'].values())} dropped; pack again into an empty folder"
+            )
+        if source["kept"] != per_pass * size + source["remainder_pairs"]:
+            raise ShardError(
+                f"{reader.folder}/index.json: source '{name}' kept {source['kept']} pairs, but has {per_pass} batches "
+                f"a pass of {size} and {source['remainder_pairs']} left over; pack again into an empty folder"
+            )
+
+
+def _broken_promise(batch: Batch, reader: ShardReader, coverage: dict[str, _Coverage], epoch: int) -> str | None:
+    shape, limits = reader.index.recipe["batch"], reader.index.recipe["text"]
+    if batch.source not in coverage:
+        return f"source '{batch.source}' is not in the index"
+    if batch.num_pairs != shape["pairs"]:
+        return f"{batch.num_pairs} pairs, the recipe says {shape['pairs']}"
+    if len(batch.packs) % shape["pack_multiple"]:
+        return f"{len(batch.packs)} packs are no multiple of pack_multiple ({shape['pack_multiple']})"
+    for number, pack in enumerate(batch.packs):
+        problem = _broken_pack(pack, shape["pack_tokens"], limits, reader.index.anchor_token_id)
+        if problem is not None:
+            return f"pack {number}: {problem}"
+    problem = coverage[batch.source].take(batch.packs, epoch)
+    if problem is not None:
+        return problem
+    counted = make_batch(batch.packs, batch.source)
+    for name in ("query_target_tokens", "document_target_tokens"):
+        if getattr(counted, name) != getattr(batch, name):
+            return f"{name} is {getattr(batch, name)}, counted are {getattr(counted, name)}"
+    return None
+
+
+def _broken_pack(pack: Pack, pack_tokens: int, limits: dict[str, int], anchor_token_id: int) -> str | None:
+    lengths = pack.segment_lengths
+    per_pair = FIRST_NEGATIVE + limits["hard_negatives"]
+    if len(lengths) == 0 or lengths.min() < 1 or lengths.sum() != pack.num_tokens:
+        return f"segment lengths do not add up to its {pack.num_tokens} tokens"
+    if pack.num_tokens > pack_tokens:
+        return f"{pack.num_tokens} tokens, more than pack_tokens ({pack_tokens})"
+    if lengths.max() > limits["max_tokens"]:
+        return f"a segment of {lengths.max()} tokens, more than text.max_tokens ({limits['max_tokens']})"
+    ends = np.cumsum(lengths) - 1
+    if (pack.input_ids[ends] != anchor_token_id).any():
+        return f"segment {int(np.argmax(pack.input_ids[ends] != anchor_token_id))} does not end in the anchor token"
+    # The anchor token is behind the body, so a body ends before the segment's last token.
+    inside = (pack.body_starts >= 0) & (pack.body_starts < pack.body_ends) & (pack.body_ends < lengths)
+    if not inside.all():
+        return f"the body of segment {int(np.argmin(inside))} is empty or not inside the segment"
+    if len(lengths) % per_pair or (pack.roles.reshape(-1, per_pair) != np.arange(per_pair)).any():
+        return "a pair's segments do not stand together as query, positive, hard negatives"
+    if (np.ptp(pack.pair_ids.reshape(-1, per_pair), axis=1) != 0).any():
+        return "the segments of a pair are of different rows"
+    return None
