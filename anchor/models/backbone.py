@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from anchor import dist
@@ -60,8 +60,7 @@ def load_backbone(
     finally:
         del zero3  # an error's traceback would keep it, and later models of this process would load partitioned
     _set_direction(model, section)
-    if isinstance(section.trained, LoraTraining):
-        _inject_lora(model, section.trained)
+    choose_trained(model, section)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # With frozen input embeddings nothing would ask the first checkpointed layer for a gradient otherwise.
@@ -86,19 +85,29 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
     Raises:
         ModelError: no such model, unreadable, or of an unsupported architecture.
     """
-    location = resolve_model_path(path)
-    try:
-        config = AutoConfig.from_pretrained(location.name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no model configuration could be read: {_first_line(error)}") from error
-    if config.model_type not in SUPPORTED:
-        raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")
+    location, config = resolve_model_path(path), read_config(path)
     try:
         return AutoModelForCausalLM.from_pretrained(
             location.name, config=config, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: the model could not be loaded: {_first_line(error)}") from error
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """A model's configuration without its weights; of a GGUF file the metadata.
+
+    Raises:
+        ModelError: no such model, unreadable, or of an unsupported architecture.
+    """
+    location = resolve_model_path(path)
+    try:
+        config = AutoConfig.from_pretrained(location.name, **location.kwargs())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no model configuration could be read: {_first_line(error)}") from error
+    if config.model_type not in SUPPORTED:
+        raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")
+    return config
 
 
 def _first_line(error: Exception) -> str:
@@ -122,7 +131,15 @@ def _convert_once(path: str, folder: Path) -> Path:
     return folder
 
 
-def _inject_lora(model: PreTrainedModel, section: LoraTraining) -> None:
+def choose_trained(model: PreTrainedModel, backbone: BackboneSection) -> None:
+    """Under LoRA inject the adapters and freeze all else; works on the meta device too.
+
+    Raises:
+        ConfigError: a LoRA target that matches no layer.
+    """
+    section = backbone.trained
+    if not isinstance(section, LoraTraining):
+        return
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in section.targets:
         if target not in linear:

@@ -1,0 +1,124 @@
+"""Configuration -> what a dry run needs to know of a model: its dimensions and the size of every parameter.
+
+Nothing is loaded: the configuration is read (of a GGUF file the metadata), and the module is built on the meta device,
+where parameters have shapes and no memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from anchor.config.schema import BackboneSection
+from anchor.models.backbone import choose_trained, read_config
+
+ADAPTERS = "LoRA adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSize:
+    """One parameter; a tied one is counted once.
+
+    Attributes:
+        group: ``input embeddings``, ``attention``, ``mlp``, ``norms``, ``output head`` or ``LoRA adapters``.
+        size: number of elements.
+        trained: whether it gets gradients.
+    """
+
+    group: str
+    size: int
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Dimensions and parameters of a causal LM with a SwiGLU feed-forward part (Llama, Mistral, Qwen2, Qwen3).
+
+    Attributes:
+        model_type: as in ``config.json``.
+        num_layers, hidden_size, intermediate_size, vocabulary_size: as in ``config.json``.
+        query_size: heads times head dimension.
+        key_value_size: key-value heads times head dimension.
+        num_heads: query heads.
+        tied: whether the head is the input embedding.
+        parameters: all, adapters included.
+        adapter_inputs: input size of every layer with an adapter, in one transformer layer.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocabulary_size: int
+    query_size: int
+    key_value_size: int
+    num_heads: int
+    tied: bool
+    parameters: tuple[ParameterSize, ...]
+    adapter_inputs: tuple[int, ...]
+
+    def count(self, group: str | None = None, *, trained: bool = False) -> int:
+        """Elements of a group, or of all; only the trained ones when asked."""
+        chosen = (p for p in self.parameters if group in (None, p.group) and (p.trained or not trained))
+        return sum(p.size for p in chosen)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that exist."""
+        return tuple(dict.fromkeys(p.group for p in self.parameters))
+
+
+def meta_model(section: BackboneSection) -> PreTrainedModel:
+    """The recipe's causal LM on the meta device, adapters included.
+
+    Raises:
+        ModelError: no such model, unreadable, or of an unsupported architecture.
+        ConfigError: a LoRA target that matches no layer.
+    """
+    config = read_config(section.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()  # on the meta device, loading would do it
+        choose_trained(model, section)
+    return model
+
+
+def shape_of(causal_lm: PreTrainedModel) -> ModelShape:
+    """Dimensions and parameters of a model, on whatever device."""
+    model: Any = causal_lm
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    first = model.base_model.layers[0]
+    adapted = [m for m in first.modules() if any(name.startswith("lora_A") for name, _ in m.named_children())]
+    return ModelShape(
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocabulary_size=config.vocab_size,
+        query_size=config.num_attention_heads * head_dim,
+        key_value_size=config.num_key_value_heads * head_dim,
+        num_heads=config.num_attention_heads,
+        tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        parameters=tuple(
+            ParameterSize(_group(name), parameter.numel(), parameter.requires_grad)
+            for name, parameter in model.named_parameters()
+        ),
+        adapter_inputs=tuple(_in_features(layer) for layer in adapted),
+    )
+
+
+def _in_features(layer: nn.Module) -> int:
+    return int(vars(layer)["in_features"])
+
+
+def _group(name: str) -> str:
+    if "lora_" in name:
+        return ADAPTERS
+    groups = {"embed_tokens": "input embeddings", "lm_head": "output head", "norm": "norms"}
+    for part, group in groups.items():
+        if part in name:
+            return group
+    return "attention" if ".self_attn." in name else "mlp"
