@@ -33,7 +33,8 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Begin anew with :func:`peak_gib`."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -43,7 +44,8 @@ def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_gib() -> float:
+def peak_gib() -> float:
+    """Highest memory since :func:`reset_peak`: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 2**30
@@ -62,14 +64,14 @@ def alternate(contestants: dict[str, Callable[[], dict[str, float]]], turns: int
     figures: dict[str, dict[str, float]] = {}
     for turn in range(turns + 1):
         for name, run in contestants.items():
-            _reset_peak()
+            reset_peak()
             start = time.perf_counter()
             figures[name] = run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-                peaks[name].append(_peak_gib())
+                peaks[name].append(peak_gib())
     return [
         {
             "contestant": name,

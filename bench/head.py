@@ -1,10 +1,12 @@
-"""The LM head with cross-entropy, forward and backward: ours, torch's chunked one, and full logits.
+"""The LM head with cross-entropy, forward and backward: ours, torch's chunked one, Liger's, and full logits.
 
     python bench/head.py [--rows 2048 --hidden 576 --vocabulary 49152 --dtype bf16] [--json PATH]
 
-``loss_error`` is relative to float64 on the same (rounded) inputs.
+``loss_error`` is relative to float64 on the same (rounded) inputs. Liger's fused kernel takes part on CUDA where
+``liger_kernel`` is installed.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -49,6 +51,9 @@ def main() -> None:
         contestants["torch chunked"] = lambda: torch.nn.functional.linear_cross_entropy(
             hidden, weight, target, reduction="sum", options=torch.nn.LinearCrossEntropyOptions()
         )
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        fused = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        contestants["Liger"] = lambda: fused(weight, hidden, target)
     rows = alternate({name: run(function) for name, function in contestants.items()}, options.turns)
     by_name = {row["contestant"]: row for row in rows}
     mine = by_name.pop("ours")
