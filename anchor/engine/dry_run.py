@@ -1,0 +1,315 @@
+"""``anchor.train RECIPE --dry-run``: what can be known before a GPU is taken, in seconds and without weights.
+
+1. Check recipe, DeepSpeed file, shards, number of ranks and model configuration against one another.
+2. The shape of a step: from a sample of the shards' batches; from a pack recipe, where nothing is packed yet, as an
+   upper bound: every text as long as ``text.max_tokens`` allows.
+3. Memory, work, communication and disk by arithmetic (:mod:`anchor.engine.estimate`, ``estimate_work``).
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchor.config import schema
+from anchor.config.load import load_recipe
+from anchor.config.schema import LoraTraining, PackRecipe, TrainRecipe
+from anchor.data.batches import check_ranks
+from anchor.data.records import POSITIVE, QUERY
+from anchor.data.shards import Batch, ShardReader
+from anchor.engine.deepspeed import complete_ds_config, read_ds_config
+from anchor.engine.estimate import Setting, StepShape, memory
+from anchor.engine.estimate_work import (
+    checkpoint_bytes,
+    export_bytes,
+    step_seconds,
+    transfer_seconds,
+    transfers,
+    work,
+)
+from anchor.engine.gpus import Gpu, find_gpu
+from anchor.engine.plan import make_objective, make_plan
+from anchor.errors import ConfigError, ModelError, ShardError
+from anchor.models.shape import ModelShape, meta_model, shape_of
+from anchor.objectives.base import Objective, PooledObjective
+
+log = logging.getLogger(__name__)
+
+SAMPLED_BATCHES = 8
+USABLE_FRACTION = 0.9
+"""Of a GPU's memory; the rest is left to CUDA's context, NCCL and fragmentation. An assumption."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Of the command line.
+
+    Attributes:
+        num_ranks: ranks of the run.
+        ranks_per_node: ranks of one node, for the links.
+        gpu: name of the accelerator.
+        mfu: share of the peak FLOP/s that is reached, work done twice included.
+        pack_recipe: pack recipe that stands in for shards that do not exist yet.
+    """
+
+    num_ranks: int = 1
+    ranks_per_node: int = 8
+    gpu: str = "h100-80gb"
+    mfu: float = 0.4
+    pack_recipe: str | None = None
+
+
+def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str, Any]:
+    """Check a recipe and estimate its run.
+
+    Args:
+        recipe: the training recipe.
+        recipe_path: its name in messages.
+        options: of the command line.
+
+    Returns:
+        What the tables show and ``--json`` writes; bytes, seconds, FLOPs and counts are plain numbers.
+
+    Raises:
+        AnchorError: recipe, DeepSpeed file, shards, ranks or model do not fit together, or are not there.
+    """
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu: got {options.mfu}, expected a share of the peak above 0 and at most 1, such as 0.4")
+    gpu = find_gpu(options.gpu, options.num_ranks)
+    ds_config = read_ds_config(recipe.engine.deepspeed)
+    complete_ds_config(ds_config, recipe, options.num_ranks)
+    # The data first: a missing model must not hide that the ranks do not fit.
+    if options.pack_recipe is None:
+        reader = _plan_reader(recipe, recipe_path, options)
+        packing = PackRecipe.model_validate(reader.index.recipe)
+    else:
+        reader, packing = None, load_recipe(options.pack_recipe, PackRecipe)
+        check_ranks(packing.batch.pack_multiple, options.num_ranks, Path(options.pack_recipe), recipe_path)
+    try:
+        model = meta_model(recipe.backbone)
+    except ModelError as error:
+        raise ModelError(
+            f"{recipe_path}: backbone.path: {error}; a dry run reads the configuration only: give any folder with this "
+            "model's config.json, as backbone.path=FOLDER"
+        ) from error
+    shape = shape_of(model)
+    if reader is not None:
+        objective = make_objective(model, recipe)
+        sample = [reader.read(int(i)) for i in np.linspace(0, len(reader) - 1, min(len(reader), SAMPLED_BATCHES))]
+        step, largest = sampled_step(objective, recipe, packing, sample)
+    else:
+        step, largest = bounded_step(recipe, packing), None
+    setting = setting_of(recipe, ds_config["zero_optimization"], options)
+    return {
+        "recipe": recipe_path,
+        "num_ranks": options.num_ranks,
+        "gpu": asdict(gpu),
+        "batch": _batch(recipe, packing, step, largest, reader, options),
+        "model": _model(shape),
+        "memory": _memory(shape, setting, step, largest, gpu),
+        "time": _time(recipe, shape, setting, step, gpu, options),
+        "disk": _disk(recipe, shape, setting),
+    }
+
+
+def _plan_reader(recipe: TrainRecipe, recipe_path: str, options: Options) -> ShardReader:
+    try:
+        return make_plan(recipe, recipe_path, options.num_ranks).reader
+    except ShardError as error:
+        if (recipe.data.shards / "index.json").is_file():
+            raise
+        raise ShardError(f"{error}; or dry-run before packing with --pack PACK_RECIPE") from error
+
+
+def setting_of(recipe: TrainRecipe, zero: dict[str, Any], options: Options) -> Setting:
+    """What the estimate needs of a recipe and its DeepSpeed file's ``zero_optimization``."""
+    trained = recipe.backbone.trained
+    lora = trained if isinstance(trained, LoraTraining) else None
+    return Setting(
+        num_ranks=options.num_ranks,
+        ranks_per_node=options.ranks_per_node,
+        element_bytes=2 if recipe.engine.dtype == "bf16" else 4,
+        zero=zero,
+        kernel=recipe.backbone.attention,
+        checkpointing=recipe.backbone.gradient_checkpointing,
+        lora_rank=None if lora is None else lora.r,
+        lora_dropout=lora is not None and lora.dropout > 0,
+        device="cpu" if options.gpu == "cpu" else "cuda",
+    )
+
+
+def _decoded_roles(recipe: TrainRecipe) -> tuple[int, ...]:
+    section = recipe.objective
+    if not isinstance(section, schema.ReconstructionObjective):
+        return ()
+    return tuple(role for role, weight in ((QUERY, 1 - section.alpha), (POSITIVE, section.alpha)) if weight)
+
+
+def sampled_step(
+    objective: Objective, recipe: TrainRecipe, packing: PackRecipe, sample: list[Batch]
+) -> tuple[StepShape, StepShape]:
+    """Means over a sample of batches, with a full pack for the memory; and the same with the largest pack seen.
+
+    Args:
+        objective: decides which segments are read; may live on the meta device.
+        recipe: the training recipe.
+        packing: how the shards were packed.
+        sample: some of their batches.
+    """
+    roles, totals, packs = _decoded_roles(recipe), np.zeros(4), []
+    for batch in sample:
+        for pack in (objective.prepare(p) for p in batch.packs):
+            decoded = np.zeros(0, dtype=np.int64)
+            if roles:
+                reconstructor: Any = objective.reconstructor
+                lengths = pack.body_ends - reconstructor.target_starts(pack) + 1
+                decoded = lengths[np.isin(pack.roles, roles)].astype(np.int64)
+            squared = (pack.segment_lengths.astype(np.int64) ** 2).sum() + (decoded**2).sum()
+            packs.append((pack.num_tokens, int(decoded.sum())))
+            totals += (pack.num_tokens, decoded.sum(), squared, len(pack.segment_lengths))
+    tokens, decode_tokens, squared_lengths, segments = (float(total) / len(sample) for total in totals)
+    longest = max(packs)
+    mean = StepShape(
+        num_pairs=packing.batch.pairs,
+        num_packs=len(packs) / len(sample),
+        pack_tokens=packing.batch.pack_tokens,
+        decode_tokens=round(packing.batch.pack_tokens * decode_tokens / tokens),
+        step_tokens=tokens,
+        step_decode_tokens=decode_tokens,
+        squared_lengths=squared_lengths,
+        step_segments=segments,
+        pooled=isinstance(objective, PooledObjective),
+    )
+    return mean, replace(mean, pack_tokens=longest[0], decode_tokens=longest[1])
+
+
+def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
+    """The largest step that a pack recipe allows: every text has ``text.max_tokens`` tokens."""
+    section, longest, batch = recipe.objective, packing.text.max_tokens, packing.batch
+    joint = isinstance(section, schema.ReconstructionObjective) and section.contrastive is not None
+    pooled = joint or not isinstance(section, schema.ReconstructionObjective)
+    segments = batch.pairs * (2 + (packing.text.hard_negatives if pooled else 0))
+    tokens, roles = segments * longest, _decoded_roles(recipe)
+    decoded = len(roles) * batch.pairs
+    packed_tokens = batch.pairs * (2 + packing.text.hard_negatives) * longest
+    return StepShape(
+        num_pairs=batch.pairs,
+        num_packs=float(batch.pack_multiple * max(1, -(-packed_tokens // (batch.pack_tokens * batch.pack_multiple)))),
+        pack_tokens=batch.pack_tokens,
+        decode_tokens=round(batch.pack_tokens * decoded / segments),
+        step_tokens=float(tokens),
+        step_decode_tokens=float(decoded * longest),
+        squared_lengths=float((segments + decoded) * longest**2),
+        step_segments=float(segments),
+        pooled=pooled,
+    )
+
+
+def _batch(
+    recipe: TrainRecipe,
+    packing: PackRecipe,
+    step: StepShape,
+    largest: StepShape | None,
+    reader: ShardReader | None,
+    options: Options,
+) -> dict[str, Any]:
+    steps = recipe.optim.total_steps
+    return {
+        "source": str(recipe.data.shards) if reader is not None else options.pack_recipe,
+        "upper_bound": reader is None,
+        "pairs_per_step": step.num_pairs,
+        "packs_per_step": step.num_packs,
+        "packs_per_rank": step.num_packs / options.num_ranks,
+        "pack_tokens": packing.batch.pack_tokens,
+        "largest_sampled_pack_tokens": None if largest is None else largest.pack_tokens,
+        "tokens_per_step": step.step_tokens,
+        "decode_tokens_per_step": step.step_decode_tokens,
+        "steps": steps,
+        "tokens": steps * step.step_tokens,
+        "pairs": steps * step.num_pairs,
+        "batches": None if reader is None else len(reader),
+        "epochs": None if reader is None else steps / len(reader),
+    }
+
+
+def _model(shape: ModelShape) -> dict[str, Any]:
+    groups = [
+        {"group": name, "parameters": shape.count(name), "trained": shape.count(name, trained=True)}
+        for name in shape.groups
+    ]
+    total = {"parameters": shape.count(), "trained": shape.count(trained=True)}
+    return {"model_type": shape.model_type, "tied": shape.tied, **total, "groups": groups}
+
+
+def _memory(
+    shape: ModelShape, setting: Setting, step: StepShape, largest: StepShape | None, gpu: Gpu
+) -> dict[str, Any]:
+    variants = {on: memory(shape, replace(setting, checkpointing=on), step) for on in (False, True)}
+    chosen = variants[setting.checkpointing]
+    usable = int(USABLE_FRACTION * gpu.memory_bytes)
+    return {
+        "gpu_bytes": gpu.memory_bytes,
+        "usable_bytes": usable,
+        "checkpointing": setting.checkpointing,
+        "plain": asdict(variants[False]) | {"peak": variants[False].peak},
+        "with_checkpointing": asdict(variants[True]) | {"peak": variants[True].peak},
+        "peak_bytes": chosen.peak,
+        "peak_of_largest_sampled_pack": None if largest is None else memory(shape, setting, largest).peak,
+        "fits": chosen.peak <= usable,
+        "fits_with_checkpointing": variants[True].peak <= usable,
+    }
+
+
+def _time(
+    recipe: TrainRecipe, shape: ModelShape, setting: Setting, step: StepShape, gpu: Gpu, options: Options
+) -> dict[str, Any]:
+    done, sent = work(shape, setting, step), transfers(shape, setting, step)
+    seconds = step_seconds(done, gpu, options.num_ranks, options.mfu)
+    steps = recipe.optim.total_steps
+    return {
+        "model_flops_per_step": done.model,
+        "executed_flops_per_step": done.executed,
+        "mfu_assumed": options.mfu,
+        "seconds_per_step": seconds,
+        "hours": None if seconds is None else seconds * steps / 3600,
+        "gpu_hours": None if seconds is None else seconds * steps / 3600 * options.num_ranks,
+        "communication": [asdict(t) for t in sent],
+        "communication_seconds_per_step": transfer_seconds(sent, gpu),
+        "node_bytes_per_second": gpu.link_bytes_per_second,
+    }
+
+
+def _disk(recipe: TrainRecipe, shape: ModelShape, setting: Setting) -> dict[str, Any]:
+    folder = recipe.output_dir.absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    one, export = checkpoint_bytes(shape, setting), export_bytes(shape, setting)
+    # The newest is written before the oldest goes.
+    kept = recipe.engine.keep_checkpoints + 1
+    if recipe.engine.checkpoint_every_steps is None:
+        kept = 1
+    needed, free = kept * one + export, shutil.disk_usage(existing).free
+    return {
+        "checkpoint_bytes": one,
+        "checkpoints_at_once": kept,
+        "export_bytes": export,
+        "needed_bytes": needed,
+        "free_bytes": free,
+        "folder": str(recipe.output_dir),
+        "fits": needed <= free,
+    }
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write the report as JSON.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json: {path}: cannot be written: {error.strerror}; choose another path") from error
