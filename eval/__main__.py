@@ -1,18 +1,25 @@
-"""``python -m eval {embed,mteb,table}``."""
+"""``python -m eval {embed,mteb,fetch,table}``."""
 
 import argparse
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anchor import log as anchor_log
-from anchor.errors import ConfigError, exit_on_user_error
+from anchor.errors import ConfigError, DataError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from mteb.abstasks.abstask import AbsTask
+    from mteb.benchmarks.benchmark import Benchmark
 
 log = logging.getLogger("eval")
 
 _EXAMPLES = {
     "embed": "python -m eval embed runs/quickstart/stage2/export --input texts.jsonl --output vectors --prompt query",
     "mteb": "python -m eval mteb runs/quickstart/stage2/export --tasks SciFact,STSBenchmark --data-root mteb-data",
+    "fetch": "python -m eval fetch --benchmark 'MTEB(eng, v2)' --data-root mteb-data",
     "table": "python -m eval table untrained=runs/a/mteb trained=runs/b/mteb",
 }
 
@@ -43,31 +50,95 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--raw", action="store_true", help="anchor states as they are, not of length 1")
     embed.add_argument("--shard-texts", type=int, default=2048, help="texts of a part, the unit of resuming (2048)")
     embed.add_argument("--overwrite", action="store_true", help="replace vectors that the folder holds")
-    mteb.add_argument("--tasks", default="", help="names of mteb tasks, separated by commas")
+    mteb.add_argument("--benchmark", help="all tasks of 'MTEB(eng, v1)', 'MTEB(eng, v2)', lite, ...")
+    mteb.add_argument("--tasks", default="", help="names of mteb tasks, separated by commas; AdvBench-IR")
+    mteb.add_argument("--prompts", default="anchor", help="anchor, llm2vec_gen, a YAML file, or folder (anchor)")
     mteb.add_argument("--retrieval", type=Path, action="append", default=[], help="folder of a local retrieval task")
     mteb.add_argument("--data-root", type=Path, help="offline copy of the tasks' data, by hub path")
+    mteb.add_argument("--partial", action="store_true", help="score the tasks whose data is there")
     mteb.add_argument("--output", type=Path, help="folder of the results (MODEL/mteb)")
+    mteb.add_argument("--no-cache", action="store_true", help="keep no vectors on disk while a task is scored")
+    mteb.add_argument("--compare", action="append", default=[], metavar="LABEL=DIR", help="also show; or 'published'")
+    fetch = command("fetch", "Copy the data of tasks for machines without a network.")
+    fetch.add_argument("--benchmark", help="all tasks of a benchmark")
+    fetch.add_argument("--tasks", default="", help="names of tasks, separated by commas")
+    fetch.add_argument("--data-root", type=Path, required=True, help="the offline copy")
+    fetch.add_argument("--source", type=Path, help="copy from this offline copy instead of the hub")
+    fetch.add_argument("--verify", action="store_true", help="only check the files of the copy")
     table = command("table", "Main scores of several result folders side by side.")
+    table.add_argument("--benchmark", help="categories and averages of a benchmark instead of single tasks")
+    table.add_argument("--published", action="store_true", help="with --benchmark: published rows too")
     table.add_argument("results", nargs="+", metavar="LABEL=DIR", help="folder written by `eval mteb`")
     return parser
 
 
 def _mteb(arguments: argparse.Namespace) -> None:
-    from eval.benchmark import local_retrieval_task, run_tasks, tasks_by_name
-    from eval.encoder import Encoder
+    from anchor import dist
+    from eval.benchmark import run_tasks
+    from eval.encoder import open_encoder
+    from eval.prompts import load_prompts
+    from eval.ranks import RankedEncoder
+
+    benchmark, tasks = _tasks(arguments)
+    prompts = None if arguments.prompts == "folder" else load_prompts(arguments.prompts)
+    output = arguments.output or arguments.model / "mteb"
+    labelled = [("this", output), *_labelled(item for item in arguments.compare if item != "published")]
+    dist.init()
+    try:
+        encoder = RankedEncoder(
+            open_encoder(
+                arguments.model,
+                dtype=arguments.dtype,
+                attention=arguments.attention,
+                pack_tokens=arguments.pack_tokens,
+            )
+        )
+        if encoder.rank > 0:
+            encoder.serve()
+            return
+        try:
+            run_tasks(encoder, tasks, output, prompts, cache=not arguments.no_cache)
+        finally:
+            encoder.stop()
+        _show(benchmark, labelled, published="published" in arguments.compare)
+        log.info("results in %s", output)
+    finally:
+        dist.shutdown()
+
+
+def _tasks(arguments: argparse.Namespace) -> tuple["Benchmark | None", list["AbsTask"]]:
+    """The benchmark, if one is asked for, and all tasks to run; what has no data is named before a model is loaded."""
+    from eval.tasks import find_benchmark, local_retrieval_task, named_tasks, with_data
 
     names = [name for name in arguments.tasks.split(",") if name]
-    tasks = tasks_by_name(names, arguments.data_root) if names else []
+    benchmark = find_benchmark(arguments.benchmark) if arguments.benchmark else None
+    wanted = [*(benchmark.tasks if benchmark else []), *named_tasks(names)]
+    tasks, missing = with_data(wanted, arguments.data_root)
+    if missing and not arguments.partial:
+        what = f"{len(missing)} of {len(wanted)} tasks: {', '.join(missing)}"
+        advice = "fetch them (python -m eval fetch), or add --partial to score the others"
+        raise DataError(f"{arguments.data_root or 'eval mteb'}: no data for {what}; {advice}")
+    if missing:
+        log.warning("left out, no data: %s", ", ".join(missing))
     tasks += [local_retrieval_task(folder) for folder in arguments.retrieval]
     if not tasks:
-        raise ConfigError("eval mteb: nothing to score; give --tasks or --retrieval")
-    encoder = Encoder(
-        arguments.model, dtype=arguments.dtype, attention=arguments.attention, pack_tokens=arguments.pack_tokens
-    )
-    output = arguments.output or arguments.model / "mteb"
-    for name, score in run_tasks(encoder, tasks, output).items():
-        log.info("%s %.4f", name, score)
-    log.info("results in %s", output)
+        raise ConfigError("eval mteb: nothing to score; give --benchmark, --tasks or --retrieval")
+    return benchmark, tasks
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from eval.fetch import fetch, verify
+    from eval.tasks import find_benchmark, named_tasks
+
+    if arguments.verify:
+        log.info("%d files are as they were fetched", verify(arguments.data_root))
+        return
+    names = [name for name in arguments.tasks.split(",") if name]
+    tasks = [*(find_benchmark(arguments.benchmark).tasks if arguments.benchmark else []), *named_tasks(names)]
+    if not tasks:
+        raise ConfigError("eval fetch: nothing to fetch; give --benchmark or --tasks")
+    fetched = fetch(tasks, arguments.data_root, arguments.source)
+    log.info("%d tasks, %d repositories fetched now, in %s", len(tasks), len(fetched), arguments.data_root)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
@@ -97,17 +168,36 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
+    from eval.tasks import find_benchmark
 
-    from eval.table import score_table
+    benchmark = find_benchmark(arguments.benchmark) if arguments.benchmark else None
+    _show(benchmark, _labelled(arguments.results), published=arguments.published)
 
+
+def _labelled(items: Iterable[str]) -> list[tuple[str, Path]]:
     labelled = []
-    for item in arguments.results:
+    for item in items:
         label, equals, folder = item.partition("=")
         if not equals:
-            raise ConfigError(f"eval table: expected LABEL=DIR, got '{item}'")
+            raise ConfigError(f"expected LABEL=DIR, got '{item}'")
         labelled.append((label, Path(folder)))
-    Console().print(score_table(labelled))
+    return labelled
+
+
+def _show(benchmark: "Benchmark | None", labelled: list[tuple[str, Path]], *, published: bool) -> None:
+    from rich.console import Console
+
+    from eval.table import absent_line, benchmark_table, score_table, summarise, task_results
+
+    if benchmark is None:
+        Console().print(score_table(labelled))
+        return
+    summaries = {label: summarise(benchmark, task_results(folder)) for label, folder in labelled}
+    Console().print(benchmark_table(benchmark, summaries, compare_published=published))
+    for label, summary in summaries.items():
+        line = absent_line(label, summary)
+        if line is not None:
+            Console(stderr=True).print(line)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     anchor_log.setup()
     with exit_on_user_error():
-        {"embed": _embed, "mteb": _mteb, "table": _table}[arguments.command](arguments)
+        {"embed": _embed, "mteb": _mteb, "fetch": _fetch, "table": _table}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
-"""``python -m eval mteb``: real mteb tasks, by name, from the hub, from an offline copy or from a local folder."""
+"""``python -m eval mteb``: real mteb tasks, scored by mteb itself.
 
-import difflib
+1. The texts of a task get the instruction of the prompt file; for tasks that it does not know, that of mteb's own task;
+   else the prompt of the model folder that mteb's order of names finds. What was used stands in ``scores.json``.
+2. All ranks embed; rank 0 scores (:mod:`eval.ranks`). Vectors are kept on disk until the task's result is saved.
+3. Results are in mteb's own layout. The revision names weights, dtype and prompts: a result of other prompts is never
+   taken for this one's.
+"""
+
 import json
 import logging
 from collections.abc import Sequence
@@ -9,125 +15,139 @@ from typing import Any
 
 import mteb
 import numpy as np
+import xxhash
 from mteb.abstasks.abstask import AbsTask
-from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
 
-from anchor.errors import ConfigError, DataError
-from eval.encoder import Encoder
+from anchor.data.templates import Template
+from eval.cache import VectorCache
+from eval.encoder import TextEncoder
+from eval.prompts import PromptSet
+from eval.vectors import write_json
 
 log = logging.getLogger(__name__)
 
+SCORES = "scores.json"
+_DEFAULT_FORMAT = "{instruction}: {text}"
+
 
 class MtebEncoder(AbsEncoder):
-    """An :class:`Encoder` as mteb calls it; prompts by mteb's own order of names.
+    """An encoder as mteb calls it.
 
     Args:
         encoder: the model folder.
+        prompts: instructions per task; None: only the folder's own prompts.
+        cache: folder of the vectors of unfinished tasks; None: nothing is kept.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: TextEncoder, prompts: PromptSet | None = None, cache: Path | None = None) -> None:
         self._encoder = encoder
-        self.model_prompts = self._prompts = encoder.prompts
+        self._set = prompts
+        self._cache = cache
+        self._open: dict[str, VectorCache] = {}
+        self.used: dict[str, dict[str, str]] = {}
+        self.model_prompts = encoder.prompts
+        self.revision = f"{encoder.revision()}-{encoder.dtype}-{_prompts_id(encoder, prompts)}"
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": f"anchor/{encoder.folder.resolve().parent.name}-{encoder.folder.name}",
-                "revision": encoder.revision(),
-                "max_tokens": encoder.about["max_tokens"],
+                "revision": self.revision,
+                "max_tokens": encoder.max_tokens,
                 "embed_dim": encoder.dimension,
                 "similarity_fn_name": ScoringFunction.COSINE,
             }
         )
 
-    def encode(self, inputs: Any, *, task_metadata: TaskMetadata, prompt_type: Any = None, **_: Any) -> np.ndarray:
+    def encode(
+        self, inputs: Any, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **_: Any
+    ) -> np.ndarray:
         """Unit vectors (float32) of all texts of a data loader."""
         texts = [text for batch in inputs for text in batch["text"]]
-        name = self.get_prompt_name(task_metadata, prompt_type)
-        return self._encoder.encode(texts, self._prompts[name] if name is not None else "")
+        prompt = self.prompt(task_metadata, prompt_type)
+        self.used.setdefault(task_metadata.name, {})[prompt_type.value if prompt_type else "text"] = prompt
+        if self._cache is None:
+            return self._encoder.encode(texts, prompt)
+        name = task_metadata.name
+        if name not in self._open:
+            self._open[name] = VectorCache(self._cache / self.revision / name.replace("/", "_"), self.revision)
+        return self._open[name].encode(self._encoder, texts, prompt)
+
+    def prompt(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
+        """What stands before every text of a task."""
+        if self._set is not None:
+            if prompt_type == PromptType.document:
+                return self._joined(self._set.document)
+            own: Any = task.prompt
+            of_mteb = own.get("query") if isinstance(own, dict) else own
+            instruction = self._set.tasks.get(task.name, of_mteb)
+            if instruction is not None:
+                return self._joined(instruction)
+        name = self.get_prompt_name(task, prompt_type)
+        return self.model_prompts[name] if self.model_prompts and name is not None else ""
+
+    def forget(self) -> None:
+        """Delete the vectors of the tasks embedded so far; call it when their results are saved."""
+        for cache in self._open.values():
+            cache.remove()
+        self._open.clear()
+
+    def _joined(self, instruction: str | None) -> str:
+        if instruction is None:
+            return ""
+        template = self._encoder.about.get("template", {})
+        joined = (self._set.instruction_format if self._set else None) or template.get("instruction_format")
+        return Template("", "", joined or _DEFAULT_FORMAT).instruction_head(instruction)
 
 
-def tasks_by_name(names: Sequence[str], data_root: Path | None) -> list[AbsTask]:
-    """mteb's own tasks; with ``data_root`` their data comes from ``data_root/<hub path>``.
-
-    Raises:
-        ConfigError: unknown task.
-        DataError: tasks whose data is not under ``data_root``, all of them named.
-    """
-    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "`mteb available-tasks` lists them"
-            raise ConfigError(f"--tasks: mteb has no task '{name}'; {hint}")
-    tasks = list(mteb.get_tasks(tasks=list(names), exclude_superseded=False))
-    if data_root is None:
-        return tasks
-    missing = []
-    for task in tasks:
-        folder = data_root / task.metadata.dataset["path"]
-        if not folder.is_dir():
-            missing.append(f"{task.metadata.name} ({folder})")
-        dataset = {**task.metadata.dataset, "path": str(folder.resolve())}
-        task.metadata = task.metadata.model_copy(update={"dataset": dataset})
-    if missing:
-        raise DataError(f"{data_root}: no data for {', '.join(missing)}")
-    return tasks
-
-
-def local_retrieval_task(folder: Path) -> AbsTask:
-    """A retrieval task from a folder in MTEB's layout: corpus.jsonl, queries.jsonl, qrels/test.jsonl, README.md.
-
-    Raises:
-        DataError: a file is missing.
-    """
-    for name in ("README.md", "corpus.jsonl", "queries.jsonl", "qrels/test.jsonl"):
-        if not (folder / name).is_file():
-            raise DataError(f"{folder}: no {name}; expected a retrieval task in MTEB's folder layout")
-
-    class LocalRetrieval(AbsTaskRetrieval):
-        metadata = TaskMetadata(
-            name=f"Local-{folder.resolve().name}",
-            dataset={"path": str(folder.resolve()), "revision": "local"},
-            description="A retrieval task from a local folder.",
-            type="Retrieval",
-            category="t2t",
-            eval_splits=["test"],
-            eval_langs=["eng-Latn"],
-            main_score="ndcg_at_10",
-            reference=None,
-            date=None,
-            domains=None,
-            task_subtypes=None,
-            license=None,
-            annotations_creators=None,
-            dialect=None,
-            sample_creation=None,
-            bibtex_citation=None,
-        )
-
-    return LocalRetrieval()
-
-
-def run_tasks(encoder: Encoder, tasks: Sequence[AbsTask], output: Path) -> dict[str, float]:
-    """Score the tasks; finished ones of the same weights are not run again.
+def run_tasks(
+    encoder: TextEncoder,
+    tasks: Sequence[AbsTask],
+    output: Path,
+    prompts: PromptSet | None = None,
+    *,
+    cache: bool = True,
+) -> dict[str, float]:
+    """Score the tasks; those already scored with the same weights, dtype and prompts are not run again.
 
     Args:
         encoder: the model folder.
         tasks: what to score.
         output: results in mteb's own layout, and ``scores.json``.
+        prompts: instructions per task; None: the folder's own prompts.
+        cache: keep vectors on disk until the task is scored.
 
     Returns:
         Main score of each task, by name.
     """
-    scores_file = output / "scores.json"
-    model: Any = MtebEncoder(encoder)  # mteb's protocol also asks for a constructor by name
-    result = mteb.evaluate(model, list(tasks), cache=mteb.ResultCache(output), show_progress_bar=False)
-    scores = {one.task_name: float(one.get_score()) for one in result.task_results}
+    scores_file = output / SCORES
+    model: Any = MtebEncoder(encoder, prompts, output / "cache" if cache else None)
     kept = json.loads(scores_file.read_text(encoding="utf-8")) if scores_file.is_file() else {}
-    same = kept.get("revision") == encoder.revision()
-    merged = {**(kept["scores"] if same else {}), **scores}
-    about = {"model": str(encoder.folder), "revision": encoder.revision(), "scores": merged}
-    scores_file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    same = kept.get("revision") == model.revision
+    about = {
+        "model": str(encoder.folder),
+        "revision": model.revision,
+        "prompts": prompts.name if prompts is not None else "folder",
+        "scores": dict(kept["scores"]) if same else {},
+        "prompts_used": dict(kept.get("prompts_used", {})) if same else {},
+    }
+    scores: dict[str, float] = {}
+    for number, task in enumerate(tasks, start=1):
+        result = mteb.evaluate(model, [task], cache=mteb.ResultCache(output), show_progress_bar=False)
+        model.forget()
+        scores.update({one.task_name: float(one.get_score()) for one in result.task_results})
+        about["scores"].update(scores)
+        about["prompts_used"].update(model.used)
+        write_json(scores_file, about)
+        log.info("%d of %d: %s %.4f", number, len(tasks), task.metadata.name, scores[task.metadata.name])
     return scores
+
+
+def _prompts_id(encoder: TextEncoder, prompts: PromptSet | None) -> str:
+    parts: list[Any] = [encoder.prompts, encoder.about.get("template"), encoder.max_tokens]
+    if prompts is not None:
+        parts += [prompts.tasks, prompts.document, prompts.instruction_format]
+    name = prompts.name if prompts is not None else "folder"
+    return f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())[:8]}"

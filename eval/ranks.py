@@ -7,6 +7,7 @@ days where a collective of training would give up after minutes: scoring a task 
 
 import datetime
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class RankedEncoder(TextEncoder):
         self._local = local
         self.raw = local.raw
         self.rank, self.world_size = rank_and_size()
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
 
     @property
     def dimension(self) -> int:

@@ -1,11 +1,40 @@
-"""``python -m eval table``: main scores of several result folders side by side."""
+"""Tables of scores: main scores side by side, and a benchmark's categories and averages as mteb aggregates them.
+
+No task is silently missing: a category or an average that lacks a task is withheld, and the absent tasks are named.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
+from mteb.benchmarks.benchmark import Benchmark, BenchmarkAggregation
+from mteb.results import ModelResult, TaskResult
 from rich.table import Table
 
 from anchor.errors import DataError
+
+PUBLISHED = "published"
+MEAN_TASK, MEAN_TYPE = "Mean(Task)", "Mean(TaskType)"
+_NO_RESULTS = ("model_meta.json", "run_settings.json", "scores.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a result folder says about a benchmark.
+
+    Attributes:
+        tasks: score of each task there is, 0 to 1.
+        absent: tasks of the benchmark without a result.
+        values: categories and averages, 0 to 1; None where a task is absent.
+        counts: ``(there, all)`` tasks of each category.
+    """
+
+    tasks: dict[str, float]
+    absent: list[str]
+    values: dict[str, float | None]
+    counts: dict[str, tuple[int, int]]
 
 
 def score_table(labelled: list[tuple[str, Path]]) -> Table:
@@ -14,14 +43,113 @@ def score_table(labelled: list[tuple[str, Path]]) -> Table:
     Raises:
         DataError: a folder without ``scores.json``.
     """
-    rows = []
-    for label, folder in labelled:
-        file = folder / "scores.json"
-        if not file.is_file():
-            raise DataError(f"{folder}: no scores.json; run `python -m eval mteb` with --output {folder} first")
-        rows.append((label, json.loads(file.read_text(encoding="utf-8"))["scores"]))
+    rows = [(label, main_scores(folder)) for label, folder in labelled]
     tasks = sorted({task for _, scores in rows for task in scores})
     table = Table("model", *tasks)
     for label, scores in rows:
         table.add_row(label, *(f"{100 * scores[task]:.2f}" if task in scores else "not run" for task in tasks))
     return table
+
+
+def main_scores(folder: Path) -> dict[str, float]:
+    """Main scores of a folder that ``eval mteb`` wrote, by task.
+
+    Raises:
+        DataError: a folder without ``scores.json``.
+    """
+    file = folder / "scores.json"
+    if not file.is_file():
+        raise DataError(f"{folder}: no scores.json; run `python -m eval mteb` with --output {folder} first")
+    return json.loads(file.read_text(encoding="utf-8"))["scores"]
+
+
+def task_results(folder: Path) -> list[TaskResult]:
+    """Results in mteb's layout under a folder; of ours, those of the last run's revision.
+
+    Raises:
+        DataError: none there, a file that is not a result, or results of several models.
+    """
+    files = [path for path in sorted(folder.rglob("*.json")) if path.name not in _NO_RESULTS]
+    files = [path for path in files if "cache" not in path.relative_to(folder).parts]
+    if (folder / "scores.json").is_file():
+        revision = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["revision"]
+        files = [path for path in files if path.parent.name == revision]
+    if not files:
+        raise DataError(f"{folder}: no results in mteb's layout (TASK.json); expected an --output of `eval mteb`")
+    models = sorted({str(path.parent.relative_to(folder)) for path in files})
+    if len(models) > 1:
+        raise DataError(
+            f"{folder}: results of {len(models)} models or revisions ({', '.join(models)}); name one of them"
+        )
+    results = []
+    for path in files:
+        try:
+            results.append(TaskResult.from_disk(path))
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{path}: not a result of mteb: {str(error).splitlines()[0]}") from error
+    return results
+
+
+def summarise(benchmark: Benchmark, results: list[TaskResult]) -> Summary:
+    """Categories and averages of a benchmark by mteb's own aggregation; only whole ones."""
+    chosen = ModelResult(model_name="one", model_revision="one", task_results=results).select_tasks(benchmark.tasks)
+    by_name = {result.task_name: result for result in chosen.task_results}
+    kinds: dict[str, list[str]] = {}
+    for task in benchmark.tasks:
+        kinds.setdefault(task.metadata.type, []).append(task.metadata.name)
+    values: dict[str, float | None] = {}
+    for kind, names in kinds.items():
+        there = [by_name[name] for name in names if name in by_name]
+        whole = len(there) == len(names)
+        values[kind] = BenchmarkAggregation.TASK_TYPES.aggregate(there)[kind] if whole else None
+    absent = [task.metadata.name for task in benchmark.tasks if task.metadata.name not in by_name]
+    for aggregation in (BenchmarkAggregation.MEAN_TASK, BenchmarkAggregation.MEAN_TASK_TYPE):
+        key = aggregation.get_score_keys[0]
+        values[key] = aggregation.aggregate(list(by_name.values()))[key] if not absent else None
+    counts = {kind: (sum(name in by_name for name in names), len(names)) for kind, names in kinds.items()}
+    return Summary({name: float(one.get_score()) for name, one in by_name.items()}, absent, values, counts)
+
+
+def published(benchmark: str) -> dict[str, dict[str, float]]:
+    """Published rows of a benchmark: label -> column -> score, 0 to 1.
+
+    Raises:
+        DataError: none are known.
+    """
+    known: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+    if benchmark not in known:
+        raise DataError(f"--compare published: no rows for '{benchmark}'; there are for {', '.join(known)}")
+    columns = known[benchmark]["columns"]
+    rows = known[benchmark]["rows"]
+    return {label: {c: v / 100 for c, v in zip(columns, row, strict=True)} for label, row in rows.items()}
+
+
+def benchmark_table(benchmark: Benchmark, summaries: dict[str, Summary], *, compare_published: bool = False) -> Table:
+    """One row per model, one column per category and average; scores times 100.
+
+    A value that lacks tasks is shown as how many are there; published rows come last.
+    """
+    columns = list(next(iter(summaries.values())).values)
+    table = Table("model", *columns, title=benchmark.name)
+    for label, summary in summaries.items():
+        table.add_row(label, *(_cell(summary, column) for column in columns))
+    if compare_published:
+        table.add_section()
+        for label, row in published(benchmark.name).items():
+            table.add_row(label, *(f"{100 * row[column]:.2f}" if column in row else "" for column in columns))
+    return table
+
+
+def absent_line(label: str, summary: Summary) -> str | None:
+    """One line that names the tasks without a result, or None."""
+    if not summary.absent:
+        return None
+    return f"{label}: averages are withheld, {len(summary.absent)} tasks have no result: {', '.join(summary.absent)}"
+
+
+def _cell(summary: Summary, column: str) -> str:
+    value = summary.values[column]
+    if value is not None:
+        return f"{100 * value:.2f}"
+    there, every = summary.counts.get(column, (len(summary.tasks), len(summary.tasks) + len(summary.absent)))
+    return f"{there} of {every}"

@@ -1,17 +1,27 @@
-"""Invariants: a real mteb task gives the same score through our encoder and through mteb's own wrapper of
-sentence-transformers; missing data and unknown tasks are named; tables say what was not run."""
+"""Invariants: a real mteb task gives the same score through our encoder on one rank and on two and through mteb's own
+wrapper of sentence-transformers; a killed evaluation embeds nothing twice; a result of other prompts is not reused;
+missing data and unknown tasks are named."""
 
 import json
 from pathlib import Path
 
 import mteb
+import numpy as np
 import pytest
 from conftest import english_pairs, write_jsonl
+from distributed import run_distributed
 
 from anchor.errors import ConfigError, DataError
-from eval.benchmark import local_retrieval_task, run_tasks, tasks_by_name
+from eval.benchmark import MtebEncoder, run_tasks
+from eval.cache import VectorCache
+from eval.embed import Options, embed
 from eval.encoder import Encoder
-from eval.table import score_table
+from eval.prompts import load_prompts
+from eval.ranks import RankedEncoder
+from eval.table import main_scores
+from eval.tasks import local_retrieval_task, tasks_by_name, with_data
+from eval.texts import Source
+from eval.vectors import read_folder
 
 README = """---
 configs:
@@ -47,20 +57,140 @@ def retrieval_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore")  # other libraries' loading of data sets
-def test_scores_equal_those_of_sentence_transformers(export_dir, retrieval_folder, tmp_path):
+FIVE = ("SciFact", "STSBenchmark", "STS16", "BIOSSES", "Banking77Classification")
+needs_data = pytest.mark.skipif(
+    not MTEB_DATA.is_dir(), reason="needs the offline copy of mteb tasks in ../shared/data/mteb"
+)
+
+
+def through_sentence_transformers(folder: Path, prompts: dict[str, str], task) -> float:
     from sentence_transformers import SentenceTransformer
 
-    encoder = Encoder(export_dir, dtype="fp32")
-    scores = run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path / "out")
-    model = SentenceTransformer(str(export_dir), device="cpu")
-    theirs = mteb.evaluate(model, [local_retrieval_task(retrieval_folder)], cache=None, show_progress_bar=False)
+    model = SentenceTransformer(str(folder), device="cpu", prompts=prompts)
+    result = mteb.evaluate(model, [task], cache=None, show_progress_bar=False)
+    return float(result.task_results[0].get_score())
+
+
+@pytest.mark.filterwarnings("ignore")  # other libraries' loading of data sets
+def test_scores_equal_those_of_sentence_transformers(export_dir, retrieval_folder, tmp_path):
+    scores = run_tasks(Encoder(export_dir, dtype="fp32"), [local_retrieval_task(retrieval_folder)], tmp_path / "out")
+    theirs = through_sentence_transformers(
+        export_dir, {"query": "Answer it: ", "document": ""}, local_retrieval_task(retrieval_folder)
+    )
     assert 0 < scores["Local-small"] < 1
-    assert scores["Local-small"] == pytest.approx(theirs.task_results[0].get_score(), abs=1e-3)
-    kept = json.loads((tmp_path / "out/scores.json").read_text())
-    assert kept["scores"] == scores
-    table = score_table([("ours", tmp_path / "out")])
-    assert [list(column.cells) for column in table.columns][1] == [f"{100 * scores['Local-small']:.2f}"]
+    assert scores["Local-small"] == pytest.approx(theirs, abs=1e-3)
+    assert main_scores(tmp_path / "out") == scores
+
+
+@needs_data
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["BIOSSES", *(pytest.param(name, marks=pytest.mark.slow) for name in FIVE if name != "BIOSSES")]
+)
+def test_real_tasks_score_alike_through_both_with_the_papers_prompts(export_dir, tmp_path, name):
+    encoder, prompts = Encoder(export_dir, dtype="fp32"), load_prompts("anchor")
+    scores = run_tasks(encoder, tasks_by_name([name], MTEB_DATA), tmp_path, prompts)
+    used = json.loads((tmp_path / "scores.json").read_text())["prompts_used"][name]
+    expected = (
+        {"query": f"{prompts.tasks[name]}: ", "document": ""}
+        if name == "SciFact"
+        else {"text": f"{prompts.tasks[name]}: "}
+    )
+    assert used == expected
+    named = {name: used["text"]} if "text" in used else used
+    theirs = through_sentence_transformers(export_dir, named, tasks_by_name([name], MTEB_DATA)[0])
+    assert scores[name] != 0
+    assert scores[name] == pytest.approx(theirs, abs=1e-3)
+
+
+def work_on_two_ranks(ranks, model: str, retrieval: str, source: Path, output: Path) -> dict[str, float] | None:
+    local = Encoder(Path(model), dtype="fp32")
+    embed(local, Source(source), output / "vectors", Options(shard_texts=8))
+    encoder = RankedEncoder(local)
+    if encoder.rank > 0:
+        return encoder.serve()
+    try:
+        return run_tasks(encoder, [local_retrieval_task(Path(retrieval))], output / "scores")
+    finally:
+        encoder.stop()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_ranks_give_the_vectors_and_scores_of_one(export_dir, retrieval_folder, tmp_path):
+    rows = [{"id": f"n{i}", "text": row["positive"]} for i, row in enumerate(english_pairs(50))]
+    source, one = write_jsonl(tmp_path / "texts.jsonl", rows), Encoder(export_dir, dtype="fp32", pack_tokens=200)
+    arguments = (str(export_dir), str(retrieval_folder), source, tmp_path)
+    scores, nothing = run_distributed(work_on_two_ranks, 2, *arguments)
+    stored = read_folder(tmp_path / "vectors")
+    assert stored.ids == [row["id"] for row in rows]
+    assert stored.manifest["ranks"] == 2
+    np.testing.assert_allclose(stored.embeddings, one.encode([row["text"] for row in rows]), atol=1e-5)
+    alone = run_tasks(one, [local_retrieval_task(retrieval_folder)], tmp_path / "alone")
+    assert nothing is None
+    assert 0 < alone["Local-small"] < 1
+    assert scores == pytest.approx(alone, abs=1e-3)
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_evaluation_embeds_nothing_twice(export_dir, retrieval_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.cache.BLOCK_TEXTS", 8)
+    asked: list[str] = []
+    real = Encoder.states
+
+    def counted(self, texts, prompt=""):
+        if len(asked) >= limit:
+            raise Killed
+        asked.extend(prompt + text for text in texts)
+        return real(self, texts, prompt)
+
+    monkeypatch.setattr(Encoder, "states", counted)
+    encoder, tasks, limit = Encoder(export_dir, dtype="fp32"), [local_retrieval_task(retrieval_folder)], 16
+    with pytest.raises(Killed):
+        run_tasks(encoder, tasks, tmp_path / "out")
+    assert len(asked) == 18  # ten queries in two blocks, one block of documents
+    assert list((tmp_path / "out/cache").rglob("block-*.safetensors"))
+    limit = 1000
+    scores = run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path / "out")
+    assert len(asked) == len(set(asked)) == 40  # 30 documents and 10 queries
+    assert not list((tmp_path / "out/cache").rglob("block-*.safetensors"))
+    # A finished task is not embedded again, unless the prompts are others.
+    assert run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path / "out") == scores
+    assert len(asked) == 40
+    run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path / "out", load_prompts("llm2vec_gen"))
+    assert len(asked) > 40
+
+
+def test_an_unreadable_cache_is_named_and_kept(export_dir, tmp_path):
+    encoder = Encoder(export_dir, dtype="fp32")
+    VectorCache(tmp_path, "key").encode(encoder, ["one", "two", "one"], "")
+    (block,) = tmp_path.glob("block-*")
+    whole = block.read_bytes()
+    block.write_bytes(whole[:100])
+    with pytest.raises(DataError) as error:
+        VectorCache(tmp_path, "key")
+    assert str(error.value).startswith(f"{block}: half-written or damaged")
+    block.write_bytes(whole)
+    with pytest.raises(DataError, match="belongs to another model or setting"):
+        VectorCache(tmp_path, "other")
+
+
+def test_documents_get_what_the_prompt_file_says(export_dir):
+    from mteb.types import PromptType
+
+    encoder = Encoder(export_dir, dtype="fp32")
+    (task,) = mteb.get_tasks(tasks=["SciFact"])
+    (bright,) = mteb.get_tasks(tasks=["BrightBiologyRetrieval"])
+    ours, generative = (MtebEncoder(encoder, load_prompts(name)) for name in ("anchor", "llm2vec_gen"))
+    claim = "Given a scientific claim, retrieve documents that support or refute the claim: "
+    assert ours.prompt(task.metadata, PromptType.query) == claim
+    assert ours.prompt(task.metadata, PromptType.document) == ""
+    assert generative.prompt(task.metadata, PromptType.document) == "Summarize the following passage: "
+    assert ours.prompt(bright.metadata, PromptType.query).startswith(bright.metadata.prompt["query"][:20])
+    assert MtebEncoder(encoder).prompt(task.metadata, PromptType.query) == "Answer it: "
 
 
 def test_an_unknown_task_is_named_with_a_suggestion():
@@ -71,26 +201,13 @@ def test_an_unknown_task_is_named_with_a_suggestion():
 
 def test_tasks_without_data_are_all_listed(tmp_path):
     with pytest.raises(DataError) as error:
-        tasks_by_name(["SciFact", "STSBenchmark"], tmp_path)
-    assert "SciFact (" in str(error.value)
-    assert "STSBenchmark (" in str(error.value)
+        tasks_by_name(["SciFact", "STSBenchmark", "CQADupstackRetrieval"], tmp_path)
+    for word in ("SciFact (", "STSBenchmark (", "CQADupstackRetrieval (", "cqadupstack-unix"):
+        assert word in str(error.value)
+    assert with_data(mteb.get_tasks(tasks=["SciFact"]), None)[1] == []
 
 
 def test_a_retrieval_folder_lacking_a_file_is_refused(tmp_path):
     with pytest.raises(DataError) as error:
         local_retrieval_task(tmp_path)
     assert str(error.value) == f"{tmp_path}: no README.md; expected a retrieval task in MTEB's folder layout"
-
-
-@pytest.mark.skipif(not MTEB_DATA.is_dir(), reason="needs the offline copy of mteb tasks in ../shared/data/mteb")
-@pytest.mark.filterwarnings("ignore")
-def test_a_real_task_runs_from_the_offline_copy(export_dir, tmp_path):
-    scores = run_tasks(Encoder(export_dir, dtype="fp32"), tasks_by_name(["BIOSSES"], MTEB_DATA), tmp_path)
-    assert list(scores) == ["BIOSSES"]
-    assert -1 < scores["BIOSSES"] < 1
-    assert scores["BIOSSES"] != 0
-
-
-def test_a_folder_without_scores_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"no scores\.json"):
-        score_table([("x", tmp_path)])

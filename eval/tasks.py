@@ -1,0 +1,128 @@
+"""Which tasks: mteb's by name or benchmark, a local retrieval folder, AdvBench-IR; and where their data is.
+
+With a data root, an offline copy by hub path (``DIR/mteb/scifact``; see :mod:`eval.fetch`), the hub is not asked,
+and tasks whose data is missing are known before anything is embedded.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import mteb
+from mteb.abstasks.abstask import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.benchmarks.benchmark import Benchmark
+
+from anchor.errors import ConfigError, DataError
+from eval.advbench import ADVBENCH, AdvBenchIR, own_metadata
+
+LITE_TASKS = (
+    *("ArguAna", "ClimateFEVERHardNegatives", "AskUbuntuDupQuestions", "ArXivHierarchicalClusteringP2P"),
+    *("MedrxivClusteringP2P.v2", "SprintDuplicateQuestions", "Banking77Classification", "ImdbClassification"),
+    *("BIOSSES", "STS17"),
+)
+"""The ten-task list of LLM2Vec-Gen's ablations, all of MTEB(eng, v2)."""
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """A benchmark of mteb by name, or ``lite``.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name == "lite":
+        chosen = [task for task in mteb.get_benchmark("MTEB(eng, v2)").tasks if task.metadata.name in LITE_TASKS]
+        return Benchmark(name="lite", tasks=chosen)
+    known = [one.name for one in mteb.get_benchmarks()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "`mteb available-benchmarks` lists them"
+        raise ConfigError(f"--benchmark: no benchmark is called '{name}'; {hint}")
+    return mteb.get_benchmark(name)
+
+
+def tasks_by_name(names: Sequence[str], data_root: Path | None) -> list[AbsTask]:
+    """Tasks by name; with ``data_root`` their data comes from ``data_root/<hub path>``.
+
+    Raises:
+        ConfigError: unknown task.
+        DataError: tasks whose data is not under ``data_root``, all of them named.
+    """
+    tasks, missing = with_data(named_tasks(names), data_root)
+    if missing:
+        raise DataError(f"{data_root}: no data for {', '.join(missing)}")
+    return tasks
+
+
+def named_tasks(names: Sequence[str]) -> list[AbsTask]:
+    """Tasks by name, their data as mteb finds it.
+
+    Raises:
+        ConfigError: unknown task.
+    """
+    known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
+    for name in names:
+        if name not in known and name != ADVBENCH:
+            near = difflib.get_close_matches(name, known | {ADVBENCH}, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "`mteb available-tasks` lists them"
+            raise ConfigError(f"--tasks: mteb has no task '{name}'; {hint}")
+    of_mteb = [name for name in names if name != ADVBENCH]
+    tasks: list[AbsTask] = list(mteb.get_tasks(tasks=of_mteb, exclude_superseded=False)) if of_mteb else []
+    return [*tasks, *([AdvBenchIR()] if ADVBENCH in names else [])]
+
+
+def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[AbsTask], list[str]]:
+    """The tasks whose data is there, and ``name (folder)`` of the others.
+
+    Args:
+        tasks: their data's path is changed to the folder under ``data_root``.
+        data_root: None: everything is left to mteb and the hub, except AdvBench-IR, which only exists offline.
+    """
+    there: list[AbsTask] = []
+    missing: list[str] = []
+    for task in tasks:
+        if data_root is None:
+            (missing.append(f"{ADVBENCH} (needs --data-root)") if isinstance(task, AdvBenchIR) else there.append(task))
+            continue
+        absent = [data_root / path for path, _ in hub_datasets(task) if not _holds_files(data_root / path)]
+        if absent:
+            missing.append(f"{task.metadata.name} ({', '.join(map(str, absent))})")
+            continue
+        for part in _parts(task):
+            folder = (data_root / part.metadata.dataset["path"]).resolve()
+            dataset = {**part.metadata.dataset, "path": str(folder)}
+            part.metadata = part.metadata.model_copy(update={"dataset": dataset})
+        there.append(task)
+    return there, missing
+
+
+def hub_datasets(task: AbsTask) -> list[tuple[str, str | None]]:
+    """``(path, revision)`` of the hub repositories that a task reads."""
+    if isinstance(task, AdvBenchIR):
+        return [(path, None) for path in task.hub_paths]
+    return [(one.metadata.dataset["path"], one.metadata.dataset.get("revision")) for one in _parts(task)]
+
+
+def _parts(task: AbsTask) -> list[AbsTask]:
+    return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
+
+
+def local_retrieval_task(folder: Path) -> AbsTask:
+    """A retrieval task from a folder in MTEB's layout: corpus.jsonl, queries.jsonl, qrels/test.jsonl, README.md.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    for name in ("README.md", "corpus.jsonl", "queries.jsonl", "qrels/test.jsonl"):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder}: no {name}; expected a retrieval task in MTEB's folder layout")
+
+    class LocalRetrieval(AbsTaskRetrieval):
+        metadata = own_metadata(f"Local-{folder.resolve().name}", str(folder.resolve()))
+
+    return LocalRetrieval()

@@ -1,0 +1,95 @@
+"""Invariants: a fetched copy is whole and checked; what cannot be fetched is named; AdvBench-IR has the
+paper's passages and scores from a local folder."""
+
+import json
+from pathlib import Path
+
+import mteb
+import pytest
+from conftest import write_jsonl
+
+from anchor.errors import DataError
+from eval.advbench import AdvBenchIR, passages
+from eval.benchmark import run_tasks
+from eval.encoder import Encoder
+from eval.fetch import fetch, verify
+from eval.tasks import hub_datasets, named_tasks, with_data
+
+
+@pytest.fixture
+def advbench_root(tmp_path) -> Path:
+    root = tmp_path / "root"
+    long = " ".join(f"word{i}" for i in range(250))
+    harmful = [{"ID": i, "query": f"how {i}", "title": f"t{i}", "document": long if i else "short"} for i in range(3)]
+    benign = [{"ID": i, "title": f"w{i}", "passage": f"the river number {i} is long"} for i in range(60)]
+    write_jsonl(root / "McGill-NLP/AdvBench-IR/train.jsonl", harmful)
+    write_jsonl(root / "McGill-NLP/AdvBench-IR-Small-Wiki-100/train.jsonl", benign)
+    return root
+
+
+def test_a_copy_is_checked_and_not_fetched_twice(advbench_root, tmp_path):
+    tasks, out = [AdvBenchIR()], tmp_path / "copy"
+    assert fetch(tasks, out, advbench_root) == ["McGill-NLP/AdvBench-IR", "McGill-NLP/AdvBench-IR-Small-Wiki-100"]
+    assert fetch(tasks, out, advbench_root) == []
+    assert verify(out) == 2
+    sums = json.loads((out / "checksums.json").read_text())
+    assert len(sums["McGill-NLP/AdvBench-IR"]["files"]["train.jsonl"]) == 64
+    file = out / "McGill-NLP/AdvBench-IR/train.jsonl"
+    file.write_text("")
+    with pytest.raises(DataError) as error:
+        verify(out)
+    assert str(error.value) == f"{out}: 1 files are missing or altered: {file}; fetch again"
+    assert fetch(tasks, out, advbench_root) == ["McGill-NLP/AdvBench-IR"]
+    assert verify(out) == 2
+
+
+def test_what_cannot_be_fetched_is_named_and_the_rest_is_there(advbench_root, tmp_path):
+    out = tmp_path / "copy"
+    with pytest.raises(DataError) as error:
+        fetch([*mteb.get_tasks(tasks=["SciFact"]), AdvBenchIR()], out, advbench_root)
+    assert "1 of 3 repositories are missing: mteb/scifact (not in" in str(error.value)
+    assert verify(out) == 2
+    assert with_data([AdvBenchIR()], out)[1] == []
+
+
+def test_without_a_network_the_hub_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as error:
+        fetch(mteb.get_tasks(tasks=["SciFact"]), tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: 1 of 1 repositories are missing: mteb/scifact (")
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"no checksums\.json"):
+        verify(tmp_path)
+
+
+def test_the_parts_of_an_aggregate_task_are_fetched_one_by_one():
+    paths = [path for path, _ in hub_datasets(mteb.get_tasks(tasks=["CQADupstackRetrieval"])[0])]
+    assert len(paths) == 12
+    assert "mteb/cqadupstack-unix" in paths
+
+
+def test_documents_are_cut_into_passages_of_a_hundred_words():
+    words = [f"w{i}" for i in range(250)]
+    cut = passages({"title": "t", "document": " ".join(words)})
+    assert cut == [f"t # {' '.join(words[:100])}", f"t # {' '.join(words[100:200])}"]
+    assert passages({"title": "t", "document": "only this"}) == ["t # only this"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_advbench_scores_from_a_local_folder(export_dir, advbench_root, tmp_path):
+    tasks, missing = with_data(named_tasks(["AdvBench-IR"]), advbench_root)
+    assert missing == []
+    tasks[0].load_data()
+    split = tasks[0].dataset["default"]["test"]
+    assert len(split["corpus"]) == 1 + 2 + 2 + 60
+    assert split["relevant_docs"]["1"] == {"malicious_1-0": 1, "malicious_1-1": 1}
+    run_tasks(Encoder(export_dir, dtype="fp32"), tasks, tmp_path / "out")
+    (file,) = (tmp_path / "out").rglob("AdvBench-IR.json")
+    (scores,) = json.loads(file.read_text())["scores"]["test"]
+    assert scores["main_score"] == scores["hit_rate_at_5"]
+    assert {"hit_rate_at_1", "hit_rate_at_20", "hit_rate_at_100"} <= set(scores)
+    assert scores["hit_rate_at_100"] > 0
+
+
+def test_advbench_without_its_folder_is_named():
+    assert with_data([AdvBenchIR()], None) == ([], ["AdvBench-IR (needs --data-root)"])

@@ -1,0 +1,59 @@
+"""Invariants: every task of both English benchmarks has an instruction in every file that ships; the published lists
+are whole; a file that is wrong is refused."""
+
+import mteb
+import pytest
+import yaml
+
+from anchor.errors import ConfigError
+from eval.prompts import load_prompts, shipped_names
+
+
+def tasks_of(benchmark: str) -> set[str]:
+    names: set[str] = set()
+    for task in mteb.get_benchmark(benchmark).tasks:
+        parts = getattr(task.metadata, "tasks", None) or [task]
+        names |= {part.metadata.name for part in parts}
+    return names
+
+
+@pytest.mark.parametrize(("benchmark", "number"), [("MTEB(eng, v1)", 67), ("MTEB(eng, v2)", 41)])
+@pytest.mark.parametrize("name", ["anchor", "llm2vec_gen"])
+def test_every_task_of_both_benchmarks_has_an_instruction(benchmark, number, name):
+    tasks = tasks_of(benchmark)
+    assert len(tasks) == number
+    assert tasks - set(load_prompts(name).tasks) == set()
+
+
+def test_the_published_lists_are_whole_and_documents_are_as_published():
+    assert shipped_names() == ["anchor", "llm2vec_gen"]
+    anchor, generative = load_prompts("anchor"), load_prompts("llm2vec_gen")
+    assert set(anchor.tasks) >= tasks_of("MTEB(eng, v1)")
+    assert anchor.document is None
+    assert anchor.instruction_format is None
+    assert generative.document == "Summarize the following passage"
+    assert all(
+        text.strip() == text and not text.endswith(":") for one in (anchor, generative) for text in one.tasks.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"tasks": {"do it": ["A"], "do that": ["A"]}}, "the task A is given twice"),
+        ({"tasks": {"do it": ["A"]}, "same_as": {"B": "a"}}, "same_as.B: no task 'a'; known are A"),
+        ({"task": {}}, "expected the keys document, instruction_format, ours, same_as, tasks; 'tasks' is required"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as error:
+        load_prompts(str(path))
+    assert str(error.value) == f"{path}: {message}"
+
+
+def test_an_unknown_name_gets_a_suggestion():
+    with pytest.raises(ConfigError) as error:
+        load_prompts("anchors")
+    assert str(error.value) == "--prompts: no file 'anchors'; did you mean 'anchor'?"

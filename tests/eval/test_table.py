@@ -1,0 +1,117 @@
+"""Invariants: averages are mteb's own; one that lacks a task is withheld and the task is named; published rows are
+those of the papers."""
+
+import json
+
+import mteb
+import pytest
+from mteb.results import BenchmarkResults, ModelResult, TaskResult
+
+from anchor.errors import ConfigError, DataError
+from eval.table import absent_line, benchmark_table, main_scores, published, score_table, summarise, task_results
+from eval.tasks import LITE_TASKS, find_benchmark
+
+
+def made_up_results(benchmark, leave_out=()) -> list[TaskResult]:
+    """A result for every task, each with another score."""
+    results = []
+    for number, task in enumerate(benchmark.tasks):
+        if task.metadata.name in leave_out:
+            continue
+        scores = {
+            split: [
+                {"main_score": number / 100, "hf_subset": subset, "languages": ["eng-Latn"]}
+                for subset in task.hf_subsets
+            ]
+            for split in task.eval_splits
+        }
+        results.append(
+            TaskResult(
+                dataset_revision="r",
+                task_name=task.metadata.name,
+                mteb_version="2.0",
+                scores=scores,
+                evaluation_time=1.0,
+                kg_co2_emissions=None,
+            )
+        )
+    return results
+
+
+@pytest.mark.parametrize(("name", "number"), [("MTEB(eng, v1)", 56), ("MTEB(eng, v2)", 41)])
+def test_averages_are_those_of_mteb(name, number):
+    benchmark = find_benchmark(name)
+    results = made_up_results(benchmark)
+    assert len(results) == number
+    summary = summarise(benchmark, results)
+    model = ModelResult(model_name="m/m", model_revision="r", task_results=results)
+    theirs = benchmark.get_score(BenchmarkResults(model_results=[model]))["m/m"]
+    assert summary.values["Mean(Task)"] == pytest.approx(theirs["Mean(Task)"])
+    assert summary.values["Mean(TaskType)"] == pytest.approx(theirs["Mean(TaskType)"])
+    assert summary.values["Retrieval"] == pytest.approx(theirs["Retrieval"])
+    assert summary.values["Mean(Task)"] != summary.values["Mean(TaskType)"]
+    assert absent_line("x", summary) is None
+
+
+def test_an_average_that_lacks_a_task_is_withheld_and_the_task_named():
+    benchmark = find_benchmark("MTEB(eng, v1)")
+    summary = summarise(benchmark, made_up_results(benchmark, leave_out=("SciFact", "MSMARCO")))
+    assert summary.values["Retrieval"] is None
+    assert summary.values["Mean(Task)"] is None
+    assert summary.values["STS"] is not None
+    line = absent_line("mine", summary)
+    assert line == "mine: averages are withheld, 2 tasks have no result: SciFact, MSMARCO"
+    table = benchmark_table(benchmark, {"mine": summary}, compare_published=True)
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["Retrieval"][0] == "13 of 15"
+    assert cells["Mean(Task)"][0] == "54 of 56"
+    assert "62.24" in cells["Mean(Task)"]
+
+
+def test_published_averages_are_near_the_mean_of_their_categories():
+    """A slip of the pen in a row of seven categories would show in its average."""
+    sizes = {"Retrieval": 15, "Reranking": 4, "Clustering": 11, "PairClassification": 3, "Classification": 12}
+    sizes |= {"STS": 10, "Summarization": 1}
+    rows = published("MTEB(eng, v1)")
+    assert len(rows) == 10
+    for label, row in rows.items():
+        mean = sum(row[kind] * size for kind, size in sizes.items()) / 56
+        assert mean == pytest.approx(row["Mean(Task)"], abs=1e-3), label
+
+
+def test_the_lite_list_has_ten_tasks():
+    benchmark = find_benchmark("lite")
+    assert {task.metadata.name for task in benchmark.tasks} == set(LITE_TASKS)
+    assert len(benchmark.tasks) == 10
+    assert next(task for task in benchmark.tasks if task.metadata.name == "STS17").hf_subsets == ["en-en"]
+
+
+def test_an_unknown_benchmark_is_named_with_a_suggestion():
+    with pytest.raises(ConfigError) as error:
+        find_benchmark("MTEB(eng,v2)")
+    assert str(error.value) == "--benchmark: no benchmark is called 'MTEB(eng,v2)'; did you mean 'MTEB(eng, v2)'?"
+
+
+def test_results_are_read_from_mtebs_layout_and_several_models_are_refused(tmp_path):
+    benchmark = find_benchmark("lite")
+    cache = mteb.ResultCache(tmp_path)
+    for model in ("a/one", "b/two"):
+        meta = mteb.models.ModelMeta.create_empty({"name": model, "revision": "r"})
+        for result in made_up_results(benchmark)[:2]:
+            cache.save_to_cache(result, meta)
+        if model == "a/one":
+            assert len(task_results(tmp_path)) == 2
+    with pytest.raises(DataError, match="results of 2 models or revisions"):
+        task_results(tmp_path)
+    assert len(task_results(tmp_path / "results/a__one")) == 2
+
+
+def test_folders_without_scores_are_refused_and_missing_tasks_say_so(tmp_path):
+    with pytest.raises(DataError, match=r"no scores\.json"):
+        score_table([("x", tmp_path)])
+    for name, scores in (("a", {"X": 0.5}), ("b", {"Y": 0.25})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(json.dumps({"scores": scores}))
+    table = score_table([("a", tmp_path / "a"), ("b", tmp_path / "b")])
+    assert [list(column.cells) for column in table.columns] == [["a", "b"], ["50.00", "not run"], ["not run", "25.00"]]
+    assert main_scores(tmp_path / "a") == {"X": 0.5}
