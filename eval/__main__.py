@@ -1,4 +1,4 @@
-"""``python -m eval {embed,mteb,fetch,table}``."""
+"""``python -m eval {embed,mteb,fetch,decode,report,table}``."""
 
 import argparse
 import logging
@@ -20,6 +20,7 @@ _EXAMPLES = {
     "embed": "python -m eval embed runs/quickstart/stage2/export --input texts.jsonl --output vectors --prompt query",
     "mteb": "python -m eval mteb runs/quickstart/stage2/export --tasks SciFact,STSBenchmark --data-root mteb-data",
     "fetch": "python -m eval fetch --benchmark 'MTEB(eng, v2)' --data-root mteb-data",
+    "decode": "python -m eval decode runs/quickstart/stage1/export --text 'An anchor holds a ship in place.'",
     "table": "python -m eval table untrained=runs/a/mteb trained=runs/b/mteb",
 }
 
@@ -65,6 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--data-root", type=Path, required=True, help="the offline copy")
     fetch.add_argument("--source", type=Path, help="copy from this offline copy instead of the hub")
     fetch.add_argument("--verify", action="store_true", help="only check the files of the copy")
+    decode = command("decode", "Say in words what an embedding holds, by the language model that made it.")
+    decode.add_argument("model", type=Path, help="folder exported by anchor.train")
+    what = decode.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", action="append", help="a text to embed and decode")
+    what.add_argument("--input", type=Path, help="texts, as eval embed reads them")
+    what.add_argument("--vectors", type=Path, help="folder of eval embed")
+    what.add_argument("--pairs", type=Path, help="JSON lines with 'query' and 'positive': also scores the decoding")
+    decode.add_argument("--prompt", help="with --text, --input: name of a prompt of the folder")
+    directions = ("both", "document_to_query", "query_to_document")
+    decode.add_argument("--direction", choices=directions, default="both", help="with --pairs (both)")
+    decode.add_argument("--beams", type=int, default=1, help="1 is greedy (1)")
+    decode.add_argument("--max-new-tokens", type=int, default=64, help="of a decoded text (64)")
+    decode.add_argument("--limit", type=int, help="only the first so many")
+    decode.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
+    decode.add_argument("--pack-tokens", type=int, default=8192, help="tokens of one forward pass (8192)")
+    decode.add_argument("--output", type=Path, help="JSON lines instead of the terminal")
+    decode.add_argument("--overwrite", action="store_true", help="replace the output file")
     table = command("table", "Main scores of several result folders side by side.")
     table.add_argument("--benchmark", help="categories and averages of a benchmark instead of single tasks")
     table.add_argument("--published", action="store_true", help="with --benchmark: published rows too")
@@ -167,6 +185,34 @@ def _embed(arguments: argparse.Namespace) -> None:
         dist.shutdown()
 
 
+def _decode(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from eval.decode import DIRECTIONS, Decoder, means, read_pairs, write_decoded
+    from eval.encoder import Encoder
+    from eval.texts import Source, read_texts
+
+    encoder = Encoder(arguments.model, dtype=arguments.dtype, attention=None, pack_tokens=arguments.pack_tokens)
+    decoder = Decoder(encoder, max_new_tokens=arguments.max_new_tokens, num_beams=arguments.beams)
+    prompt = encoder.prompt(arguments.prompt) if arguments.prompt is not None else ""
+    if arguments.vectors is not None:
+        decoded = decoder.stored(arguments.vectors, arguments.limit)
+    elif arguments.pairs is not None:
+        pairs = read_pairs(arguments.pairs, arguments.limit)
+        wanted = DIRECTIONS if arguments.direction == "both" else (arguments.direction,)
+        decoded = [one for direction in wanted for one in decoder.pairs(pairs, direction)]
+    else:
+        texts = arguments.text or read_texts(Source(arguments.input))[1]
+        decoded = decoder.texts(texts[: arguments.limit], prompt)
+    if arguments.output is not None:
+        write_decoded(arguments.output, decoded, overwrite=arguments.overwrite)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    for one in decoded if arguments.output is None else []:
+        console.print(f"{one.source}\n  -> {one.decoded}")
+    for direction, (f1, rouge, number) in means(decoded).items():
+        console.print(f"{direction}: token F1 {100 * f1:.2f}, ROUGE-L {100 * rouge:.2f} over {number} pairs")
+
+
 def _table(arguments: argparse.Namespace) -> None:
     from eval.tasks import find_benchmark
 
@@ -205,7 +251,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     anchor_log.setup()
     with exit_on_user_error():
-        {"embed": _embed, "mteb": _mteb, "fetch": _fetch, "table": _table}[arguments.command](arguments)
+        {"embed": _embed, "mteb": _mteb, "fetch": _fetch, "decode": _decode, "table": _table}[arguments.command](
+            arguments
+        )
 
 
 if __name__ == "__main__":

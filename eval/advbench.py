@@ -111,4 +111,4 @@ def _rows(folder: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     for field in fields:
         if field not in table.column_names:
             raise DataError(f"{folder}: no field '{field}'{did_you_mean(field, table.column_names)}")
-    return list(table)
+    return table.to_list()

@@ -260,7 +260,7 @@ class NotFiniteError(DataError):
 
 
 def _finite(states: np.ndarray, folder: Path) -> np.ndarray:
-    good = np.isfinite(states).all(axis=1)
+    good = np.asarray(np.isfinite(states).all(axis=1))
     if not good.all():
         first = int(np.argmin(good))
         raise NotFiniteError(

@@ -164,7 +164,7 @@ def read_part_ids(path: Path, key: str) -> list[str]:
 def _tensors_xxh3(tensors: dict[str, np.ndarray]) -> str:
     digest = xxhash.xxh3_64()
     for name in sorted(tensors):
-        digest.update(memoryview(np.ascontiguousarray(tensors[name])))
+        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -7,13 +7,13 @@
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from anchor.data.batches import PackTensors
 from anchor.data.packing import cu_seqlens, decode_plan, position_ids
@@ -40,6 +40,50 @@ class TargetWeights:
         """Roles of the segments that are targets."""
         weights = {QUERY: self.query, POSITIVE: self.document}
         return tuple(role for role, weight in weights.items() if weight is not None)
+
+
+@torch.inference_mode()
+def generate_from_anchors(
+    causal_lm: PreTrainedModel,
+    anchors: Float[Tensor, "B H"],
+    anchor_token_id: int,
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+) -> list[list[int]]:
+    """What anchor states say: text after the one prefix vector, as the decode pass was trained, with a KV cache.
+
+    Greedy, or beam search; sampling settings of the folder are not used. A pack's kernel has no cache, so generation
+    runs on scaled-dot-product attention; the model's own kernel is set again afterwards.
+
+    Args:
+        causal_lm: the model, causal.
+        anchors: raw final-norm hidden states, not normalised.
+        anchor_token_id: ends a text.
+        max_new_tokens: of a text.
+        num_beams: 1 is greedy.
+
+    Returns:
+        Token ids of each text, without the anchor token.
+    """
+    kernel = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation("sdpa")
+    try:
+        out: Any = cast(Any, causal_lm).generate(
+            inputs_embeds=anchors[:, None].to(causal_lm.dtype),
+            attention_mask=torch.ones(len(anchors), 1, dtype=torch.long, device=anchors.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                eos_token_id=anchor_token_id,
+                pad_token_id=anchor_token_id,
+            ),
+        )
+    finally:
+        causal_lm.set_attn_implementation(kernel)
+    rows: list[list[int]] = out.tolist()
+    return [row[: row.index(anchor_token_id)] if anchor_token_id in row else row for row in rows]
 
 
 class Reconstructor(nn.Module):

@@ -76,7 +76,7 @@ def test_published_averages_are_near_the_mean_of_their_categories():
     assert len(rows) == 10
     for label, row in rows.items():
         mean = sum(row[kind] * size for kind, size in sizes.items()) / 56
-        assert mean == pytest.approx(row["Mean(Task)"], abs=1e-3), label
+        assert mean == pytest.approx(row["Mean(Task)"], abs=2e-3), label
 
 
 def test_the_lite_list_has_ten_tasks():

@@ -1,0 +1,204 @@
+"""``python -m eval decode``: what an embedding says, by the language model that made it.
+
+The decoder was trained on the raw anchor state (the un-normalised final hidden state) as its one prefix vector. A
+normalised embedding lacks its length, so ``eval embed`` stores the lengths beside the vectors (``norms``), and a stored
+folder is decoded from ``embedding x norm``. A Matryoshka cut loses components and cannot be decoded.
+
+A document's embedding decodes to a query and a query's to a document, as the two directions were trained.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from rouge_score.rouge_scorer import RougeScorer
+
+from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
+from anchor.models.reconstructor import generate_from_anchors
+from eval.encoder import Encoder
+from eval.vectors import read_folder
+
+log = logging.getLogger(__name__)
+
+DIRECTIONS = ("document_to_query", "query_to_document")
+BATCH = 32
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A decoded embedding.
+
+    Attributes:
+        source: the text that was embedded, or the id of a stored vector.
+        decoded: what the embedding says.
+        direction: of :data:`DIRECTIONS`, or None where nothing is known of the text.
+        reference: the other side of the pair, if known.
+        token_f1: F1 of the words of ``decoded`` and ``reference``, order apart, 0 to 1.
+        rouge_l: F1 of their longest common subsequence of words, 0 to 1.
+    """
+
+    source: str
+    decoded: str
+    direction: str | None = None
+    reference: str | None = None
+    token_f1: float | None = None
+    rouge_l: float | None = None
+
+
+class Decoder:
+    """Texts from anchor states.
+
+    Args:
+        encoder: the model folder, exported by this project.
+        max_new_tokens: of a text.
+        num_beams: 1 is greedy.
+
+    Raises:
+        ModelError: a folder whose anchor states cannot be decoded.
+    """
+
+    def __init__(self, encoder: Encoder, *, max_new_tokens: int = 64, num_beams: int = 1) -> None:
+        objective = encoder.about.get("objective")
+        if objective == "self_supervised":
+            raise ModelError(
+                f"{encoder.folder}: objective self_supervised pools several soft prompts; it cannot decode"
+            )
+        if not getattr(encoder.embedder.causal_lm.config, "is_causal", True):
+            raise ModelError(f"{encoder.folder}: attends in both directions, so its language model cannot generate")
+        if objective == "contrastive":
+            log.warning("%s: trained last by contrastive, not reconstruction; the text may say little", encoder.folder)
+        self.encoder = encoder
+        self._length = max_new_tokens
+        self._beams = num_beams
+        anchor = encoder.about.get("anchor_token_id")
+        self._end: int = encoder.backend.encode("").ids[-1] if anchor is None else anchor
+
+    def states(self, states: Float[np.ndarray, "B D"]) -> list[str]:
+        """Texts of raw anchor states."""
+        out: list[str] = []
+        for start in range(0, len(states), BATCH):
+            batch = torch.from_numpy(np.array(states[start : start + BATCH], dtype=np.float32))
+            ids = generate_from_anchors(
+                self.encoder.embedder.causal_lm,
+                batch.to(self.encoder.device),
+                self._end,
+                max_new_tokens=self._length,
+                num_beams=self._beams,
+            )
+            out += self.encoder.backend.decode_batch(ids, skip_special_tokens=True)
+        return out
+
+    def texts(self, texts: Sequence[str], prompt: str = "") -> list[Decoded]:
+        """Embed texts and decode the embeddings."""
+        said = self.states(self.encoder.states(texts, prompt))
+        return [Decoded(text, one) for text, one in zip(texts, said, strict=True)]
+
+    def stored(self, folder: Path, limit: int | None = None) -> list[Decoded]:
+        """Decode the vectors of a folder of ``eval embed``.
+
+        Raises:
+            DataError: of another model, cut, or normalised without norms.
+        """
+        stored = read_folder(folder)
+        if stored.manifest["revision"] != self.encoder.revision():
+            raise DataError(
+                f"{folder}: made by {stored.manifest['model']}, not by the weights of {self.encoder.folder}"
+            )
+        if stored.embeddings.shape[1] != self.encoder.dimension:
+            raise DataError(
+                f"{folder}: vectors of {stored.embeddings.shape[1]} components, decoding needs all "
+                f"{self.encoder.dimension}; embed without --dimension"
+            )
+        vectors = np.asarray(stored.embeddings[:limit], dtype=np.float32)
+        if stored.manifest["normalize"]:
+            if stored.norms is None:
+                raise DataError(f"{folder}: normalised and without norms; embed again with an exported folder")
+            vectors = vectors * stored.norms[:limit, None]
+        return [Decoded(one, text) for one, text in zip(stored.ids, self.states(vectors), strict=False)]
+
+    def pairs(self, pairs: Sequence[tuple[str, str]], direction: str) -> list[Decoded]:
+        """Decode one side of ``(query, document)`` pairs and compare with the other."""
+        to_query = direction == "document_to_query"
+        sources, references = ([pair[side] for pair in pairs] for side in ((1, 0) if to_query else (0, 1)))
+        prompt = self.encoder.prompts.get("document" if to_query else "query", "")
+        return [
+            Decoded(one.source, one.decoded, direction, reference, *overlap(reference, one.decoded))
+            for one, reference in zip(self.texts(sources, prompt), references, strict=True)
+        ]
+
+
+class _Words:
+    """Words in any script, lower case; the library's own tokenizer knows only a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+_ROUGE = RougeScorer(["rouge1", "rougeL"], tokenizer=_Words())
+
+
+def overlap(reference: str, decoded: str) -> tuple[float, float]:
+    """Token F1 (ROUGE-1 F) and ROUGE-L F of two texts, 0 to 1."""
+    scores = _ROUGE.score(reference, decoded)
+    return scores["rouge1"].fmeasure, scores["rougeL"].fmeasure
+
+
+def read_pairs(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
+    """``(query, positive)`` of a JSON-lines file.
+
+    Raises:
+        ConfigError: no such file.
+        DataError: malformed line, missing field, no pair.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; expected JSON lines with 'query' and 'positive'")
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
+        for field in ("query", "positive"):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                known = row if isinstance(row, dict) else {}
+                raise DataError(f"{path}:{number}: no field '{field}' with a text{did_you_mean(field, known)}")
+        pairs.append((row["query"], row["positive"]))
+    if not pairs:
+        raise DataError(f"{path}: holds no pair")
+    return pairs
+
+
+def means(decoded: Sequence[Decoded]) -> dict[str, tuple[float, float, int]]:
+    """Per direction: mean token F1, mean ROUGE-L, number of pairs."""
+    out: dict[str, tuple[float, float, int]] = {}
+    for direction in DIRECTIONS:
+        rows = [one for one in decoded if one.direction == direction and one.token_f1 is not None]
+        if rows:
+            f1, rouge = (float(np.mean([getattr(one, name) for one in rows])) for name in ("token_f1", "rouge_l"))
+            out[direction] = (f1, rouge, len(rows))
+    return out
+
+
+def write_decoded(path: Path, decoded: Sequence[Decoded], *, overwrite: bool) -> None:
+    """One JSON line per decoded embedding.
+
+    Raises:
+        ConfigError: the file exists.
+    """
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path}: exists; choose another --output or add --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(_lines(decoded)), encoding="utf-8")
+
+
+def _lines(decoded: Sequence[Decoded]) -> Iterator[str]:
+    for one in decoded:
+        fields = {key: value for key, value in asdict(one).items() if value is not None}
+        yield json.dumps(fields, ensure_ascii=False) + "\n"

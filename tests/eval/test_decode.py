@@ -1,0 +1,124 @@
+"""Invariants: a decoded text is the argmax of the decode pass, token by token, without a cache; a stored normalised
+embedding decodes to what its text decodes to; what cannot be decoded says why."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import english_pairs, write_jsonl
+
+from anchor.errors import DataError, ModelError
+from anchor.models.reconstructor import generate_from_anchors
+from eval.__main__ import main
+from eval.decode import Decoder, means, overlap, read_pairs
+from eval.embed import Options, embed
+from eval.encoder import Encoder
+from eval.texts import Source
+
+PAIRS = english_pairs(5)
+TEXTS = [row["positive"] for row in PAIRS]
+
+
+@pytest.fixture(scope="module")
+def encoder(export_dir) -> Encoder:
+    encoder = Encoder(export_dir, dtype="fp32")
+    # A tied random model repeats its anchor token; with another end it has something to say.
+    encoder.about["anchor_token_id"] = encoder.backend.token_to_id("<|endoftext|>")
+    return encoder
+
+
+def greedy_without_cache(encoder: Encoder, state: torch.Tensor, steps: int) -> list[int]:
+    """One packed pass per token: the decode pass of training, its last row's best token appended."""
+    inputs, ids = state[None], []
+    model = encoder.embedder
+    for _ in range(steps):
+        length = len(inputs)
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        hidden = model.hidden_states(inputs, torch.arange(length), ends, length)
+        ids.append(int(model.causal_lm.get_output_embeddings()(hidden[-1]).argmax()))
+        inputs = torch.cat([inputs, model.embed_tokens(torch.tensor(ids[-1:]))])
+    return ids
+
+
+def test_greedy_decoding_equals_the_decode_pass_without_a_cache(encoder):
+    texts = encoder.states(TEXTS)
+    # A tied random model repeats its last token: from a real anchor state it would only say that it is done.
+    states = torch.from_numpy(texts) + 3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    end = encoder.backend.token_to_id("<|im_end|>")
+    decoded = generate_from_anchors(encoder.embedder.causal_lm, states, end, max_new_tokens=6)
+    with torch.inference_mode():
+        expected = [greedy_without_cache(encoder, state, 6) for state in states]
+    cut = [ids[: ids.index(end)] if end in ids else ids for ids in expected]
+    assert any(cut)
+    assert decoded == cut
+    # The packed kernel is back in its place.
+    np.testing.assert_allclose(encoder.states(TEXTS), texts, atol=1e-6)
+
+
+def test_a_stored_embedding_decodes_like_its_text(encoder, tmp_path, monkeypatch):
+    decoder = Decoder(encoder, max_new_tokens=8)
+    source = Source(write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS]))
+    for name, options in (("unit", Options()), ("raw", Options(normalize=False))):
+        embed(encoder, source, tmp_path / name, options)
+        stored = decoder.stored(tmp_path / name)
+        assert [one.source for one in stored] == ["0", "1", "2", "3", "4"]
+        assert [one.decoded for one in stored] == [one.decoded for one in decoder.texts(TEXTS)]
+        seen: list[np.ndarray] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "states", lambda self, states: seen.append(states) or [""] * len(states))
+            decoder.stored(tmp_path / name)
+        np.testing.assert_allclose(seen[0], encoder.states(TEXTS), atol=1e-5)
+
+    embed(encoder, source, tmp_path / "cut", Options(dimension=8))
+    with pytest.raises(DataError) as error:
+        decoder.stored(tmp_path / "cut")
+    assert str(error.value) == (
+        f"{tmp_path / 'cut'}: vectors of 8 components, decoding needs all 32; embed without --dimension"
+    )
+
+
+def test_beams_search_further(encoder):
+    assert len(Decoder(encoder, max_new_tokens=4, num_beams=3).texts(TEXTS[:2])) == 2
+
+
+def test_overlap_is_the_f1_of_words_and_of_their_longest_common_subsequence():
+    assert overlap("a b c d", "D, c b") == pytest.approx((2 * 3 / 7, 2 * 1 / 7))
+    assert overlap("река течёт", "Река") == pytest.approx((2 / 3, 2 / 3))
+    assert overlap("a", "b") == (0.0, 0.0)
+
+
+def test_pairs_are_decoded_both_ways_and_scored(encoder, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    out = tmp_path / "decoded.jsonl"
+    command = ["decode", str(encoder.folder), "--pairs", str(path), "--max-new-tokens", "5", "--output", str(out)]
+    main(command)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["direction"] for row in rows] == ["document_to_query"] * 5 + ["query_to_document"] * 5
+    assert rows[0]["source"] == rows[5]["reference"] == PAIRS[0]["positive"]
+    assert rows[0]["reference"] == rows[5]["source"] == PAIRS[0]["query"]
+    assert "over 5 pairs" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "exists; choose another --output or add --overwrite" in capsys.readouterr().err
+
+
+def test_means_are_per_direction(encoder):
+    decoded = Decoder(encoder, max_new_tokens=3).pairs([("q", "d")], "query_to_document")
+    assert list(means(decoded)) == ["query_to_document"]
+    assert means(decoded)["query_to_document"][2] == 1
+
+
+def test_what_cannot_be_decoded_says_why(encoder, tmp_path):
+    encoder.about["objective"] = "self_supervised"
+    with pytest.raises(ModelError, match="pools several soft prompts; it cannot decode"):
+        Decoder(encoder)
+    del encoder.about["objective"]
+    encoder.embedder.causal_lm.config.is_causal = False
+    with pytest.raises(ModelError, match="attends in both directions"):
+        Decoder(encoder)
+    del encoder.embedder.causal_lm.config.is_causal
+    bad = write_jsonl(tmp_path / "p.jsonl", [{"query": "a", "positives": "b"}])
+    with pytest.raises(DataError) as error:
+        read_pairs(bad)
+    assert str(error.value) == f"{bad}:1: no field 'positive' with a text; did you mean 'positives'?"
