@@ -2,14 +2,32 @@
 
 import logging
 import os
+import socket
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import TextIOBase
+from pathlib import Path
+from types import TracebackType
 
 
 class _RankFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.rank = os.environ.get("RANK", "0")
         return True
+
+
+class _Stderr(logging.StreamHandler):
+    """Whatever standard error is at the time of the line: a progress bar may have put itself in front of it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _formatter() -> logging.Formatter:
+    return logging.Formatter("%(asctime)s %(levelname)s [%(rank)s] %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
 
 def setup(level: int = logging.INFO) -> None:
@@ -21,14 +39,60 @@ def setup(level: int = logging.INFO) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would fill a log file
     # DeepSpeed calls collectives by names that torch has renamed; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.addFilter(_RankFilter())
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s [%(rank)s] %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    )
+    handler.setFormatter(_formatter())
+    handler.setLevel(level if os.environ.get("RANK", "0") == "0" else max(level, logging.WARNING))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    ours = level if os.environ.get("RANK", "0") == "0" else max(level, logging.WARNING)
     for name in ("anchor", "data_prep", "eval"):
-        logging.getLogger(name).setLevel(ours)
+        logging.getLogger(name).setLevel(level)
+
+
+def _file_handler(path: Path) -> logging.FileHandler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.addFilter(_RankFilter())
+    handler.setFormatter(_formatter())
+    return handler
+
+
+def rank_file(folder: Path) -> Path:
+    """This rank's log file in a folder of logs, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"rank-{int(os.environ.get('RANK', '0')):05d}.log"
+
+
+@contextmanager
+def kept_in(path: Path) -> Iterator[TextIOBase]:
+    """Meanwhile append this rank's lines, of every level, to a file too; yields its stream."""
+    handler = _file_handler(path)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler.stream
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def crash_reporter(path: Path | None) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
+    """A ``sys.excepthook``: the traceback with rank and host, on the console and in the rank's log.
+
+    The process then ends with code 1 and runs no exit handlers: those of a process group whose peers are gone can
+    wait for them for ever.
+    """
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            os._exit(130)
+        if path is not None:
+            logging.getLogger().addHandler(_file_handler(path))
+        rank, others = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
+        hint = "; if a collective failed, another rank was first: its log says why" if others else ""
+        logging.getLogger("anchor").critical(
+            "rank %s on %s failed%s", rank, socket.gethostname(), hint, exc_info=(kind, error, trace)
+        )
+        logging.shutdown()
+        os._exit(1)
+
+    return report

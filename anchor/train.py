@@ -1,11 +1,14 @@
 """``python -m anchor.train RECIPE [section.key=value ...]``: train an embedder and export it.
 
-Under a launcher (``deepspeed --module anchor.train ...``, ``srun python -m anchor.train ...``) every process is a
-rank; without one it is a single process.
+Exit codes: 0 finished; 2 a user's error; 85 stopped by SIGTERM or SIGUSR1 with a checkpoint, start it again; anything
+else is a failure. Under a launcher (``deepspeed --module anchor.train ...``, ``srun python -m anchor.train ...``) every
+process is a rank; without one it is a single process.
 """
 
 import argparse
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 from anchor import log
 from anchor.config.load import load_recipe
@@ -27,9 +30,24 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="YAML recipe, see anchor/config/schema.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, or start")
-    parser.add_argument("--dry-run", action="store_true", help="check recipe, shards and ranks; train nothing")
-    parser.add_argument("--ranks", type=int, default=1, help="with --dry-run: number of ranks to check for")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the newest intact checkpoint, or start (default); --no-resume refuses a folder with a run",
+    )
+    dry = parser.add_argument_group("dry run")
+    dry.add_argument("--dry-run", action="store_true", help="check everything, estimate memory, time and disk; no GPU")
+    dry.add_argument("--ranks", type=int, default=1, help="ranks of the run (1)")
+    dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks that share fast links (8)")
+    dry.add_argument(
+        "--gpu", default="h100-80gb", help="h100-80gb, h200, a100-80gb, a100-40gb, l40s, cpu ... (h100-80gb)"
+    )
+    dry.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak FLOP/s (0.4)")
+    dry.add_argument(
+        "--pack", metavar="PACK_RECIPE", help="before packing: the batch from this recipe, as an upper bound"
+    )
+    dry.add_argument("--json", type=Path, metavar="PATH", help="write the report here too")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
     return parser.parse_intermixed_args(argv)
 
@@ -41,16 +59,47 @@ def main(argv: list[str] | None = None) -> None:
     with exit_on_user_error():
         recipe = load_recipe(arguments.recipe, TrainRecipe, arguments.overrides)
         # Only now torch: a mistake in a recipe is answered at once.
-        from anchor import dist
-        from anchor.engine.loop import make_plan, train
-
         if arguments.dry_run:
-            make_plan(recipe, arguments.recipe, arguments.ranks)
+            _dry_run(recipe, arguments)
             return
-        ranks = dist.init()
-        plan = make_plan(recipe, arguments.recipe, ranks.world_size)
-        train(plan, ranks, resume=arguments.resume)
+        finished = _train(recipe, arguments.recipe, resume=arguments.resume)
+    if not finished:
+        from anchor.engine.stop import EXIT_REQUEUE
+
+        sys.exit(EXIT_REQUEUE)
+
+
+def _dry_run(recipe: TrainRecipe, arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from anchor.engine.dry_run import Options, dry_run, write_report
+    from anchor.engine.estimate_tables import print_report
+
+    options = Options(arguments.ranks, arguments.ranks_per_node, arguments.gpu, arguments.mfu, arguments.pack)
+    report = dry_run(recipe, arguments.recipe, options)
+    print_report(report, Console())
+    if arguments.json is not None:
+        write_report(report, arguments.json)
+
+
+def _train(recipe: TrainRecipe, recipe_path: str, *, resume: bool) -> bool:
+    """Whether the run is finished; False when a signal stopped it, with a checkpoint."""
+    from anchor import dist
+    from anchor.engine.loop import train
+    from anchor.engine.plan import make_plan
+    from anchor.engine.stop import StopRequest
+
+    sys.excepthook = log.crash_reporter(None)
+    with StopRequest().listening() as stop:
+        ranks = dist.init(timeout=timedelta(seconds=recipe.engine.timeout_seconds))
+        plan = make_plan(recipe, recipe_path, ranks.world_size)
+        path = log.rank_file(recipe.output_dir / "logs")
+        sys.excepthook = log.crash_reporter(path)
+        with log.kept_in(path) as stacks:
+            finished = train(plan, ranks, stop, resume=resume, stacks=stacks)
+        dist.barrier()  # nobody leaves before all have decided: a launcher kills the others when one exits
         dist.shutdown()
+    return finished
 
 
 if __name__ == "__main__":

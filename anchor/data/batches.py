@@ -1,7 +1,8 @@
 """Training order and this rank's packs.
 
 1. The batches of epoch e stand in the order ``permutation(seed, e)``; step s is position ``s mod N`` of epoch
-   ``s div N``. So a step number is all that resuming needs.
+   ``s div N``. So a step number is all that resuming needs. Shards that hold several epochs (each pair in new
+   company) are walked through in turn: epoch e reads the e-th of them, and after the last the first again.
 2. Of a batch's K packs rank r of W takes packs ``r K/W ... (r+1) K/W``: every rank makes K/W forward calls.
 3. A thread reads and checks the next batches while the present one is trained on.
 """
@@ -18,13 +19,30 @@ from jaxtyping import Int
 from torch import Tensor
 
 from anchor.data.packing import cu_seqlens, position_ids
-from anchor.data.shards import Batch, Pack, ShardReader
+from anchor.data.shards import Batch, Index, Pack, ShardReader
 from anchor.errors import ShardError
 
 
 def batch_order(num_batches: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of an epoch's batches, int64; a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(num_batches)
+
+
+def batch_of_step(index: Index, seed: int, step: int, orders: dict[int, np.ndarray]) -> int:
+    """Number of the batch that a step trains on; a pure function of the other arguments.
+
+    Args:
+        index: of the shards.
+        seed: seed of the order.
+        step: from 0.
+        orders: keeps the order of the epoch at hand.
+    """
+    size = index.batches_per_epoch
+    epoch, position = divmod(step, size)
+    if epoch not in orders:
+        orders.clear()
+        orders[epoch] = batch_order(size, seed, epoch)
+    return epoch % index.num_epochs * size + int(orders[epoch][position])
 
 
 def rank_packs(num_packs: int, rank: int, world_size: int) -> range:
@@ -97,15 +115,10 @@ def batch_stream(
         last_step: step to stop before.
         ahead: batches read in advance; no more are ever held.
     """
-    size = len(reader)
     orders: dict[int, np.ndarray] = {}
 
     def read(step: int) -> Batch:
-        epoch = step // size
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = batch_order(size, seed, epoch)
-        return reader.read(int(orders[epoch][step % size]))
+        return reader.read(batch_of_step(reader.index, seed, step, orders))
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-reader") as pool:
         pending: deque[Future[Batch]] = deque()

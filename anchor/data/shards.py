@@ -17,6 +17,7 @@ The writer cuts a new file every ``batches_per_shard`` batches.
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from anchor.errors import ShardError
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 BATCHES_PER_SHARD = 256
+_RESIDENT_BYTES = 1 << 24
 _COLUMNS: dict[str, Any] = {
     "input_ids": np.int32,
     "segment_lengths": np.int32,
@@ -271,7 +273,8 @@ class ShardReader:
         self.folder = folder
         self.index = read_index(folder)
         self._first = np.cumsum([0] + [shard["batches"] for shard in self.index.shards])
-        self._files: dict[int, pa.RecordBatchFileReader] = {}
+        self._files: dict[int, tuple[pa.RecordBatchFileReader, mmap.mmap]] = {}
+        self._resident_bytes = 0
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -290,12 +293,14 @@ class ShardReader:
         mend = "delete the file and run `python -m data_prep pack` again"
         local = batch - int(self._first[shard])
         try:
-            record, custom = self._open(shard).get_batch_with_custom_metadata(local)
+            file = self._open(shard)
+            record, custom = file.get_batch_with_custom_metadata(local)
             record.validate()  # lengths and buffers fit: else reading an altered file could leave the memory map
             meta = json.loads(custom[b"anchor"])
             stored = meta.pop("xxh3")
             columns = {name: _views(record.column(name)) for name in _COLUMNS}
             intact = _checksum(meta, columns) == stored
+            self._release(record.nbytes)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{where}: unreadable ({type(error).__name__}); {mend}") from error
         if not intact:
@@ -312,11 +317,24 @@ class ShardReader:
 
     def _open(self, shard: int) -> pa.RecordBatchFileReader:
         if shard not in self._files:
-            file = pa.ipc.open_file(pa.memory_map(str(self._path(shard))))
+            with self._path(shard).open("rb") as opened:
+                pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            file = pa.ipc.open_file(pa.py_buffer(pages))
             if not file.schema.equals(_SCHEMA):  # the checksum covers the bytes, not what they mean
                 raise pa.ArrowInvalid("schema differs")
-            self._files[shard] = file
-        return self._files[shard]
+            self._files[shard] = (file, pages)
+        return self._files[shard][0]
+
+    def _release(self, num_bytes: int) -> None:
+        """Hand pages that were read back to the page cache now and then; a view that still needs one reads it again.
+
+        Otherwise every page that was ever read counts as this process's memory.
+        """
+        self._resident_bytes += num_bytes
+        if self._resident_bytes > _RESIDENT_BYTES:
+            self._resident_bytes = 0
+            for _, pages in self._files.values():
+                pages.madvise(mmap.MADV_DONTNEED)
 
     def _path(self, shard: int) -> Path:
         expected = self.index.shards[shard]

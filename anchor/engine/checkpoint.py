@@ -1,26 +1,37 @@
 """Checkpoints: DeepSpeed's sharded state and what a run is, written beside and renamed, ``latest`` moved last.
 
-``checkpoints/step-00000100/`` holds ``engine/`` (every rank's share) and ``state.json`` (step, ranks, recipe, data
-index hash). A folder without ``state.json`` was interrupted and is never picked up. A step number is all that the
-batch order and dropout need, so no generator state is stored.
+``checkpoints/step-00000100/`` holds ``engine/`` (every rank's share) and ``state.json``: step, recipe, data index
+hash, number of ranks, and size and xxh3 of every file. Batch order and dropout are functions of (seed, step), so no
+generator state is stored.
+
+1. Every rank writes its share into ``.writing-step-...`` and flushes it to the disk; rank 0 adds ``state.json``,
+   renames the folder and then moves ``latest``. A folder without ``state.json`` was interrupted.
+2. Before, the free disk is compared with what the trained parameters need; a full disk is an error that leaves the
+   earlier checkpoints as they were.
+3. On resume every file is compared with ``state.json``. A damaged checkpoint is named and the one before it is used;
+   training it again gives the same bits.
 """
 
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from anchor import dist
-from anchor.config.load import validate
-from anchor.config.schema import TrainRecipe
 from anchor.engine.deepspeed import Engine
 from anchor.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
 _TAG = "engine"
+_UNIVERSAL = "universal"
+_UNFINISHED = (".writing-", ".deleting-")
+_BLOCK_BYTES = 1 << 24
 
 
 def checkpoint_name(step: int) -> str:
@@ -28,89 +39,218 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """The number of steps in a folder's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     return sorted(path.parent for path in folder.glob("step-*/state.json"))
 
 
-def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep: int, exclude_frozen: bool) -> Path:
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a complete checkpoint."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def checkpoint_bytes(num_trained: int, dtype_bytes: int) -> int:
+    """Bytes of a checkpoint on disk: per trained parameter two Adam moments and a master weight in float32, and the
+    weight itself; frozen parameters are not stored.
+
+    Args:
+        num_trained: trained parameters.
+        dtype_bytes: bytes of a weight.
+    """
+    return num_trained * (12 + dtype_bytes)
+
+
+def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep: int, keep_every: int | None) -> Path:
     """Write the checkpoint after ``state["step"]`` steps; every rank calls it.
 
     Args:
-        engine: whose parameters and optimiser state are written.
+        engine: whose trained parameters and optimiser state are written.
         folder: the run's ``checkpoints``.
-        state: ``step`` and what identifies the run, see :func:`check_same_run`.
+        state: ``step`` and what identifies the run, see :mod:`anchor.engine.resume`.
         keep: how many of the newest checkpoints stay.
-        exclude_frozen: leave out parameters that are not trained.
+        keep_every: checkpoints at multiples of so many steps stay too.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        TrainingError: the disk is too full; earlier checkpoints are as they were.
     """
     final = folder / checkpoint_name(state["step"])
     beside = folder / f".writing-{final.name}"
+    _refuse_full_disk(engine, folder, state["step"])
     if dist.is_first_rank():
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    engine.save(beside, _TAG, exclude_frozen=exclude_frozen)
-    dist.barrier()
+    try:
+        engine.save(beside, _TAG)
+        files = _flushed(beside, engine.ranks.rank)
+    except (OSError, RuntimeError) as error:
+        if not _is_write_error(error):
+            raise
+        shutil.rmtree(beside, ignore_errors=True)
+        raise TrainingError(
+            f"{beside}: rank {engine.ranks.rank} could not write the checkpoint of step {state['step']} "
+            f"({str(error).splitlines()[0]}); free some disk and start again{_goes_on_from(folder)}"
+        ) from error
+    files = {name: about for part in dist.gather_objects(files) for name, about in part.items()}
     if dist.is_first_rank():
-        (beside / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
+        _write_atomically(beside / "state.json", json.dumps({**state, "files": files}, indent=1) + "\n")
+        _remove(final)
         os.replace(beside, final)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        _flush_folder(folder)
+        _write_atomically(folder / "latest", final.name + "\n")
+        for old in _superseded(complete_checkpoints(folder), keep, keep_every):
+            _remove(old)
     dist.barrier()
     log.info("checkpoint %s", final)
     return final
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, *, exclude_frozen: bool) -> int:
-    """Load a checkpoint that :func:`check_same_run` let pass; every rank calls it.
-
-    Returns:
-        The number of steps taken.
-    """
-    engine.load(checkpoint, _TAG, exclude_frozen=exclude_frozen)
-    return _state(checkpoint)["step"]
+def _superseded(checkpoints: list[Path], keep: int, keep_every: int | None) -> list[Path]:
+    """Which of the checkpoints, oldest first, are no longer wanted."""
+    return [old for old in checkpoints[:-keep] if keep_every is None or checkpoint_step(old) % keep_every]
 
 
-def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was not written by this run.
-
-    Args:
-        checkpoint: a complete checkpoint.
-        state: the present run's resolved ``recipe``, ``data_index_sha256`` and ``num_ranks``.
-
-    Raises:
-        TrainingError: another recipe (the differing keys are listed), other shards or another number of ranks.
-        ConfigError: the stored recipe has a key that this version does not know.
-    """
-    stored = _state(checkpoint)
-    # Through the schema: a knob that did not exist then had what is its default now.
-    recipe = validate(stored["recipe"], TrainRecipe, str(checkpoint / "state.json")).model_dump(mode="json")
-    before, now = _flat(recipe), _flat(state["recipe"])
-    differing = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
-        raise TrainingError(f"{checkpoint}: written by another recipe: {'; '.join(differing)}; choose a new output_dir")
-    if stored["data_index_sha256"] != state["data_index_sha256"]:
-        raise TrainingError(f"{checkpoint}: the shards have changed since; choose a new output_dir")
-    if stored["num_ranks"] != state["num_ranks"]:
+def _refuse_full_disk(engine: Engine, folder: Path, step: int) -> None:
+    needed = checkpoint_bytes(engine.num_parameters(trained=True), engine.dtype_bytes)
+    free = dist.broadcast_object(shutil.disk_usage(folder.parent).free if dist.is_first_rank() else None)
+    if free < needed:
         raise TrainingError(
-            f"{checkpoint}: written by {stored['num_ranks']} ranks, this run has {state['num_ranks']}; "
-            "resume on the same number"
+            f"{folder}: the checkpoint of step {step} needs {needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free; "
+            f"free some disk and start again{_goes_on_from(folder)}"
         )
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+def _goes_on_from(folder: Path) -> str:
+    found = complete_checkpoints(folder)
+    return f", the run goes on from {found[-1].name}" if found else ""
 
 
-def _flat(node: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {name: node}
-    return {k: v for key, value in node.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
+def _is_write_error(error: Exception) -> bool:
+    """torch reports a failed write as a RuntimeError of its zip writer."""
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error)
+
+
+def _flushed(beside: Path, rank: int) -> dict[str, dict[str, int | str]]:
+    """Flush the files that this rank wrote to the disk; their sizes and checksums by name."""
+    share = f"zero_pp_rank_{rank}_"
+    mine = [
+        path
+        for path in sorted(beside.rglob("*"))
+        if path.is_file() and (share in path.name or (rank == 0 and "zero_pp_rank_" not in path.name))
+    ]
+    for path in mine:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    return {str(path.relative_to(beside)): {"bytes": path.stat().st_size, "xxh3": _xxh3(path)} for path in mine}
+
+
+def _xxh3(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename inside the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that an interruption cannot leave half of it under its name."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".deleting-{checkpoint.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what an interrupted writer left; rank 0 calls it before training."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if path.name.startswith(_UNFINISHED):
+            shutil.rmtree(path)
+
+
+def newest_intact(folder: Path, rank: int, world_size: int) -> Path | None:
+    """The newest checkpoint whose files are as they were written; every rank calls it and reads a share of them.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        rank, world_size: which files are this rank's to read.
+
+    Returns:
+        A checkpoint, or None when there is none at all.
+
+    Raises:
+        TrainingError: there are checkpoints and all are damaged.
+    """
+    found: list[Path] = dist.broadcast_object(complete_checkpoints(folder))
+    for checkpoint in reversed(found):
+        damages = dist.gather_objects(list(_damages(checkpoint, rank, world_size)))
+        first = next((text for part in damages for text in part), None)
+        if first is None:
+            return checkpoint
+        log.error("%s is damaged (%s): not used", checkpoint, first)
+    if found:
+        raise TrainingError(
+            f"{folder}: all {len(found)} checkpoints are damaged; restore one, or delete the folder to start anew"
+        )
+    return None
+
+
+def _damages(checkpoint: Path, rank: int, world_size: int) -> Iterator[str]:
+    try:
+        files = sorted(read_state(checkpoint)["files"].items())
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
+        yield "state.json cannot be read"
+        return
+    for name, about in files[rank::world_size]:
+        path = checkpoint / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != about["bytes"]:
+            yield f"{name} has {path.stat().st_size} bytes instead of {about['bytes']}"
+        elif _xxh3(path) != about["xxh3"]:
+            yield f"{name}: checksum differs"
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
+    """Load an intact checkpoint of this run; every rank calls it.
+
+    One of another number of ranks is converted to DeepSpeed's universal format beside it first, by rank 0; the engine
+    must have been made with ``universal=True`` then.
+    """
+    if not engine.universal:
+        engine.load(checkpoint, _TAG)
+        return
+    if dist.is_first_rank():
+        shutil.rmtree(checkpoint / _UNIVERSAL, ignore_errors=True)
+        engine.convert_to_universal(checkpoint / _TAG, checkpoint / _UNIVERSAL)
+    dist.barrier()
+    engine.load(checkpoint, _UNIVERSAL)
+    dist.barrier()
+    if dist.is_first_rank():
+        shutil.rmtree(checkpoint / _UNIVERSAL)

@@ -8,6 +8,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +102,22 @@ class Engine:
         ds_config: result of :func:`complete_ds_config`.
         optim: the recipe's ``optim``.
         ranks: this process among all.
+        universal: :meth:`load` will read a checkpoint that :meth:`convert_to_universal` wrote.
     """
 
-    def __init__(self, objective: nn.Module, ds_config: dict[str, Any], optim: OptimSection, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(
+        self,
+        objective: nn.Module,
+        ds_config: dict[str, Any],
+        optim: OptimSection,
+        ranks: Ranks,
+        *,
+        universal: bool = False,
+    ) -> None:
+        self.ranks, self.universal = ranks, universal
         offload = "offload_optimizer" in ds_config["zero_optimization"]
+        if universal:
+            ds_config = ds_config | {"checkpoint": {"load_universal": True}}
         self._engine: Any = deepspeed.initialize(
             model=objective,
             optimizer=_adamw(objective, optim, cpu_offload=offload),
@@ -117,9 +133,28 @@ class Engine:
         """The wrapped module; call it through :meth:`forward` only."""
         return self._engine.module
 
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of a weight in the compute dtype."""
+        return next(self.objective.parameters()).element_size()
+
+    def num_parameters(self, *, trained: bool) -> int:
+        """Trained or frozen parameters, over all ranks; a tied matrix counts once."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters() if p.requires_grad == trained)
+
     def forward(self, *args: Any) -> Any:
         """The objective's forward, with parameters gathered as needed."""
         return self._engine(*args)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradient and no dropout meanwhile."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of a loss share; DeepSpeed's mean over ranks becomes the sum.
@@ -156,13 +191,36 @@ class Engine:
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def save(self, folder: Path, tag: str, *, exclude_frozen: bool) -> None:
-        """Write this rank's share of parameters and optimiser state to ``folder/tag``."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=exclude_frozen)
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's share of the trained parameters and their optimiser state to ``folder/tag``."""
+        partly = self.num_parameters(trained=False) > 0
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=partly)
 
-    def load(self, folder: Path, tag: str, *, exclude_frozen: bool) -> None:
-        """Read what :meth:`save` wrote."""
-        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not exclude_frozen)
+    def load(self, folder: Path, tag: str) -> None:
+        """Read what :meth:`save` wrote; frozen parameters are left as they are."""
+        partly = self.num_parameters(trained=False) > 0
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not partly)
+
+    @staticmethod
+    def convert_to_universal(folder: Path, universal: Path) -> None:
+        """Rewrite all ranks' shares of a checkpoint parameter by parameter, for any number of ranks; one rank does it.
+
+        Raises:
+            RuntimeError: DeepSpeed's converter failed; the message holds the end of what it printed.
+        """
+        workers = str(min(8, os.cpu_count() or 1))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"),
+                *("--input_folder", str(folder), "--output_folder", str(universal)),
+                *("--num_extract_workers", workers, "--num_merge_workers", workers),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{folder}: conversion to another number of ranks failed: {done.stderr[-2000:]}")
 
     def gathered(self, parameter: nn.Parameter) -> Tensor:
         """A whole parameter on the CPU of rank 0 (elsewhere an empty tensor); every rank calls it."""

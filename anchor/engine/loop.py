@@ -1,18 +1,18 @@
-"""A training run from recipe to exported folder.
+"""A training run from a plan to the exported folder.
 
-1. Check recipe, shards and ranks against one another; print the batch arithmetic.
-2. Load the model, wrap objective and engine; resume when asked.
-3. Steps: read, train, write metrics; a checkpoint every N steps and at the end.
+1. Find the newest intact checkpoint of this run, or begin.
+2. Load the model, wrap objective and engine, load the checkpoint.
+3. Steps: read, train, write metrics; held-out evaluation and checkpoints every N steps, and at the end.
 4. Export.
+
+A signal ends the run after the step that it arrives in, with a checkpoint (:mod:`anchor.engine.stop`).
 """
 
-import hashlib
-import importlib.metadata
 import json
 import logging
-import subprocess
+import os
 import time
-from dataclasses import dataclass
+from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -21,108 +21,136 @@ import yaml
 from torch import nn
 
 from anchor import dist
-from anchor.config import schema
-from anchor.config.schema import LoraTraining, TrainRecipe
-from anchor.data.batches import batch_stream, check_ranks
-from anchor.data.shards import ShardReader, index_hash, read_index
-from anchor.data.templates import Template
-from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, tokenizer_fingerprint
-from anchor.engine.checkpoint import check_same_run, complete_checkpoints, load_checkpoint, save_checkpoint
-from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication, read_ds_config
+from anchor.config.schema import TrainRecipe
+from anchor.data.batches import batch_stream
+from anchor.engine.checkpoint import (
+    checkpoint_step,
+    complete_checkpoints,
+    load_checkpoint,
+    newest_intact,
+    read_state,
+    remove_unfinished,
+    save_checkpoint,
+)
+from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
 from anchor.engine.export import export_model
-from anchor.engine.metrics import Clock, MetricsFile, log_step, peak_memory_gib
+from anchor.engine.metrics import JsonLines, Row, Sink, memory_metrics, open_sinks
 from anchor.engine.optim import learning_rate
-from anchor.engine.step import train_step
-from anchor.errors import ModelError, ShardError, TrainingError
+from anchor.engine.plan import Plan, make_objective, provenance
+from anchor.engine.progress import StepDisplay, print_summary
+from anchor.engine.resume import check_same_run
+from anchor.engine.step import NotFiniteError, StepResult, train_step
+from anchor.engine.stop import StopRequest, Watchdog
+from anchor.errors import ModelError, TrainingError
 from anchor.models.backbone import DTYPES, load_backbone
-from anchor.objectives.base import Objective
-from anchor.objectives.contrastive import ContrastiveObjective
-from anchor.objectives.reconstruction import JointReconstructionObjective, ReconstructionObjective
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "pyarrow")
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A recipe checked against its shards.
-
-    Attributes:
-        recipe: the recipe.
-        reader: the shards.
-        ds_config: the DeepSpeed file as read.
-    """
-
-    recipe: TrainRecipe
-    reader: ShardReader
-    ds_config: dict[str, Any]
-
-
-def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
-    """Check everything that can be checked without a model, and say what a step is.
-
-    Raises:
-        AnchorError: ds_configs file, shards or number of ranks do not fit.
-    """
-    ds_config = read_ds_config(recipe.engine.deepspeed)
-    reader = ShardReader(recipe.data.shards)
-    index = reader.index
-    check_ranks(index.pack_multiple, world_size, recipe.data.shards, recipe_path)
-    tokenizer = recipe.data.shards / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
-        raise ShardError(f"{tokenizer}: missing or altered since packing; pack again")
-    shape = index.recipe["batch"]
-    steps, batches = recipe.optim.total_steps, len(reader)
-    packs = sum(shard["packs"] for shard in index.shards) / batches
-    log.info(
-        "%d pairs a step = %.1f packs of at most %d tokens = %d ranks x %.1f; %d batches in %s; %d steps = %.2f epochs",
-        shape["pairs"],
-        packs,
-        shape["pack_tokens"],
-        world_size,
-        packs / world_size,
-        batches,
-        recipe.data.shards,
-        steps,
-        steps / batches,
-    )
-    return Plan(recipe, reader, ds_config)
-
-
-def train(plan: Plan, ranks: dist.Ranks, *, resume: bool) -> Path:
+def train(
+    plan: Plan, ranks: dist.Ranks, stop: StopRequest, *, resume: bool = True, stacks: TextIOBase | None = None
+) -> bool:
     """Train and export; every rank calls it.
 
     Args:
-        plan: result of :func:`make_plan`.
+        plan: result of :func:`anchor.engine.plan.make_plan`.
         ranks: this process among all.
-        resume: go on from the newest complete checkpoint, or start when there is none.
+        stop: whether a signal came.
+        resume: go on from the newest intact checkpoint, or start when there is none; False refuses a folder that
+            holds a run.
+        stacks: where a stuck process writes what all its threads do; standard error when None.
 
     Returns:
-        The exported folder.
+        Whether the run is finished: False when it stopped at a signal, with a checkpoint.
 
     Raises:
-        AnchorError: output folder in use, model that cannot be loaded, loss that is not finite.
+        AnchorError: output folder of another run, model that cannot be loaded, loss that is not finite, full disk.
     """
     recipe, folder = plan.recipe, plan.recipe.output_dir
-    checkpoints = folder / "checkpoints"
-    found = complete_checkpoints(checkpoints)
-    if found and not resume:
-        raise TrainingError(f"{folder}: holds a run ({found[-1].name}); add --resume or choose another output_dir")
-    provenance = dist.broadcast_object(_provenance(plan, ranks))
-    state = {key: provenance[key] for key in ("recipe", "data_index_sha256", "num_ranks")}
-    if found:
-        check_same_run(found[-1], state)
+    about = dist.broadcast_object(provenance(plan, ranks))
+    zero_stage = plan.ds_config["zero_optimization"].get("stage", 0)
+    state = {key: about[key] for key in ("recipe", "data_index_sha256", "num_ranks")} | {"zero_stage": zero_stage}
+    # 1.
+    found = _find_checkpoint(folder, ranks, state, resume=resume)
+    if found is not None and _is_finished(folder, found, recipe, about):
+        log.info("%s: finished already; nothing to do", folder)
+        return True
     if dist.is_first_rank():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.yaml").write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
-
+        _prepare_folder(folder, about)
+    dist.barrier()
+    _check_shared(folder, ranks)
     # 2.
+    with Watchdog(float(recipe.engine.timeout_seconds), stop, stacks).watching() as watchdog:
+        moved = found is not None and read_state(found)["num_ranks"] != ranks.world_size
+        engine = _load_engine(plan, ranks, universal=moved and zero_stage > 0)
+        first = 0
+        if found is not None:
+            load_checkpoint(engine, found)
+            first = checkpoint_step(found)
+            log.info("resumed at step %d from %s", first, found)
+        # 3.
+        run = _Run(plan, engine, folder, first, state, about, watchdog)
+        if not run.steps(stop):
+            return False
+        # 4.
+        watchdog.begin("export")
+        export_model(engine, folder / "export", recipe, plan.reader.index, recipe.data.shards, about)
+        log.info("exported %s", folder / "export")
+    if dist.is_first_rank():
+        print_summary(folder)
+    return True
+
+
+def _find_checkpoint(folder: Path, ranks: dist.Ranks, state: dict[str, Any], *, resume: bool) -> Path | None:
+    checkpoints = folder / "checkpoints"
+    existing = dist.broadcast_object(complete_checkpoints(checkpoints))
+    if existing and not resume:
+        raise TrainingError(f"{folder}: holds a run ({existing[-1].name}); choose another output_dir, or let it resume")
+    found = newest_intact(checkpoints, ranks.rank, ranks.world_size)
+    if found is not None:
+        check_same_run(found, state)
+    return found
+
+
+def _is_finished(folder: Path, found: Path, recipe: TrainRecipe, about: dict[str, Any]) -> bool:
+    """Whether the last step's checkpoint and an export of this very recipe and data are there."""
+    exported = folder / "export/anchor.json"
+    finished = False
+    if dist.is_first_rank() and checkpoint_step(found) == recipe.optim.total_steps and exported.is_file():
+        before = json.loads(exported.read_text(encoding="utf-8"))
+        finished = all(before.get(key) == about[key] for key in ("recipe_sha256", "data_index_sha256"))
+    return dist.broadcast_object(finished)
+
+
+def _prepare_folder(folder: Path, about: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder / "checkpoints")
+    (folder / "run.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
+
+
+def _check_shared(folder: Path, ranks: dist.Ranks) -> None:
+    """Every rank must see the folder that rank 0 made.
+
+    Raises:
+        TrainingError: ``output_dir`` is not on storage that all hosts share.
+    """
+    missing = [rank for rank, seen in enumerate(dist.gather_objects((folder / "run.yaml").is_file())) if not seen]
+    if missing:
+        some = ", ".join(map(str, missing[:8]))
+        raise TrainingError(f"{folder}: ranks {some} do not see it; output_dir must be on storage that all hosts share")
+
+
+def _load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
+    recipe = plan.recipe
     init_communication()
     torch.manual_seed(recipe.seed)
     ds_config = complete_ds_config(plan.ds_config, recipe, ranks.world_size)
     causal_lm = load_backbone(
-        recipe.backbone, DTYPES[recipe.engine.dtype], ranks.device.type, work_dir=folder, ds_config=ds_config
+        recipe.backbone,
+        DTYPES[recipe.engine.dtype],
+        ranks.device.type,
+        work_dir=recipe.output_dir,
+        ds_config=ds_config,
     )
     vocabulary, anchor = causal_lm.config.vocab_size, plan.reader.index.anchor_token_id
     if anchor >= vocabulary:
@@ -132,82 +160,7 @@ def train(plan: Plan, ranks: dist.Ranks, *, resume: bool) -> Path:
         )
     objective = make_objective(causal_lm, recipe)
     _log_parameters(objective)
-    engine = Engine(objective, ds_config, recipe.optim, ranks)
-    exclude_frozen = isinstance(recipe.backbone.trained, LoraTraining)
-    first = 0
-    if found:
-        first = load_checkpoint(engine, found[-1], exclude_frozen=exclude_frozen)
-        log.info("resumed at step %d from %s", first, found[-1])
-
-    # 3.
-    def checkpoint(step: int) -> None:
-        save_checkpoint(
-            engine,
-            checkpoints,
-            {"step": step, **state},
-            keep=recipe.engine.keep_checkpoints,
-            exclude_frozen=exclude_frozen,
-        )
-
-    saved = _steps(plan, engine, folder, first, checkpoint)
-    if saved < recipe.optim.total_steps:
-        checkpoint(recipe.optim.total_steps)
-
-    # 4.
-    export_model(engine, folder / "export", recipe, plan.reader.index, recipe.data.shards, provenance)
-    log.info("exported %s", folder / "export")
-    return folder / "export"
-
-
-def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
-    """The module that the recipe's objective section names."""
-    section = recipe.objective
-    if isinstance(section, schema.ReconstructionObjective):
-        instructed = section.target == "instruction_and_body"
-        prefix_tokens = template_prefix_tokens(recipe.data.shards) if instructed else None
-        kind = ReconstructionObjective if section.contrastive is None else JointReconstructionObjective
-        return kind(causal_lm, section, prefix_tokens)
-    return ContrastiveObjective(causal_lm, section)
-
-
-def template_prefix_tokens(shards: Path) -> int:
-    """Tokens of the template's prefix, which every segment of the shards begins with."""
-    index = read_index(shards)
-    tokenizer, template = load_tokenizer(str(shards / "tokenizer")), Template(**index.template)
-    return len(SegmentTokenizer(tokenizer, template, index.recipe["text"]["max_tokens"]).prefix)
-
-
-def _steps(plan: Plan, engine: Engine, folder: Path, first: int, checkpoint: Any) -> int:
-    """Train from step ``first`` to the end; returns the step of the last checkpoint."""
-    recipe, total, saved = plan.recipe, plan.recipe.optim.total_steps, first
-    metrics_file, clock = MetricsFile(folder / "metrics.jsonl", first), Clock()
-    every = recipe.engine.checkpoint_every_steps
-    end = time.perf_counter()
-    for step, batch in batch_stream(plan.reader, recipe.seed, first, total):
-        start = time.perf_counter()
-        result = train_step(engine, batch, step=step, seed=recipe.seed, lr=learning_rate(step, recipe.optim))
-        clock.tokens += result.num_tokens
-        seconds = time.perf_counter() - start
-        row: dict[str, float | int | str] = {
-            "step": step + 1,
-            "source": batch.source,
-            **result.metrics,
-            "data/pairs": batch.num_pairs,
-            "data/tokens": result.num_tokens,
-            "time/step_seconds": seconds,
-            "time/data_wait_seconds": start - end,
-            "memory/peak_gib": peak_memory_gib(),
-        }
-        metrics_file.write(row)
-        if (step + 1) % recipe.engine.log_every_steps == 0 or step + 1 == total:
-            log_step(step + 1, total, result.metrics, clock)
-            clock.reset()
-        if every is not None and (step + 1) % every == 0:
-            checkpoint(step + 1)
-            saved = step + 1
-        end = time.perf_counter()
-    metrics_file.close()
-    return saved
+    return Engine(objective, ds_config, recipe.optim, ranks, universal=universal)
 
 
 def _log_parameters(module: nn.Module) -> None:
@@ -216,21 +169,137 @@ def _log_parameters(module: nn.Module) -> None:
     log.info("parameters: %s trained of %s", f"{trained:,}", f"{sum(size for size, _ in sizes):,}")
 
 
-def _provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:
-    recipe = plan.recipe.model_dump(mode="json")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return {
-        "recipe": recipe,
-        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-        "data_index_sha256": index_hash(plan.recipe.data.shards),
-        "num_ranks": ranks.world_size,
-        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
-        "commit": git.stdout.strip() or None,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
+class _Run:
+    """The steps of a run: metrics, held-out evaluation and checkpoints on the way.
+
+    Args:
+        plan, engine, folder: what is trained, with what, and where it goes.
+        first: steps already taken.
+        state: what identifies the run, for its checkpoints.
+        about: provenance, for the loggers.
+        watchdog: told what is being done.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Engine,
+        folder: Path,
+        first: int,
+        state: dict[str, Any],
+        about: dict[str, Any],
+        watchdog: Watchdog,
+    ) -> None:
+        self.plan, self.engine, self.folder, self.first = plan, engine, folder, first
+        self.state, self.watchdog = state, watchdog
+        self.total, self.saved = plan.recipe.optim.total_steps, first
+        self.sinks: list[Sink] = []
+        self.held_out_sinks: list[Sink] = []
+        self.display: StepDisplay | None = None
+        if dist.is_first_rank():
+            self.sinks = open_sinks(plan.recipe.telemetry, folder, first, about)
+            if plan.held_out is not None:
+                self.held_out_sinks = [JsonLines(folder / "held_out.jsonl", first), *self.sinks[1:]]
+            self.display = StepDisplay(first, self.total, plan.recipe.engine.log_every_steps)
+
+    def steps(self, stop: StopRequest) -> bool:
+        """Train to the end; False when a signal stopped the run, after a checkpoint."""
+        try:
+            finished = self._all_ranks_go_on(stop) and self._steps(stop)
+            if finished and self.saved < self.total:
+                self._checkpoint(self.total)
+            return finished
+        finally:
+            if self.display is not None:
+                self.display.close()
+            for sink in {id(sink): sink for sink in (*self.sinks, *self.held_out_sinks)}.values():
+                sink.close()
+
+    def _all_ranks_go_on(self, stop: StopRequest) -> bool:
+        return not any(dist.gather_objects(stop.requested))
+
+    def _steps(self, stop: StopRequest) -> bool:
+        recipe, every = self.plan.recipe, self.plan.recipe.engine.checkpoint_every_steps
+        if self.first == 0:
+            self._evaluate(0)
+        end = time.perf_counter()
+        for step, batch in batch_stream(self.plan.reader, recipe.seed, self.first, self.total):
+            self.watchdog.begin(f"step {step + 1}")
+            start = time.perf_counter()
+            try:
+                lr = learning_rate(step, recipe.optim)
+                result = train_step(
+                    self.engine, batch, step=step, seed=recipe.seed, lr=lr, stop_requested=stop.requested
+                )
+            except NotFiniteError as error:
+                self._write_report(error, step)
+                raise
+            self._write(step + 1, batch.source, batch.num_pairs, result, start, end)
+            self._evaluate(step + 1)
+            stopping = result.stop
+            if every is not None and (step + 1) % every == 0:
+                self._checkpoint(step + 1)
+                stopping = stopping or not self._all_ranks_go_on(stop)
+            if stopping and step + 1 < self.total:
+                if self.saved < step + 1:
+                    self._checkpoint(step + 1)
+                log.warning("stopped by a signal after step %d; start the same command again to go on", step + 1)
+                return False
+            end = time.perf_counter()
+        self.watchdog.end()
+        return True
+
+    def _write(self, step: int, source: str, num_pairs: int, result: StepResult, start: float, end: float) -> None:
+        if not dist.is_first_rank():
+            return
+        seconds = time.perf_counter() - start
+        row: Row = {
+            "step": step,
+            "source": source,
+            **result.metrics,
+            "data/pairs": num_pairs,
+            "data/tokens": result.num_tokens,
+            "data/padding_fraction": 0.0,
+            "speed/pairs_per_second": num_pairs / seconds,
+            "speed/tokens_per_second": result.num_tokens / seconds,
+            "time/step_seconds": seconds,
+            "time/data_wait_seconds": start - end,
+            **memory_metrics(),
+        }
+        for sink in self.sinks:
+            sink.write(row)
+        if self.display is not None:
+            self.display.step(row)
+
+    def _evaluate(self, step: int) -> None:
+        held_out, section = self.plan.held_out, self.plan.recipe.evaluation
+        if held_out is None or section is None or (step % section.every_steps and step != self.total):
+            return
+        self.watchdog.begin(f"held-out evaluation after step {step}")
+        metrics = held_out(self.engine)
+        for sink in self.held_out_sinks:
+            sink.write({"step": step, **metrics})
+        log.info(
+            "held out after step %d: loss %.4f nats, nDCG@10 x 100 %.2f",
+            step,
+            metrics["held_out/loss_total_nats"],
+            100 * metrics["held_out/ndcg_at_10"],
+        )
+
+    def _checkpoint(self, step: int) -> None:
+        self.watchdog.begin(f"checkpoint of step {step}")
+        section = self.plan.recipe.engine
+        save_checkpoint(
+            self.engine,
+            self.folder / "checkpoints",
+            {"step": step, **self.state},
+            keep=section.keep_checkpoints,
+            keep_every=section.keep_every_steps,
+        )
+        self.saved = step
+
+    def _write_report(self, error: NotFiniteError, step: int) -> None:
+        if dist.is_first_rank():
+            path = self.folder / f"not-finite-step-{step:08d}.json"
+            path.write_text(json.dumps(error.report, indent=1) + "\n", encoding="utf-8")
+            os.sync()

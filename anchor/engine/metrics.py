@@ -1,43 +1,156 @@
-"""Where metrics go: ``metrics.jsonl``, one row per step, on rank 0; and one log line every N steps."""
+"""Where metrics go: ``metrics.jsonl``, one row per step, on rank 0; TensorBoard and Weights & Biases when asked."""
 
 import json
-import logging
-import resource
+import os
+import secrets
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import psutil
 import torch
 
-from anchor import dist
+from anchor.config.schema import TelemetrySection
+from anchor.errors import ConfigError, TrainingError
 
-log = logging.getLogger("anchor.engine.loop")
+Row = dict[str, float | int | str]
+"""``step``, ``source`` and metrics named ``group/what_unit``."""
 
 
-class MetricsFile:
-    """Appends rows to ``metrics.jsonl``; rows at or after the step resumed at are dropped first.
+class Sink(ABC):
+    """Somewhere that rows of metrics go to."""
+
+    @abstractmethod
+    def write(self, row: Row) -> None:
+        """Take the metrics of ``row["step"]``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """No more will come."""
+
+
+class JsonLines(Sink):
+    """Appends rows to a file; rows after the step resumed at are dropped first.
 
     Args:
-        path: the file; ranks other than 0 write nothing.
-        first_step: step that training begins with.
+        path: the file.
+        first_step: steps already taken.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        self._file: TextIO | None = None
-        if dist.is_first_rank():
-            kept = [] if not path.is_file() else path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in kept if json.loads(line)["step"] <= first_step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            self._file = path.open("a", encoding="utf-8")
+        kept = [] if not path.is_file() else path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in kept if (row := _row(line)) is not None and row["step"] <= first_step]
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(beside, path)
+        self._path = path
+        self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def write(self, row: dict[str, float | int | str]) -> None:
-        if self._file is not None:
+    def write(self, row: Row) -> None:
+        try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self._path}: cannot be written ({error.strerror}); free some disk") from error
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A row, or None for the half line that a killed run leaves."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``, oldest first; none when there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
+class TensorBoard(Sink):
+    """``output_dir/tensorboard``; the loss also once per source.
+
+    Raises:
+        ConfigError: the package is missing.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(f"telemetry.loggers: tensorboard cannot start ({error}); install it") from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, row: Row) -> None:
+        step = int(row["step"])
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str):
+                self._writer.add_scalar(name, value, step)
+        if "source" in row:
+            self._writer.add_scalar(f"loss_by_source/{row['source']}", row["loss/total_nats"], step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Sink):
+    """A run of the project, resumed under the same id when training is.
+
+    Raises:
+        ConfigError: the package is missing, or the service refuses.
+    """
+
+    def __init__(self, section: TelemetrySection, folder: Path, about: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(f"telemetry.loggers: wandb cannot start ({error}); install it") from error
+        identity = folder / "wandb-id"
+        if not identity.is_file():
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=section.wandb_project,
+                mode=section.wandb_mode,
+                dir=str(folder),
+                name=folder.name,
+                id=identity.read_text(encoding="utf-8"),
+                resume="allow",
+                config=about,
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"telemetry.loggers: wandb cannot start ({error}); log in, or telemetry.wandb_mode=offline"
+            ) from error
+
+    def write(self, row: Row) -> None:
+        values = dict(row)
+        if "source" in row:
+            values[f"loss_by_source/{row['source']}"] = row["loss/total_nats"]
+        self._run.log(values, step=int(row["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_sinks(section: TelemetrySection, folder: Path, first_step: int, about: dict[str, Any]) -> list[Sink]:
+    """The recipe's loggers beside ``metrics.jsonl``; rank 0 only.
+
+    Raises:
+        ConfigError: a logger cannot start.
+    """
+    asked: list[Sink] = []
+    if "tensorboard" in section.loggers:
+        asked.append(TensorBoard(folder, first_step))
+    if "wandb" in section.loggers:
+        asked.append(WeightsAndBiases(section, folder, about))
+    return [JsonLines(folder / "metrics.jsonl", first_step), *asked]
 
 
 class Clock:
@@ -54,22 +167,18 @@ class Clock:
         return self.tokens / max(1e-9, time.perf_counter() - self._start)
 
 
-def peak_memory_gib() -> float:
-    """Highest memory of this process: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def memory_metrics() -> Row:
+    """Peak memory of this process's device and what the process and its host use now, in GiB."""
+    resident = psutil.Process().memory_info().rss / 2**30
+    row: Row = {
+        "memory/host_process_gib": resident,
+        "memory/host_used_gib": (psutil.virtual_memory().total - psutil.virtual_memory().available) / 2**30,
+    }
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _peak_resident_gib()
+    return row | {"memory/peak_gib": peak}
+
+
+def _peak_resident_gib() -> float:
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def log_step(step: int, total_steps: int, metrics: dict[str, float], clock: Clock) -> None:
-    """The one line about a step."""
-    log.info(
-        "step %d/%d loss %.4f nats lr %.2e grad %.3f %s tokens/s %.2f GiB",
-        step,
-        total_steps,
-        metrics["loss/total_nats"],
-        metrics["optim/lr"],
-        metrics["optim/grad_norm"],
-        f"{clock.tokens_per_second:,.0f}",
-        peak_memory_gib(),
-    )

@@ -30,13 +30,34 @@ class StepResult:
     Attributes:
         metrics: values over all ranks, by name.
         num_tokens: real tokens of the batch that the objective read, over all ranks.
+        stop: whether any rank was asked to stop; all ranks learn of it here.
     """
 
     metrics: dict[str, float]
     num_tokens: int
+    stop: bool
 
 
-def train_step(engine: Engine, batch: Batch, *, step: int, seed: int, lr: float) -> StepResult:
+class NotFiniteError(TrainingError):
+    """Loss or gradient is not finite; nothing was updated.
+
+    Attributes:
+        report: step, source, pair ids and metrics of the batch.
+    """
+
+    def __init__(self, what: str, step: int, batch: Batch, metrics: dict[str, float]) -> None:
+        pairs = np.concatenate([pack.pair_ids[pack.roles == QUERY] for pack in batch.packs]).tolist()
+        self.report = {"step": step, "what": what, "source": batch.source, "pairs": pairs, "metrics": metrics}
+        some = ", ".join(map(str, pairs[:8])) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
+        super().__init__(
+            f"step {step}: source {batch.source}, pairs {some}: the {what} is not finite ({metrics}); nothing was "
+            "updated; lower optim.lr, raise optim.warmup_steps, or look at these pairs"
+        )
+
+
+def train_step(
+    engine: Engine, batch: Batch, *, step: int, seed: int, lr: float, stop_requested: bool = False
+) -> StepResult:
     """Train on one batch.
 
     Args:
@@ -45,9 +66,10 @@ def train_step(engine: Engine, batch: Batch, *, step: int, seed: int, lr: float)
         step: number of the step, from 0.
         seed: the recipe's.
         lr: learning rate of the update.
+        stop_requested: whether this rank was asked to stop after the step.
 
     Raises:
-        TrainingError: loss or gradient is not finite; parameters and optimiser have not moved.
+        NotFiniteError: parameters and optimiser have not moved.
     """
     objective, ranks = engine.objective, engine.ranks
     if not isinstance(objective, Objective):
@@ -65,17 +87,19 @@ def train_step(engine: Engine, batch: Batch, *, step: int, seed: int, lr: float)
     else:
         shares = _separable_backward(engine, len(packs), batch, forward)
 
-    metrics = _reduced(shares)
+    metrics = reduced(shares | {_STOP: torch.tensor(float(stop_requested), device=ranks.device)})
+    stop = metrics.pop(_STOP) > 0
     if not all(math.isfinite(value) for value in metrics.values()):
-        raise TrainingError(f"{_identity(step, batch)}: the loss is not finite ({metrics}); {_ADVICE}")
+        raise NotFiniteError("loss", step, batch, metrics)
     if engine.gradient_overflows():
-        raise TrainingError(f"{_identity(step, batch)}: the gradient is not finite; {_ADVICE}")
+        raise NotFiniteError("gradient", step, batch, metrics)
     metrics["optim/grad_norm"] = engine.step(lr)
     metrics["optim/lr"] = lr
-    return StepResult(metrics, sum(pack.num_tokens for pack in prepared))
+    return StepResult(metrics, sum(pack.num_tokens for pack in prepared), stop)
 
 
-_ADVICE = "nothing was updated; lower optim.lr, raise optim.warmup_steps, or look at these pairs"
+_STOP = "stop"
+"""Name under which the wish to stop travels with the metrics: no collective of its own."""
 
 
 def _separable_backward(engine: Engine, num_packs: int, batch: Batch, forward: Callable) -> Shares:
@@ -94,12 +118,8 @@ def _pack_seed(seed: int, step: int, pack: int) -> int:
     return int(np.random.SeedSequence([seed, step, pack]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _reduced(shares: Shares) -> dict[str, float]:
+def reduced(shares: Shares) -> dict[str, float]:
+    """Sums of all ranks' shares; every rank calls it with the same names."""
     names = sorted(shares)
     values = dist.all_reduce_sum(torch.stack([shares[name].detach().double() for name in names]))
     return dict(zip(names, values.tolist(), strict=True))
-
-
-def _identity(step: int, batch: Batch) -> str:
-    pairs = np.concatenate([pack.pair_ids[pack.roles == QUERY] for pack in batch.packs]).tolist()
-    return f"step {step}: source {batch.source}, pairs {pairs}"

@@ -7,7 +7,9 @@ accumulates the first pack by pack; for the others it collects the embeddings fi
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from anchor.data.batches import PackTensors
@@ -23,6 +25,10 @@ class Objective(nn.Module, ABC):
     def prepare(self, pack: Pack) -> Pack:
         """The part of a pack that this objective reads."""
         return pack
+
+    @abstractmethod
+    def embeddings(self, output: Any) -> Float[Tensor, "S D"]:
+        """Unit vectors (float32) of a pack's segments from the result of ``forward``."""
 
 
 class SeparableObjective(Objective):
@@ -49,6 +55,9 @@ class PooledObjective(Objective):
     def forward(self, pack: PackTensors, batch: Batch) -> Tensor:
         """Unit vectors ``S D`` (float32) of one pack's segments."""
 
+    def embeddings(self, output: Any) -> Float[Tensor, "S D"]:
+        return output
+
     @abstractmethod
     def loss(self, embeddings: Tensor, batch: Batch, rank: int, world_size: int) -> tuple[Tensor, Shares]:
         """This rank's share of the loss and of the metrics; every rank calls it, it communicates.
@@ -72,6 +81,9 @@ class JointObjective(PooledObjective):
             batch: the batch it belongs to, for the totals.
             embeddings_only: return the unit vectors alone and compute nothing else.
         """
+
+    def embeddings(self, output: Any) -> Float[Tensor, "S D"]:
+        return output[0]
 
     @abstractmethod
     def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:

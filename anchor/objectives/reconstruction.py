@@ -7,6 +7,7 @@ computed. Optionally ``+ weight * InfoNCE`` of the same anchor states (:mod:`anc
 """
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -45,7 +46,7 @@ class _Reconstruction:
         )
 
     def metrics(self, losses: tuple[Tensor, ...], batch: Batch) -> Shares:
-        loss, query_nll, document_nll = losses
+        loss, query_nll, document_nll = losses[:3]
         query_tokens, document_tokens = self.target_tokens(batch)
         shares = {"loss/total_nats": loss.detach()}
         if self.alpha < 1:
@@ -75,7 +76,10 @@ class ReconstructionObjective(SeparableObjective):
         return pack.select(pack.roles <= POSITIVE)
 
     def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
-        return self.reconstructor(pack, self._loss.weights(batch))[:3]
+        return self.reconstructor(pack, self._loss.weights(batch))
+
+    def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
+        return unit_vectors(output[3])
 
     def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
         return self._loss.metrics(output, batch)

@@ -105,6 +105,19 @@ def test_an_epoch_has_every_batch_once(reader: ShardReader) -> None:
         assert sorted(set(rows)) == list(range(64))
 
 
+def test_shards_of_several_epochs_are_walked_through_in_turn(make_shards: Callable[..., Path]) -> None:
+    reader = ShardReader(make_shards(num_rows=64, epochs=2))
+    size = len(reader) // 2
+    assert size == 4
+    epochs = [
+        [identity(batch) for _, batch in batch_stream(reader, 5, epoch * size, (epoch + 1) * size)]
+        for epoch in range(3)
+    ]
+    written = [[identity(reader.read(e * size + i)) for i in range(size)] for e in range(2)]
+    assert sorted(written[0]) != sorted(written[1])
+    assert [sorted(epoch) for epoch in epochs] == [sorted(written[e % 2]) for e in range(3)]
+
+
 @pytest.mark.parametrize("first", [0, 1, 7, 8, 13])
 def test_a_run_resumes_at_the_exact_batch(reader: ShardReader, first: int) -> None:
     whole = [(step, identity(batch)) for step, batch in batch_stream(reader, 3, 0, 20)]

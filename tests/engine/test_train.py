@@ -45,10 +45,13 @@ def write_recipe(folder: Path, model: Path, shards: Path, **changes) -> Path:
 def train_ranks(ranks, recipe_path: Path, resume: bool) -> str:
     from anchor.config.load import load_recipe
     from anchor.config.schema import TrainRecipe
-    from anchor.engine.loop import make_plan, train
+    from anchor.engine.loop import train
+    from anchor.engine.plan import make_plan
+    from anchor.engine.stop import StopRequest
 
     recipe = load_recipe(recipe_path, TrainRecipe)
-    return str(train(make_plan(recipe, str(recipe_path), ranks.world_size), ranks, resume=resume))
+    plan = make_plan(recipe, str(recipe_path), ranks.world_size)
+    return str(train(plan, ranks, StopRequest(), resume=resume))
 
 
 def losses(run: Path) -> list[float]:
@@ -243,9 +246,17 @@ def test_a_number_of_ranks_that_does_not_fit_is_refused(tmp_path, capsys, tiny_m
 
 def test_a_run_that_exists_is_not_overwritten(runs, capsys):
     folder, recipe = runs["one"]
-    assert error_of(capsys, str(recipe)) == (
-        f"error: {folder / 'run'}: holds a run (step-00000006); add --resume or choose another output_dir"
+    assert error_of(capsys, str(recipe), "--no-resume") == (
+        f"error: {folder / 'run'}: holds a run (step-00000006); choose another output_dir, or let it resume"
     )
+
+
+def test_a_finished_run_is_not_trained_again(runs, capsys):
+    folder, recipe = runs["one"]
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.suffix != ".log"}
+    main([str(recipe)])
+    assert f"{folder / 'run'}: finished already; nothing to do" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.suffix != ".log"}
 
 
 def test_resuming_with_another_recipe_lists_the_differing_keys(runs, capsys):
@@ -286,6 +297,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser(tmp_path, tiny_mod
     weights["model.norm.weight"][0] = float("inf")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     message = error_of_process(str(write_recipe(tmp_path, broken, shards)))
-    assert message.startswith("error: step 0: source small, pairs [")
-    assert "the loss is not finite" in message
+    assert message.startswith("error: step 0: source small, pairs ")
+    assert " and 8 more: the loss is not finite" in message
     assert not (tmp_path / "run/metrics.jsonl").read_text()
+    report = json.loads((tmp_path / "run/not-finite-step-00000000.json").read_text())
+    assert (report["step"], report["what"], report["source"], len(report["pairs"])) == (0, "loss", "small", 16)

@@ -1,0 +1,132 @@
+"""Loss and retrieval on held-out shards while training.
+
+1. The objective's own loss on each of the first batches, without gradient and dropout; the mean over batches.
+2. All their documents are one pool. A query's rank is the number of documents that score at least as high as its
+   positive, copies of the positive left out: a tie counts against the model, so equal vectors score nothing.
+   nDCG@10 with one relevant document is ``1 / log2(rank + 2)`` below rank 10 (Järvelin & Kekäläinen 2002).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from anchor import dist
+from anchor.config.schema import EvaluationSection
+from anchor.data.batches import check_ranks, rank_packs, to_tensors
+from anchor.data.records import POSITIVE, QUERY
+from anchor.data.shards import Batch, Index, Pack, ShardReader
+from anchor.engine.deepspeed import Engine
+from anchor.engine.step import reduced
+from anchor.errors import ShardError
+from anchor.objectives.base import JointObjective, Objective, PooledObjective, SeparableObjective, Shares, add_shares
+
+_TOP = 10
+_CHUNK_QUERIES = 1024
+_TIE = 1e-6  # cosine; two ways of summing one product in float32 differ by less
+
+
+class HeldOut:
+    """Held-out batches and how a model does on them.
+
+    Args:
+        section: the recipe's ``evaluation``.
+        index: index of the shards trained on.
+        world_size: number of ranks.
+        where: the recipe's path, for messages.
+
+    Raises:
+        ShardError: the held-out shards have another tokenizer or template, or do not fit the number of ranks.
+    """
+
+    def __init__(self, section: EvaluationSection, index: Index, world_size: int, where: str) -> None:
+        self.reader = ShardReader(section.shards)
+        theirs = self.reader.index
+        if (theirs.tokenizer_sha256, theirs.template) != (index.tokenizer_sha256, index.template):
+            raise ShardError(
+                f"{where}: evaluation.shards ({section.shards}) and data.shards were packed with different tokenizers "
+                "or templates; pack the held-out pairs with the training recipe's"
+            )
+        check_ranks(theirs.pack_multiple, world_size, section.shards, where)
+        self.num_batches = min(section.max_batches, len(self.reader))
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        """``held_out/...`` metrics; every rank calls it."""
+        total: Shares = {}
+        queries: list[_Side] = []
+        documents: list[_Side] = []
+        with engine.evaluating():
+            for number in range(self.num_batches):
+                batch = self.reader.read(number)
+                packs, embeddings, shares = _forward(engine, batch)
+                total = add_shares(total, {f"held_out/{name.replace('/', '_')}": s for name, s in shares.items()})
+                queries.append(_Side.of(packs, embeddings, queries=True))
+                documents.append(_Side.of(packs, embeddings, queries=False))
+            metrics = {name: value / self.num_batches for name, value in reduced(total).items()}
+            return metrics | _retrieval(_Side.joined(queries), _Side.joined(documents), engine.ranks.device)
+
+
+class _Side:
+    """Texts of one side of this rank's pairs: vectors, hash of the text, and for a query its positive's score."""
+
+    def __init__(self, vectors: Float[Tensor, "B D"], text_ids: Int[Tensor, " B"], scores: Float[Tensor, " B"]) -> None:
+        self.vectors, self.text_ids, self.scores = vectors, text_ids, scores
+
+    @classmethod
+    def of(cls, packs: list[Pack], embeddings: list[Tensor], *, queries: bool) -> "_Side":
+        """Queries, each with its positive's score and the positive's text; or all documents."""
+        vectors, text_ids, scores = [], [], []
+        for pack, rows in zip(packs, embeddings, strict=True):
+            at = {role: _by_pair(pack, role) for role in (QUERY, POSITIVE)}
+            chosen = at[QUERY] if queries else np.flatnonzero(pack.roles != QUERY)
+            named = at[POSITIVE] if queries else chosen
+            vectors.append(rows[torch.from_numpy(chosen)])
+            text_ids.append(torch.from_numpy(pack.text_ids[named]).to(rows.device))
+            positives = rows[torch.from_numpy(at[POSITIVE])] if queries else vectors[-1]
+            scores.append((vectors[-1] * positives).sum(dim=1))
+        return cls(torch.cat(vectors), torch.cat(text_ids), torch.cat(scores))
+
+    @classmethod
+    def joined(cls, sides: list["_Side"]) -> "_Side":
+        return cls(*(torch.cat([getattr(side, name) for side in sides]) for name in ("vectors", "text_ids", "scores")))
+
+
+def _by_pair(pack: Pack, role: int) -> Int[np.ndarray, " B"]:
+    """Segments of a role in the order of their pairs."""
+    segments = np.flatnonzero(pack.roles == role)
+    return segments[np.argsort(pack.pair_ids[segments], kind="stable")]
+
+
+def _forward(engine: Engine, batch: Batch) -> tuple[list[Pack], list[Tensor], Shares]:
+    """This rank's packs of a batch, their unit vectors, and the shares of the objective's metrics."""
+    objective, ranks = engine.objective, engine.ranks
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{type(objective).__name__} is no objective")
+    packs = [objective.prepare(batch.packs[i]) for i in rank_packs(len(batch.packs), ranks.rank, ranks.world_size)]
+    outputs: list[Any] = [engine.forward(to_tensors(pack, ranks.device), batch) for pack in packs]
+    embeddings = [objective.embeddings(output) for output in outputs]
+    shares: Shares = {}
+    if isinstance(objective, PooledObjective):
+        shares = objective.loss(torch.cat(embeddings), batch, ranks.rank, ranks.world_size)[1]
+    if isinstance(objective, SeparableObjective | JointObjective):
+        for output in outputs:
+            shares = add_shares(shares, objective.metrics(output, batch))
+    return packs, embeddings, shares
+
+
+def _retrieval(queries: _Side, documents: _Side, device: torch.device) -> dict[str, float]:
+    counts = dist.gather_objects((len(queries.vectors), len(documents.vectors)))
+    per_rank = [count for _, count in counts]
+    pool = dist.all_gather_with_grad(documents.vectors, per_rank)
+    pool_ids = torch.cat([ids.to(device) for ids in dist.gather_objects(documents.text_ids.cpu())])
+    found = torch.zeros(2, dtype=torch.float64, device=device)
+    for rows in torch.arange(len(queries.vectors), device=device).split(_CHUNK_QUERIES):
+        scores = queries.vectors[rows] @ pool.T
+        other: Bool[Tensor, "C N"] = queries.text_ids[rows, None] != pool_ids[None, :]
+        rank = ((scores >= queries.scores[rows, None] - _TIE) & other).sum(dim=1)
+        gain = torch.where(rank < _TOP, 1 / torch.log2(rank.double() + 2), 0.0)
+        found += torch.stack([gain.sum(), (rank == 0).double().sum()])
+    found = dist.all_reduce_sum(found) / sum(count for count, _ in counts)
+    return {"held_out/ndcg_at_10": float(found[0]), "held_out/accuracy_at_1": float(found[1])}

@@ -1,0 +1,120 @@
+"""A recipe checked against its shards, and what a run records about itself."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchor import dist
+from anchor.config import schema
+from anchor.config.schema import TrainRecipe
+from anchor.data.batches import check_ranks
+from anchor.data.shards import ShardReader, index_hash, read_index
+from anchor.data.templates import Template
+from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, tokenizer_fingerprint
+from anchor.engine.deepspeed import read_ds_config
+from anchor.engine.held_out import HeldOut
+from anchor.errors import ShardError
+from anchor.objectives.base import Objective
+from anchor.objectives.contrastive import ContrastiveObjective
+from anchor.objectives.reconstruction import JointReconstructionObjective, ReconstructionObjective
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "pyarrow")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe checked against its shards.
+
+    Attributes:
+        recipe: the recipe.
+        reader: the shards.
+        ds_config: the DeepSpeed file as read.
+        held_out: held-out batches, when the recipe asks for evaluation.
+    """
+
+    recipe: TrainRecipe
+    reader: ShardReader
+    ds_config: dict[str, Any]
+    held_out: HeldOut | None
+
+
+def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
+    """Check everything that can be checked without a model, and say what a step is.
+
+    Raises:
+        AnchorError: ds_configs file, shards or number of ranks do not fit.
+    """
+    ds_config = read_ds_config(recipe.engine.deepspeed)
+    reader = ShardReader(recipe.data.shards)
+    index = reader.index
+    check_ranks(index.pack_multiple, world_size, recipe.data.shards, recipe_path)
+    tokenizer = recipe.data.shards / "tokenizer"
+    if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
+        raise ShardError(f"{tokenizer}: missing or altered since packing; pack again")
+    held_out = None
+    if recipe.evaluation is not None:
+        held_out = HeldOut(recipe.evaluation, index, world_size, recipe_path)
+    shape = index.recipe["batch"]
+    steps, batches = recipe.optim.total_steps, len(reader)
+    packs = sum(shard["packs"] for shard in index.shards) / batches
+    log.info(
+        "%d pairs a step = %.1f packs of at most %d tokens = %d ranks x %.1f; %d batches in %s; %d steps = %.2f epochs",
+        shape["pairs"],
+        packs,
+        shape["pack_tokens"],
+        world_size,
+        packs / world_size,
+        batches,
+        recipe.data.shards,
+        steps,
+        steps / batches,
+    )
+    return Plan(recipe, reader, ds_config, held_out)
+
+
+def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
+    """The module that the recipe's objective section names."""
+    section = recipe.objective
+    if isinstance(section, schema.ReconstructionObjective):
+        instructed = section.target == "instruction_and_body"
+        prefix_tokens = template_prefix_tokens(recipe.data.shards) if instructed else None
+        kind = ReconstructionObjective if section.contrastive is None else JointReconstructionObjective
+        return kind(causal_lm, section, prefix_tokens)
+    return ContrastiveObjective(causal_lm, section)
+
+
+def template_prefix_tokens(shards: Path) -> int:
+    """Tokens of the template's prefix, which every segment of the shards begins with."""
+    index = read_index(shards)
+    tokenizer, template = load_tokenizer(str(shards / "tokenizer")), Template(**index.template)
+    return len(SegmentTokenizer(tokenizer, template, index.recipe["text"]["max_tokens"]).prefix)
+
+
+def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:
+    """What ``run.yaml`` and ``anchor.json`` record: recipe, data, ranks, device, commit, package versions."""
+    recipe = plan.recipe.model_dump(mode="json")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "recipe": recipe,
+        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+        "data_index_sha256": index_hash(plan.recipe.data.shards),
+        "num_ranks": ranks.world_size,
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
+        "commit": git.stdout.strip() or None,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }

@@ -1,0 +1,66 @@
+"""Whether a checkpoint belongs to a run: the same recipe, but for what cannot change the result, and the same data.
+
+The number of ranks may differ: a step is the same batch on any number of ranks that divides ``pack_multiple``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from anchor.config.load import validate
+from anchor.config.schema import TrainRecipe
+from anchor.engine.checkpoint import read_state
+from anchor.errors import TrainingError
+
+_MAY_DIFFER = (
+    "output_dir",  # a run may be moved
+    "data.shards",  # and its shards: their hash is compared
+    "engine.log_every_steps",
+    "engine.checkpoint_every_steps",
+    "engine.keep_checkpoints",
+    "engine.keep_every_steps",
+    "engine.timeout_seconds",
+    "evaluation",
+    "telemetry",
+)
+"""Keys and sections of the recipe that do not change what is trained."""
+
+
+def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was not written by this run.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        state: the present run's resolved ``recipe``, ``zero_stage`` and ``data_index_sha256``.
+
+    Raises:
+        TrainingError: another recipe (the differing keys are listed), another ZeRO stage or other shards.
+        ConfigError: the stored recipe has a key that this version does not know.
+    """
+    stored = read_state(checkpoint)
+    # Through the schema: a knob that did not exist then had what is its default now.
+    before = _flat(validate(stored["recipe"], TrainRecipe, str(checkpoint / "state.json")).model_dump(mode="json"))
+    now = _flat(state["recipe"])
+    differing = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not _may_differ(key)
+    ]
+    if differing:
+        raise TrainingError(f"{checkpoint}: written by another recipe: {'; '.join(differing)}; choose a new output_dir")
+    if stored["zero_stage"] != state["zero_stage"]:
+        raise TrainingError(
+            f"{checkpoint}: written under ZeRO-{stored['zero_stage']}, {now['engine.deepspeed']} says "
+            f"ZeRO-{state['zero_stage']}; go on under ZeRO-{stored['zero_stage']}"
+        )
+    if stored["data_index_sha256"] != state["data_index_sha256"]:
+        raise TrainingError(f"{checkpoint}: the shards have changed since; choose a new output_dir")
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in _MAY_DIFFER)
+
+
+def _flat(node: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {name: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}

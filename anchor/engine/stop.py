@@ -1,0 +1,133 @@
+"""Ending a run from outside: a signal asks all ranks to stop at the same step; a watchdog ends one that is stuck.
+
+1. SIGTERM or SIGUSR1 on any rank sets a flag. It travels with the step's own reduction, so all ranks learn of it in
+   the same step, finish that step, write a checkpoint and exit with :data:`EXIT_REQUEUE`.
+2. A second signal ends the process at once.
+3. The watchdog knows when a step, a checkpoint or an export began. One that lasts longer than
+   ``engine.timeout_seconds`` is stuck (a rank is gone, a collective hangs, a disk does not answer): it names the step,
+   writes the stacks of all threads to the rank's log and ends the process. After a signal it is less patient, because
+   whoever sent it kills what does not stop.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOBase
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 85
+"""Exit code of a run that stopped at a signal with a checkpoint: start it again and it goes on."""
+EXIT_STUCK = 70
+"""Exit code of a process that its watchdog ended."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_LEAST_PATIENCE_SECONDS = 30.0
+_SLOWEST_STEPS = 3
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            os.write(2, f"{name} again: exit at once, without a checkpoint\n".encode())
+            os._exit(128 + number)
+        self.requested = True
+        os.write(2, f"{name}: stop after this step, with a checkpoint\n".encode())
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Receive the signals meanwhile; afterwards whoever received them before does again."""
+        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Watchdog:
+    """Ends the process when what it is doing lasts too long; a thread that looks every second.
+
+    Args:
+        timeout_seconds: the longest that a step, a checkpoint or an export may take.
+        stop: after its signal a step may take 30 s or three times the slowest step so far, if that is less.
+        stacks: where the stacks of all threads go; standard error when None.
+    """
+
+    def __init__(self, timeout_seconds: float, stop: StopRequest, stacks: TextIOBase | None = None) -> None:
+        self.timeout_seconds, self.stop, self._stacks = timeout_seconds, stop, stacks
+        self.doing = "starting"
+        self._since: float | None = None
+        self._stopping_since: float | None = None
+        self._slowest_step = 0.0
+        self._done = threading.Event()
+
+    def begin(self, doing: str) -> None:
+        """Something begins that must end within the time limit; what was being done before is over."""
+        self.end()
+        self.doing, self._since = doing, time.monotonic()
+
+    def end(self) -> None:
+        """Nothing is being watched until the next :meth:`begin`."""
+        if self._since is not None and self.doing.startswith("step "):
+            self._slowest_step = max(self._slowest_step, time.monotonic() - self._since)
+        self._since = None
+
+    @contextmanager
+    def watching(self) -> Iterator["Watchdog"]:
+        """Watch meanwhile; an error that passes is told where and while doing what it happened."""
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield self
+        except Exception as error:
+            error.add_note(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, {self.doing}")
+            raise
+        finally:
+            self._done.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(1.0):
+            overdue = self._overdue(time.monotonic())
+            if overdue is not None:
+                self._bark(overdue)
+
+    def _overdue(self, now: float) -> float | None:
+        """Seconds that the present work was given and has used up; None while it is in time."""
+        since = self._since
+        if since is None:
+            return None
+        limit = self.timeout_seconds
+        if self.stop.requested and self.doing.startswith("step "):
+            self._stopping_since = self._stopping_since or now
+            since = max(since, self._stopping_since)
+            limit = min(limit, max(_LEAST_PATIENCE_SECONDS, _SLOWEST_STEPS * self._slowest_step))
+        return limit if now - since > limit else None
+
+    def _bark(self, limit: float) -> None:
+        log.critical(
+            "rank %s on %s: %s has not ended after %.0f s: another rank is gone or stuck, or a disk does not answer; "
+            "the stacks of this process are in its log; exit",
+            os.environ.get("RANK", "0"),
+            socket.gethostname(),
+            self.doing,
+            limit,
+        )
+        faulthandler.dump_traceback(self._stacks or sys.stderr, all_threads=True)
+        logging.shutdown()
+        os._exit(EXIT_STUCK)

@@ -1,0 +1,189 @@
+"""Invariants: a batch of one pair, equal texts and a positive that stands twice in the pool give the loss that the long
+way gives, through the real engine; a gradient that overflows stops the run on all ranks before the optimiser: weights,
+master copy and moments keep their bits, and the message names step, source and pairs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+from reference import naive_contrastive, plain_model, plain_reconstruction, plain_vectors
+
+from anchor.config import schema
+from anchor.data.shards import Batch, Pack, ShardReader, make_batch
+
+CONTRASTIVE = schema.ContrastiveObjective(kind="contrastive", temperature=0.1)
+RECONSTRUCTION = schema.ReconstructionObjective(kind="reconstruction", alpha=0.2)
+OVERFLOWING_TEMPERATURE = 1e-38
+"""A similarity over it is a finite float32, and so is the loss; its gradient is not."""
+
+
+def pack_of(*chosen: tuple[Pack, int]) -> Pack:
+    """A pack of segments of other packs."""
+    parts = []
+    for pack, s in chosen:
+        keep = np.zeros(len(pack.roles), dtype=bool)
+        keep[s] = True
+        parts.append(pack.select(keep))
+    return Pack(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in Pack.__slots__})
+
+
+def pair(pack: Pack, number: int, segments: int = 3) -> list[tuple[Pack, int]]:
+    """The first segments of a pair: query, positive, hard negatives."""
+    first = int(np.flatnonzero(pack.roles == 0)[number])
+    return [(pack, first + i) for i in range(segments)]
+
+
+def batches_of(shards: Path) -> dict[str, Batch]:
+    """Extreme batches, made of the segments of a real one."""
+    first, second = ShardReader(shards).read(0).packs
+    lone = pack_of((first, 0), (first, 0), (first, 0), (first, 0))
+    lone = Pack(**{n: getattr(lone, n) for n in Pack.__slots__} | {"roles": np.asarray([0, 1, 0, 1], dtype=np.int8)})
+    again = (pair(second, 0)[0], pair(first, 0)[1], pair(second, 0)[2])
+    return {
+        "one pair": make_batch([pack_of(*pair(first, 0))], "small"),
+        "one pair without negatives": make_batch([pack_of(*pair(first, 0, 2))], "small"),
+        "all texts identical": make_batch([lone, lone], "small"),
+        "a positive twice": make_batch([first, pack_of(*again, *pair(second, 1))], "small"),
+    }
+
+
+def engine_of(ranks, model: Path, objective, stage: int, dtype: str):
+    from anchor.config.schema import TrainRecipe
+    from anchor.engine.deepspeed import Engine, complete_ds_config
+    from anchor.models.backbone import DTYPES, load_backbone
+    from anchor.objectives.contrastive import ContrastiveObjective
+    from anchor.objectives.reconstruction import ReconstructionObjective
+
+    recipe = TrainRecipe.model_validate(
+        {
+            "output_dir": "unused",
+            "seed": 0,
+            "data": {"shards": "unused"},
+            "backbone": {"path": str(model), "trained": {"kind": "full"}, "attention": "segments"},
+            "objective": objective,
+            "optim": {"lr": 1e-3, "warmup_steps": 0, "total_steps": 4},
+            "engine": {"deepspeed": f"zero{stage}.json", "dtype": dtype},
+        }
+    )
+    ds_config = complete_ds_config({"zero_optimization": {"stage": stage}}, recipe, ranks.world_size)
+    causal_lm = load_backbone(recipe.backbone, DTYPES[dtype], "cpu", work_dir=Path("unused"), ds_config=ds_config)
+    kind = ContrastiveObjective if isinstance(objective, schema.ContrastiveObjective) else ReconstructionObjective
+    return Engine(kind(causal_lm, objective), ds_config, recipe.optim, ranks)
+
+
+def losses_of(ranks, model: Path, shards: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    """Loss and gradient norm of every extreme batch that has a pack for every rank; the rate is zero."""
+    from anchor.engine.deepspeed import init_communication
+    from anchor.engine.step import train_step
+
+    init_communication()
+    out = {}
+    for objective in (CONTRASTIVE, RECONSTRUCTION):
+        engine = engine_of(ranks, model, objective, 3, "fp32")
+        for name, batch in batches_of(shards).items():
+            if len(batch.packs) >= ranks.world_size:
+                metrics = train_step(engine, batch, step=1, seed=0, lr=0.0).metrics
+                out[objective.kind, name] = (metrics["loss/total_nats"], metrics["optim/grad_norm"])
+    return out
+
+
+OVERFLOWS = {"ZeRO-3 bf16": (3, "bf16"), "ZeRO-3 fp32": (3, "fp32"), "ZeRO-2 bf16": (2, "bf16"), "ZeRO-0": (0, "fp32")}
+
+
+def overflows_of(ranks, model: Path, shards: Path) -> dict[str, tuple[str, list[bool]]]:
+    """Per setting: the error of a step whose gradient overflows, and of each tensor whether it kept its bits."""
+    from anchor.engine.deepspeed import init_communication
+    from anchor.engine.step import train_step
+    from anchor.errors import TrainingError
+
+    def tensors(engine, stage: int) -> list[torch.Tensor]:
+        wrapper = engine._engine.optimizer
+        adam = wrapper if stage == 0 else wrapper.optimizer
+        moments = [t for state in adam.state.values() for t in state.values() if torch.is_tensor(t)]
+        masters = [p for group in adam.param_groups for p in group["params"]]
+        weights = [getattr(p, "ds_tensor", p) for p in engine.objective.parameters()]
+        return [t.detach().clone() for t in moments + masters + weights]
+
+    init_communication()
+    out, batch = {}, ShardReader(shards).read(0)
+    for name, (stage, dtype) in OVERFLOWS.items():
+        engine = engine_of(ranks, model, CONTRASTIVE, stage, dtype)
+        start = tensors(engine, stage)
+        train_step(engine, batch, step=0, seed=0, lr=1e-3)
+        before = tensors(engine, stage)
+        assert any(not torch.equal(a, b) for a, b in zip(start[-9:], before[-9:], strict=True))  # a step does move them
+        term = engine.objective.term
+        term.section = term.section.model_copy(update={"temperature": OVERFLOWING_TEMPERATURE})
+        message = ""
+        try:
+            train_step(engine, batch, step=1, seed=0, lr=1e-3)
+        except TrainingError as error:
+            message = str(error)
+        after = tensors(engine, stage)
+        out[name] = message, [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards):
+    return make_shards(pairs=4, pack_multiple=2, num_rows=8)
+
+
+@pytest.fixture(scope="module")
+def losses(tiny_model_dir, shards):
+    return {size: run_distributed(losses_of, size, tiny_model_dir, shards)[0] for size in (1, 2)}
+
+
+@pytest.mark.parametrize("name", ["one pair", "one pair without negatives", "all texts identical", "a positive twice"])
+def test_an_extreme_batch_has_the_loss_of_the_long_way(losses, tiny_model_dir, shards, name):
+    batch, plain = batches_of(shards)[name], plain_model(tiny_model_dir)
+    expected = {
+        "contrastive": float(naive_contrastive(*plain_vectors(plain, batch), CONTRASTIVE).detach()),
+        "reconstruction": float(plain_reconstruction(plain, batch, 0.2).detach()),
+    }
+    assert expected["reconstruction"] > 1
+    # Nothing is left to tell apart where there are no negatives, or where each is known to match.
+    alone = name in ("one pair without negatives", "all texts identical")
+    assert (expected["contrastive"] > 0) == (not alone)
+    compared = 0
+    for size, found in losses.items():
+        for kind, value in expected.items():
+            if (kind, name) not in found:
+                assert len(batch.packs) < size
+                continue
+            loss, norm = found[kind, name]
+            assert loss == pytest.approx(value, rel=1e-5, abs=1e-6)
+            assert (norm < 1e-6) == (kind == "contrastive" and alone)
+            compared += 1
+    assert compared == (2 if len(batch.packs) == 1 else 4)
+
+
+def test_a_repeated_positive_counts_as_no_negative(losses, tiny_model_dir, shards):
+    """Were it one, the loss would be higher: the same vectors under text identities that are all different."""
+    batch = batches_of(shards)["a positive twice"]
+    vectors, roles, texts = plain_vectors(plain_model(tiny_model_dir), batch)
+    assert len(set(texts)) < len(texts)
+    unmasked = float(naive_contrastive(vectors, roles, range(len(texts)), CONTRASTIVE).detach())
+    for size in (1, 2):
+        assert losses[size]["contrastive", "a positive twice"][0] < unmasked - 1e-3
+
+
+@pytest.fixture(scope="module")
+def overflows(tiny_model_dir, shards):
+    return run_distributed(overflows_of, 2, tiny_model_dir, shards)
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_a_gradient_that_overflows_stops_all_ranks_before_the_optimiser(overflows, shards, name):
+    pairs = [int(i) for p in ShardReader(shards).read(0).packs for i in p.pair_ids[p.roles == 0]]
+    assert len(pairs) == 4
+    for rank in range(2):
+        message, same = overflows[rank][name]
+        assert message.startswith("step 1: source small, pairs ")
+        assert ", ".join(map(str, pairs)) in message
+        assert "the gradient is not finite" in message
+        assert "nothing was updated" in message
+        assert len(same) > 5
+        assert all(same)

@@ -1,0 +1,234 @@
+"""Invariants: a run that is killed at any moment, again and again, ends with the bits of one that was left alone; it
+goes on with other numbers of ranks; signals stop all ranks at one step with a checkpoint; whatever breaks (a rank, a
+file, the disk) ends the run with a message and leaves what was checkpointed."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import CONTRASTIVE, LORA, losses, write_recipe
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 240.0
+STEPS = 80
+
+
+class Run:
+    """Real processes, one per rank, started as ``srun python -m anchor.train`` starts them."""
+
+    def __init__(self, recipe: Path, world_size: int, *overrides: str) -> None:
+        self.folder = recipe.parent / "run"
+        self.out = recipe.parent / f"out-{time.monotonic_ns()}"
+        self.out.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(world_size)}
+        self.ranks = []
+        for rank in range(world_size):
+            with (self.out / f"{rank}").open("wb") as stderr:
+                command = [sys.executable, "-m", "anchor.train", str(recipe), *overrides]
+                env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=stderr, stderr=stderr))
+
+    def console(self, rank: int = 0) -> str:
+        return (self.out / f"{rank}").read_text(errors="replace")
+
+    def steps(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it; a run that ends before is a failure of the test."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < end, self.console()
+            assert all(process.poll() is None for process in self.ranks), self.console()
+            time.sleep(0.02)
+
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> list[int]:
+        """Exit codes of all ranks."""
+        end = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, end - time.monotonic())) for process in self.ranks]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards):
+    return make_shards(pairs=16, pack_multiple=4, pack_tokens=512, num_rows=160)
+
+
+def checkpointed(folder: Path, model: Path, shards: Path, **changes) -> Path:
+    """A recipe of many short steps with a checkpoint after each."""
+    changes = {"optim__total_steps": STEPS, "engine__checkpoint_every_steps": 1, **changes}
+    return write_recipe(folder, model, shards, **changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_model_dir, tiny_untied_model_dir, shards):
+    """Run folders of a full and of a LoRA run on two ranks that were left alone."""
+    found = {}
+    for name, model, changes in (
+        ("full", tiny_model_dir, {}),
+        ("lora", tiny_untied_model_dir, {"objective": CONTRASTIVE, "backbone__trained": LORA}),
+    ):
+        changes = {**changes, "engine__checkpoint_every_steps": STEPS}
+        recipe = checkpointed(tmp_path_factory.mktemp(name), model, shards, **changes)
+        assert Run(recipe, 2).wait() == [0, 0]
+        found[name] = recipe.parent / "run"
+        assert len(losses(found[name])) == STEPS
+    return found
+
+
+def assert_same_bits(run: Path, reference: Path) -> None:
+    assert losses(run) == losses(reference)
+    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, reference))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("name", "kills"), [("full", 20), ("lora", 5)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
+    name, kills, tmp_path, undisturbed, tiny_model_dir, tiny_untied_model_dir, shards
+):
+    model, changes = tiny_model_dir, {}
+    if name == "lora":
+        model, changes = tiny_untied_model_dir, {"objective": CONTRASTIVE, "backbone__trained": LORA}
+    recipe = checkpointed(tmp_path, model, shards, **changes)
+    draw, interrupted_writes = random.Random(7), 0
+    for kill in range(kills):
+        run = Run(recipe, 2)
+        if kill % 5 == 4:  # while it starts, loads or has just begun
+            time.sleep(draw.uniform(0.0, 8.0))
+        else:
+            goal = run.steps() + draw.randint(1, 3)
+            run.until(lambda run=run, goal=goal: run.steps() >= goal)
+            time.sleep(draw.uniform(0.0, 0.2))
+        run.kill()
+        interrupted_writes += any((tmp_path / "run/checkpoints").glob(".writing-*"))
+    last = Run(recipe, 2)
+    assert last.wait() == [0, 0], last.console()
+    assert interrupted_writes > 0 or kills < 20
+    assert_same_bits(tmp_path / "run", undisturbed[name])
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path, undisturbed, tiny_model_dir, shards):
+    recipe = checkpointed(tmp_path, tiny_model_dir, shards, engine__checkpoint_every_steps=1000)
+    for world_size, until in ((2, 20), (1, 40)):
+        run = Run(recipe, world_size)
+        run.until(lambda run=run, until=until: run.steps() >= until)
+        run.ranks[-1].send_signal(signal.SIGUSR1)  # one rank alone
+        assert run.wait() == [85] * world_size, run.console()
+    last = Run(recipe, 4)
+    assert last.wait() == [0] * 4, last.console()
+    rows, reference = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "run", undisturbed["full"])
+    )
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["data/tokens"] for row in rows] == [row["data/tokens"] for row in reference]
+    assert [row["loss/total_nats"] for row in rows] == pytest.approx(
+        [row["loss/total_nats"] for row in reference], rel=1e-4
+    )
+
+
+def test_a_storm_of_signals_ends_the_process_at_once_and_loses_nothing(tmp_path, undisturbed, tiny_model_dir, shards):
+    recipe = checkpointed(tmp_path, tiny_model_dir, shards)
+    run = Run(recipe, 2)
+    run.until(lambda: run.steps() >= 5)
+    for _ in range(5):
+        for process in run.ranks:
+            process.send_signal(signal.SIGTERM)
+    assert set(run.wait(60)) <= {85, 128 + signal.SIGTERM, 1}
+    last = Run(recipe, 2)
+    assert last.wait() == [0, 0], last.console()
+    assert "resumed at step" in last.console()
+    assert_same_bits(tmp_path / "run", undisturbed["full"])
+
+
+def test_a_rank_that_dies_ends_the_others_within_a_minute(tmp_path, tiny_model_dir, shards):
+    run = Run(checkpointed(tmp_path, tiny_model_dir, shards), 2)
+    run.until(lambda: run.steps() >= 3)
+    run.ranks[1].kill()
+    assert run.wait(60)[0] == 1
+    assert f"rank 0 on {socket.gethostname()} failed" in run.console()
+    assert "Traceback" in run.console()
+    assert ", step " in run.console() or "checkpoint of step" in run.console()
+    assert "failed" in (tmp_path / "run/logs/rank-00000.log").read_text()
+
+
+def test_a_rank_that_hangs_ends_the_run_by_time_out_and_names_the_step(tmp_path, tiny_model_dir, shards):
+    run = Run(checkpointed(tmp_path, tiny_model_dir, shards, engine__timeout_seconds=20), 2)
+    run.until(lambda: run.steps() >= 3)
+    run.ranks[1].send_signal(signal.SIGSTOP)
+    code = run.ranks[0].wait(90)
+    run.kill()
+    assert code in (1, 70)
+    assert " step " in run.console().split("failed" if code == 1 else "CRITICAL")[-1]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """``small_disk(bytes)``: a folder on a disk of that size."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=False)
+        if done.returncode:
+            pytest.skip("mounting a small disk needs root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("noticed", ["before", "while writing"])
+def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(
+    noticed, tmp_path, undisturbed, small_disk, tiny_model_dir, shards
+):
+    """The check before writing compares free bytes with an estimate; a small model's files are larger than it."""
+    checkpoint = folder_bytes(undisturbed["full"] / f"checkpoints/step-{STEPS:08d}")
+    estimate = sum(t.numel() for t in load_file(tiny_model_dir / "model.safetensors").values()) * 16
+    assert checkpoint > estimate + 50_000
+    room = estimate // 2 if noticed == "before" else (estimate + checkpoint) // 2
+    disk = small_disk(checkpoint + room + 30_000)
+    run = Run(checkpointed(tmp_path, tiny_model_dir, shards, output_dir=str(disk / "run")), 2)
+    codes = run.wait()
+    assert 2 in codes, run.console()
+    message = next(line for rank in (0, 1) for line in run.console(rank).splitlines() if line.startswith("error: "))
+    assert "free some disk and start again, the run goes on from step-00000001" in message
+    assert ("GiB are free" in message) == (noticed == "before")
+    left = disk / "run/checkpoints"
+    assert [path.name for path in left.glob("step-*")] == ["step-00000001"]
+    files = json.loads((left / "step-00000001/state.json").read_text())["files"]
+    assert all((left / "step-00000001" / name).stat().st_size == about["bytes"] for name, about in files.items())
