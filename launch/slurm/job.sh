@@ -9,7 +9,7 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1
 max_restarts=${ANCHOR_MAX_RESTARTS:-20}
 restarts=${SLURM_RESTART_COUNT:-0}
 
-# The rendezvous: anchor.dist reads rank and number of ranks from srun's variables.
+# The rendezvous; launch/slurm/rank.sh adds what differs from rank to rank.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Submits a whole run: pack (array) -> merge -> Stage I -> Stage II -> mteb, each when the one before has succeeded.
+# Where Stage I has shards of its own (pack_stage1.yaml), they are packed first.
 # Partition and account: SBATCH_PARTITION and SBATCH_ACCOUNT in the environment, which sbatch reads itself.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 usage() {
   cat <<'TEXT'
 usage: launch/slurm/pipeline.sh [options] RECIPE_DIR EVAL_ARGUMENTS...
-  RECIPE_DIR         folder with pack.yaml, stage1.yaml and stage2.yaml
+  RECIPE_DIR         folder with pack.yaml, stage1.yaml and stage2.yaml, perhaps pack_stage1.yaml
   EVAL_ARGUMENTS     what follows `python -m eval mteb MODEL`
   --parts N          tasks of the packing array (pack.sbatch)
   --nodes N          nodes of each training and evaluation job (train.sbatch, mteb.sbatch)
@@ -49,8 +50,11 @@ submit() { # NAME SBATCH_ARGUMENTS...
   previous=${previous%%;*} # a federated SLURM adds its cluster's name
   echo "$name: job $previous"
 }
-submit pack ${pack[@]+"${pack[@]}"} launch/slurm/pack.sbatch "$recipes/pack.yaml"
-submit merge launch/slurm/merge.sbatch "$recipes/pack.yaml"
+for one in "$recipes"/pack_stage1.yaml "$recipes"/pack.yaml; do
+  [ -f "$one" ] || continue
+  submit pack ${pack[@]+"${pack[@]}"} launch/slurm/pack.sbatch "$one"
+  submit merge launch/slurm/merge.sbatch "$one"
+done
 submit stage1 ${ranks[@]+"${ranks[@]}"} launch/slurm/train.sbatch "$recipes/stage1.yaml"
 submit stage2 ${ranks[@]+"${ranks[@]}"} launch/slurm/train.sbatch "$recipes/stage2.yaml"
 submit mteb ${ranks[@]+"${ranks[@]}"} launch/slurm/mteb.sbatch "$output/export" "$@"

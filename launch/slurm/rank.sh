@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# One rank under srun. SLURM signals every process of a step; this one only waits for the program, which acts on them.
+# One rank under srun, which names ranks in its own way. SLURM signals every process of a step; this one only waits for the program, which acts on them.
 # 1. srun ends the step at the first exit code that is not 0, so 85 ("checkpoint written, start me again") is held back
 #    until the other ranks, too, have had the time to leave with it.
 # 2. A program that USR1 ended before it could listen has lost nothing: 85 as well.
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 asked= signals=0
 trap 'asked=yes signals=$((signals + 1))' USR1
 trap 'signals=$((signals + 1))' TERM

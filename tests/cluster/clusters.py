@@ -143,7 +143,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=node1 NodeAddr={node1} CPUs=8 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
 NodeName=node2 NodeAddr={node2} CPUs=8 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
 

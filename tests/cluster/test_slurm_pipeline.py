@@ -12,6 +12,13 @@ import yaml
 from clusters import Slurm
 
 pytestmark = pytest.mark.cluster
+_TASK_CARD = """---
+configs:
+- {config_name: default, data_files: [{split: test, path: qrels/test.jsonl}]}
+- {config_name: corpus, data_files: [{split: corpus, path: corpus.jsonl}]}
+- {config_name: queries, data_files: [{split: queries, path: queries.jsonl}]}
+---
+"""
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -83,9 +90,9 @@ def test_the_pipeline_goes_from_raw_pairs_to_a_score(
 
 
 def write_retrieval_task(folder: Path) -> Path:
-    """Four documents, two queries, in the layout of BEIR."""
+    """Four documents and two queries, in the layout of mteb's retrieval tasks."""
     (folder / "qrels").mkdir(parents=True)
-    (folder / "README.md").write_text("A task.\n")
+    (folder / "README.md").write_text(_TASK_CARD)
     documents = [{"_id": f"d{i}", "title": "", "text": f"the river number {i} crosses the forest"} for i in range(4)]
     queries = [{"_id": f"q{i}", "text": f"which river has number {i}"} for i in range(2)]
     for name, rows in (("corpus", documents), ("queries", queries)):
