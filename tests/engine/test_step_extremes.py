@@ -15,7 +15,7 @@ from anchor.data.shards import Batch, Pack, ShardReader, make_batch
 
 CONTRASTIVE = schema.ContrastiveObjective(kind="contrastive", temperature=0.1)
 RECONSTRUCTION = schema.ReconstructionObjective(kind="reconstruction", alpha=0.2)
-OVERFLOWING_TEMPERATURE = 1e-38
+OVERFLOWING_TEMPERATURE = 3e-39
 """A similarity over it is a finite float32, and so is the loss; its gradient is not."""
 
 
