@@ -78,15 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
     mine = _command(
-        commands.add_parser("mine", help="hard negatives by BM25"),
-        "Give every pair in E5 layout hard negatives from the documents of its source, by BM25.",
-        "python -m data_prep mine data/e5 --output data/e5-mined --negatives 2 --ranks 3-50",
+        commands.add_parser("mine", help="hard negatives by BM25 or an embedder"),
+        "Give every pair in E5 layout hard negatives from the documents of its source, by BM25 or an embedder.",
+        "python -m data_prep mine data/e5 --output data/e5-mined --negatives 2 --ranks 3-50 --model runs/m/export",
     )
     mine.add_argument("pairs", type=Path, metavar="PAIRS", help="folder of NAME.jsonl[.gz|.zst], or one such file")
     mine.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder, in the same layout")
     mine.add_argument("--negatives", type=int, required=True, metavar="N", help="hard negatives per query")
     mine.add_argument(
         "--ranks", type=_ranks, required=True, metavar="A-B", help="ranks to draw from, without positives"
+    )
+    mine.add_argument("--model", type=Path, metavar="DIR", help="sentence-transformers folder; BM25 if absent")
+    mine.add_argument("--device", default="cpu", help="of the model (%(default)s)")
+    mine.add_argument("--margin", type=float, metavar="M", help="leave out scores above the positive's - M")
+    mine.add_argument(
+        "--relative-margin", type=float, metavar="R", help="leave out scores above (1 - R) x the positive's"
     )
     mine.add_argument("--seed", type=_count, default=0, help="seed of the draw (%(default)s)")
     mine.add_argument("--json", action="store_true", help="one JSON object instead of a table")
@@ -167,8 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif args.command == "mine":
             from data_prep.mine import Window, mine
 
-            window = Window(args.negatives, args.ranks[0], args.ranks[1], args.seed)
-            mine(args.pairs, args.output, window, as_json=args.json)
+            window = Window(
+                negatives=args.negatives,
+                first_rank=args.ranks[0],
+                last_rank=args.ranks[1],
+                seed=args.seed,
+                margin=args.margin,
+                relative_margin=args.relative_margin,
+            )
+            mine(args.pairs, args.output, window, as_json=args.json, model=args.model, device=args.device)
         else:
             from data_prep.docs import write_docs
 

@@ -1,64 +1,45 @@
-"""``python -m data_prep mine``: hard negatives of an E5 folder, by BM25 within each source.
+"""``python -m data_prep mine``: hard negatives of an E5 folder, by BM25 or by an embedder, within each source.
 
 1. A source's corpus is every distinct document of its rows: positives and the negatives that it has already.
-2. Per distinct query: BM25 scores of all documents (bm25s, Lucene's variant), without the positives that any row
-   has for this query and without the query's own text; the documents left are ranked, equal scores by their order
-   in the file; documents that share no word with the query have no rank.
+2. Per distinct query the documents are scored: by BM25 (:mod:`data_prep.lexical`) or by the cosine of a
+   sentence-transformers model (:mod:`data_prep.dense`). Left out are the positives that any row has for this query,
+   the query's own text, and with a margin all documents whose score comes too near to the positive's or exceeds it
+   (NV-Retriever, Moreira et al. 2024, arXiv:2407.15831: TopK-MarginPos and TopK-PercPos). The others are ranked, equal
+   scores by their order in the file.
 3. ``negatives`` of the ranks ``first_rank`` to ``last_rank`` are drawn by the seed and the query's text, and kept in
    the order of their ranks. They replace `negative`; all else in a row stays.
 
-A pure function of the files and the arguments. One source's documents and their index are held in memory.
+A pure function of the files, the model and the arguments. One source's documents are held in memory, and their index;
+the vectors of an embedder are on disk.
 """
 
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from anchor.data.shards import text_id
 from anchor.errors import ConfigError
+from data_prep.dense import Dense, load_model
 from data_prep.e5_rows import Line, negatives_of, read_lines
+from data_prep.lexical import Lexical
 from data_prep.new_folder import new_folder
 from data_prep.progress import tracked
+from data_prep.ranking import Query, Scorer, Window
 from data_prep.readers import open_output
 from data_prep.sources import e5_files
 from data_prep.tables import print_table
-from data_prep.words import words
 
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "mine.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Which ranks negatives are drawn from, and how many.
-
-    Attributes:
-        negatives: negatives per query.
-        first_rank, last_rank: ranks from 1, both included, positives left out.
-        seed: seed of the draw.
-    """
-
-    negatives: int
-    first_rank: int
-    last_rank: int
-    seed: int
-
-    def draw(self, ranked: np.ndarray, query: int) -> np.ndarray:
-        """Some of the ranked documents, in the order of their ranks; fewer where there are no more."""
-        window = ranked[self.first_rank - 1 : self.last_rank]
-        if len(window) <= self.negatives:
-            return window
-        draw = np.random.default_rng([self.seed, query + (1 << 63)])
-        return window[np.sort(draw.choice(len(window), self.negatives, replace=False))]
-
-
-def mine(pairs: Path, output: Path, window: Window, *, as_json: bool) -> dict[str, Any]:
+def mine(
+    pairs: Path, output: Path, window: Window, *, as_json: bool, model: Path | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Run the whole command and write its report to stdout.
 
     Args:
@@ -66,12 +47,14 @@ def mine(pairs: Path, output: Path, window: Window, *, as_json: bool) -> dict[st
         output: new folder, in E5 layout.
         window: what is drawn.
         as_json: one JSON object instead of a table.
+        model: folder of a sentence-transformers model; BM25 when absent.
+        device: where it runs, as torch names it.
 
     Returns:
         The report.
 
     Raises:
-        ConfigError: a missing path; a window that holds fewer ranks than negatives.
+        ConfigError: a missing path or device; a window that holds fewer ranks than negatives; a margin out of range.
         DataError: a file that cannot be read; an output folder that exists.
     """
     ranks = window.last_rank - window.first_rank + 1
@@ -80,12 +63,19 @@ def mine(pairs: Path, output: Path, window: Window, *, as_json: bool) -> dict[st
             f"--negatives is {window.negatives}, --ranks {window.first_rank}-{window.last_rank}; give at least one "
             "negative and as many ranks, from 1"
         )
+    if window.relative_margin is not None and not 0.0 <= window.relative_margin <= 1.0:
+        raise ConfigError(f"--relative-margin is {window.relative_margin:g}; give a share from 0 to 1")
     files = e5_files(pairs, "PAIRS")
+    embedder = load_model(model, device) if model is not None else None
     sources = []
     with new_folder(output) as folder:
+
+        def scorer(documents: list[str], name: str) -> Scorer:
+            return Lexical(documents) if embedder is None else Dense(embedder, documents, folder, name)
+
         for name, file in files.items():
             corpus = Corpus(name, file)
-            mined = corpus.mine(window)
+            mined = corpus.mine(window, scorer)
             sources.append({"source": name, **_write(name, file, folder / file.name, corpus, mined, window.negatives)})
             log.info("%s: %d queries over %d documents", name, len(mined), len(corpus.documents))
         report = {
@@ -94,6 +84,9 @@ def mine(pairs: Path, output: Path, window: Window, *, as_json: bool) -> dict[st
             "negatives": window.negatives,
             "ranks": [window.first_rank, window.last_rank],
             "seed": window.seed,
+            "model": str(model) if model is not None else None,
+            "margin": window.margin,
+            "relative_margin": window.relative_margin,
             "sources": sources,
         }
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -131,36 +124,19 @@ class Corpus:
             self.documents.append(document)
         return self._numbers[key]
 
-    def mine(self, window: Window) -> dict[int, list[int]]:
+    def mine(self, window: Window, scorer: Callable[[list[str], str], Scorer]) -> dict[int, list[int]]:
         """Documents drawn for each query, by the query's text id."""
-        import bm25s  # imports scipy; only this command needs it
-        from bm25s.tokenization import Tokenized
+        queries = [
+            Query(key, text, sorted(self._known[key]), sorted(self._known[key] | self._same_text(key)))
+            for key, text in self._queries.items()
+        ]
+        found = scorer(self.documents, self._name).rank(queries, window)
+        progress = tracked(zip(queries, found, strict=True), f"mining {self._name}", len(queries), unit=" queries")
+        return {query.key: window.draw(ranks, query.key).tolist() for query, ranks in progress}
 
-        vocabulary: dict[str, int] = {}
-        # One number object per word of the language, not per word of the corpus.
-        ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in self.documents]
-        if not vocabulary:
-            return {key: [] for key in self._queries}
-        logging.getLogger("bm25s").setLevel(logging.INFO)  # it asks for every debugging message
-        index = bm25s.BM25(method="lucene")
-        index.index(Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
-        del ids
-        mined = {}
-        for key, query in tracked(self._queries.items(), f"mining {self._name}", len(self._queries)):
-            known = [vocabulary[word] for word in words(query) if word in vocabulary]
-            excluded = self._known[key] | ({self._numbers[key]} if key in self._numbers else set())
-            scores = index.get_scores_from_ids(known) if known else np.zeros(0, np.float32)
-            mined[key] = window.draw(ranked(scores, excluded, window.last_rank), key).tolist()
-        return mined
-
-
-def ranked(scores: np.ndarray, excluded: set[int], number: int) -> np.ndarray:
-    """The best ``number`` documents with a positive score that are not excluded, best first; ties by number."""
-    scores = scores.copy()
-    scores[[i for i in excluded if i < len(scores)]] = 0.0
-    least = np.partition(scores, len(scores) - number)[len(scores) - number] if len(scores) > number else 0.0
-    found = np.flatnonzero((scores >= least) & (scores > 0.0))
-    return found[np.lexsort((found, -scores[found]))][:number]
+    def _same_text(self, key: int) -> set[int]:
+        """The document that is the query's own text, if there is one."""
+        return {self._numbers[key]} if key in self._numbers else set()
 
 
 def _write(

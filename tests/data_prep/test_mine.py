@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from anchor.errors import AnchorError, ConfigError, DataError
 from data_prep.__main__ import main
-from data_prep.mine import Window, mine, ranked
+from data_prep.mine import mine
+from data_prep.ranking import Window, ranked
 from data_prep.words import words
 
 
@@ -74,11 +75,33 @@ def test_negatives_are_ranked_as_the_formula_says_and_never_positives(
         assert [scores[text] for text in new["negative"]] == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.parametrize(("margin", "relative"), [(0.2, None), (None, 0.3), (0.1, 0.3)])
+def test_a_margin_leaves_out_what_scores_near_the_positive(
+    tmp_path: Path, margin: float | None, relative: float | None
+) -> None:
+    rows = [{"query": "red river", "positive": "red river of the north"}, {"query": "x", "positive": "red"}]
+    rows += [{"query": "y", "positive": text} for text in ("red river", "red river bank", "a red one", "river")]
+    rows += [{"query": "y", "positive": "nothing of this is in any other document " * (1 + i)} for i in range(3)]
+    file = write_jsonl(tmp_path / "s.jsonl", rows)
+    mine(file, tmp_path / "out", Window(9, 1, 9, 0, margin, relative), as_json=True)
+    documents = [row["positive"] for row in rows]
+    scores = dict(zip(documents, bm25("red river", documents), strict=True))
+    own = scores.pop("red river of the north")
+    del scores["red river"]  # the query itself
+    limit = min(own - (margin or 0.0), own - (relative or 0.0) * own)
+    expected = sorted((t for t, s in scores.items() if 0 < s <= limit), key=lambda t: -scores[t])
+    assert 0 < len(expected) < sum(score > 0 for score in scores.values())
+    assert read(tmp_path / "out" / "s.jsonl")[0]["negative"] == expected
+
+
 @given(st.lists(st.integers(0, 4), max_size=30), st.sets(st.integers(0, 40), max_size=5), st.integers(1, 12))
 def test_ranks_are_those_of_a_full_sort(values: list[int], excluded: set[int], number: int) -> None:
     scores = np.asarray(values, dtype=np.float32)
     expected = [i for i in sorted(range(len(values)), key=lambda i: (-values[i], i)) if values[i] and i not in excluded]
-    assert ranked(scores, excluded, number).tolist() == expected[:number]
+    with_rank = np.where(scores > 0, scores, -np.inf)
+    assert ranked(with_rank, sorted(excluded), number).tolist() == expected[:number]
+    below = [i for i in expected if values[i] <= 2]
+    assert ranked(with_rank, sorted(excluded), number, 2.0).tolist() == below[:number]
     assert scores.tolist() == values
 
 
@@ -149,6 +172,13 @@ def refusal(kind: type[AnchorError], *arguments: Any) -> str:
     with pytest.raises(kind) as caught:
         run(*arguments)
     return str(caught.value)
+
+
+def test_wrong_margins_are_refused(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "s.jsonl", english_pairs(3))
+    with pytest.raises(ConfigError) as caught:
+        mine(file, tmp_path / "out", Window(1, 1, 5, 0, None, 1.5), as_json=True)
+    assert str(caught.value) == "--relative-margin is 1.5; give a share from 0 to 1"
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
