@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from io import TextIOBase
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 
 class _RankFilter(logging.Filter):
@@ -69,7 +70,7 @@ def kept_in(path: Path) -> Iterator[TextIOBase]:
     handler = _file_handler(path)
     logging.getLogger().addHandler(handler)
     try:
-        yield handler.stream
+        yield cast(TextIOBase, handler.stream)
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()

@@ -199,7 +199,17 @@ class Engine:
     def load(self, folder: Path, tag: str) -> None:
         """Read what :meth:`save` wrote; frozen parameters are left as they are."""
         partly = self.num_parameters(trained=False) > 0
+        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not partly)
+        if self.universal:
+            # DeepSpeed gives every parameter one and the same step counter, which each of them then counts up, and
+            # every group the settings of the first.
+            optimizer = self._engine.optimizer
+            for state in getattr(optimizer, "optimizer", optimizer).state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
     @staticmethod
     def convert_to_universal(folder: Path, universal: Path) -> None:

@@ -56,3 +56,14 @@ def find_gpu(name: str, num_ranks: int = 1) -> Gpu:
         if gpu.name == name:
             return gpu
     raise ConfigError(f"--gpu: unknown GPU '{name}'{did_you_mean(name, NAMES)}; known are {', '.join(NAMES)}")
+
+
+def peak_of_device(device: str) -> float | None:
+    """Peak bf16 FLOP/s by the name that CUDA gives a device; None for one that is not listed.
+
+    PCIe boards of a kind are slower than the SXM ones listed, so they are not guessed.
+    """
+    words = device.lower().replace("-", " ").split()
+    if "pcie" in words:
+        return None
+    return next((gpu.bf16_flops for gpu in _DATASHEETS if gpu.name.split("-")[0] in words), None)

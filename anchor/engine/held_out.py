@@ -19,9 +19,9 @@ from anchor.data.batches import check_ranks, rank_packs, to_tensors
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Index, Pack, ShardReader
 from anchor.engine.deepspeed import Engine
-from anchor.engine.step import reduced
+from anchor.engine.step import objective_of, reduced
 from anchor.errors import ShardError
-from anchor.objectives.base import JointObjective, Objective, PooledObjective, SeparableObjective, Shares, add_shares
+from anchor.objectives.base import JointObjective, PooledObjective, SeparableObjective, Shares, add_shares
 
 _TOP = 10
 _CHUNK_QUERIES = 1024
@@ -101,9 +101,7 @@ def _by_pair(pack: Pack, role: int) -> Int[np.ndarray, " B"]:
 
 def _forward(engine: Engine, batch: Batch) -> tuple[list[Pack], list[Tensor], Shares]:
     """This rank's packs of a batch, their unit vectors, and the shares of the objective's metrics."""
-    objective, ranks = engine.objective, engine.ranks
-    if not isinstance(objective, Objective):
-        raise TypeError(f"{type(objective).__name__} is no objective")
+    objective, ranks = objective_of(engine), engine.ranks
     packs = [objective.prepare(batch.packs[i]) for i in rank_packs(len(batch.packs), ranks.rank, ranks.world_size)]
     outputs: list[Any] = [engine.forward(to_tensors(pack, ranks.device), batch) for pack in packs]
     embeddings = [objective.embeddings(output) for output in outputs]

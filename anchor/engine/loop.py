@@ -23,6 +23,7 @@ from torch import nn
 from anchor import dist
 from anchor.config.schema import TrainRecipe
 from anchor.data.batches import batch_stream
+from anchor.data.shards import Batch
 from anchor.engine.checkpoint import (
     checkpoint_step,
     complete_checkpoints,
@@ -39,8 +40,9 @@ from anchor.engine.optim import learning_rate
 from anchor.engine.plan import Plan, make_objective, provenance
 from anchor.engine.progress import StepDisplay, print_summary
 from anchor.engine.resume import check_same_run
-from anchor.engine.step import NotFiniteError, StepResult, train_step
+from anchor.engine.step import NotFiniteError, StepResult, objective_of, train_step
 from anchor.engine.stop import StopRequest, Watchdog
+from anchor.engine.utilisation import Utilisation
 from anchor.errors import ModelError, TrainingError
 from anchor.models.backbone import DTYPES, load_backbone
 
@@ -201,6 +203,8 @@ class _Run:
             if plan.held_out is not None:
                 self.held_out_sinks = [JsonLines(folder / "held_out.jsonl", first), *self.sinks[1:]]
             self.display = StepDisplay(first, self.total, plan.recipe.engine.log_every_steps)
+            zero = plan.ds_config["zero_optimization"]
+            self.utilisation = Utilisation(objective_of(engine), plan.recipe, plan.reader.index, zero, engine.ranks)
 
     def steps(self, stop: StopRequest) -> bool:
         """Train to the end; False when a signal stopped the run, after a checkpoint."""
@@ -234,7 +238,7 @@ class _Run:
             except NotFiniteError as error:
                 self._write_report(error, step)
                 raise
-            self._write(step + 1, batch.source, batch.num_pairs, result, start, end)
+            self._write(step + 1, batch, result, start, end)
             self._evaluate(step + 1)
             stopping = result.stop
             if every is not None and (step + 1) % every == 0:
@@ -249,23 +253,26 @@ class _Run:
         self.watchdog.end()
         return True
 
-    def _write(self, step: int, source: str, num_pairs: int, result: StepResult, start: float, end: float) -> None:
+    def _write(self, step: int, batch: Batch, result: StepResult, start: float, end: float) -> None:
         if not dist.is_first_rank():
             return
         seconds = time.perf_counter() - start
         row: Row = {
             "step": step,
-            "source": source,
+            "source": batch.source,
             **result.metrics,
-            "data/pairs": num_pairs,
+            "data/pairs": batch.num_pairs,
             "data/tokens": result.num_tokens,
             "data/padding_fraction": 0.0,
-            "speed/pairs_per_second": num_pairs / seconds,
+            "speed/pairs_per_second": batch.num_pairs / seconds,
             "speed/tokens_per_second": result.num_tokens / seconds,
             "time/step_seconds": seconds,
             "time/data_wait_seconds": start - end,
             **memory_metrics(),
         }
+        used = self.utilisation.fraction(batch, seconds)
+        if used is not None:
+            row["speed/mfu_fraction"] = used
         for sink in self.sinks:
             sink.write(row)
         if self.display is not None:

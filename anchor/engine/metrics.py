@@ -108,6 +108,7 @@ class WeightsAndBiases(Sink):
     def __init__(self, section: TelemetrySection, folder: Path, about: dict[str, Any]) -> None:
         try:
             import wandb
+            import wandb.errors
         except ImportError as error:
             raise ConfigError(f"telemetry.loggers: wandb cannot start ({error}); install it") from error
         identity = folder / "wandb-id"

@@ -55,6 +55,14 @@ class NotFiniteError(TrainingError):
         )
 
 
+def objective_of(engine: Engine) -> Objective:
+    """The objective that an engine holds."""
+    objective = engine.objective
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{type(objective).__name__} is no objective")
+    return objective
+
+
 def train_step(
     engine: Engine, batch: Batch, *, step: int, seed: int, lr: float, stop_requested: bool = False
 ) -> StepResult:
@@ -71,9 +79,7 @@ def train_step(
     Raises:
         NotFiniteError: parameters and optimiser have not moved.
     """
-    objective, ranks = engine.objective, engine.ranks
-    if not isinstance(objective, Objective):
-        raise TypeError(f"{type(objective).__name__} is no objective")
+    objective, ranks = objective_of(engine), engine.ranks
     prepared = [objective.prepare(pack) for pack in batch.packs]
     mine = rank_packs(len(prepared), ranks.rank, ranks.world_size)
     packs = [to_tensors(prepared[i], ranks.device) for i in mine]

@@ -103,7 +103,8 @@ def shape_of(causal_lm: PreTrainedModel) -> ModelShape:
         num_heads=config.num_attention_heads,
         tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         parameters=tuple(
-            ParameterSize(_group(name), parameter.numel(), parameter.requires_grad)
+            # Under ZeRO-3 a parameter is empty and knows its size otherwise.
+            ParameterSize(_group(name), getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad)
             for name, parameter in model.named_parameters()
         ),
         adapter_inputs=tuple(_in_features(layer) for layer in adapted),

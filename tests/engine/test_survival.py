@@ -86,15 +86,24 @@ def checkpointed(folder: Path, model: Path, shards: Path, **changes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_model_dir, tiny_untied_model_dir, shards):
+def make_variant(tiny_model_dir, tiny_untied_model_dir, shards):
+    """``make_variant(folder, "full" | "lora", **changes)``: a recipe of full training, or of LoRA with dropout."""
+
+    def make(folder: Path, name: str, **changes) -> Path:
+        if name == "full":
+            return checkpointed(folder, tiny_model_dir, shards, optim__weight_decay=0.1, **changes)
+        lora = {"objective": CONTRASTIVE, "backbone__trained": LORA}
+        return checkpointed(folder, tiny_untied_model_dir, shards, **lora, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, make_variant):
     """Run folders of a full and of a LoRA run on two ranks that were left alone."""
     found = {}
-    for name, model, changes in (
-        ("full", tiny_model_dir, {}),
-        ("lora", tiny_untied_model_dir, {"objective": CONTRASTIVE, "backbone__trained": LORA}),
-    ):
-        changes = {**changes, "engine__checkpoint_every_steps": STEPS}
-        recipe = checkpointed(tmp_path_factory.mktemp(name), model, shards, **changes)
+    for name in ("full", "lora"):
+        recipe = make_variant(tmp_path_factory.mktemp(name), name, engine__checkpoint_every_steps=STEPS)
         assert Run(recipe, 2).wait() == [0, 0]
         found[name] = recipe.parent / "run"
         assert len(losses(found[name])) == STEPS
@@ -109,13 +118,8 @@ def assert_same_bits(run: Path, reference: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kills"), [("full", 20), ("lora", 5)])
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
-    name, kills, tmp_path, undisturbed, tiny_model_dir, tiny_untied_model_dir, shards
-):
-    model, changes = tiny_model_dir, {}
-    if name == "lora":
-        model, changes = tiny_untied_model_dir, {"objective": CONTRASTIVE, "backbone__trained": LORA}
-    recipe = checkpointed(tmp_path, model, shards, **changes)
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(name, kills, tmp_path, undisturbed, make_variant):
+    recipe = make_variant(tmp_path, name)
     draw, interrupted_writes = random.Random(7), 0
     for kill in range(kills):
         run = Run(recipe, 2)
@@ -134,8 +138,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
-def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path, undisturbed, tiny_model_dir, shards):
-    recipe = checkpointed(tmp_path, tiny_model_dir, shards, engine__checkpoint_every_steps=1000)
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_run_goes_on_with_other_numbers_of_ranks(name, tmp_path, undisturbed, make_variant):
+    """DeepSpeed's universal checkpoint gave all parameters one step counter: Adam's bias correction ran too fast."""
+    recipe = make_variant(tmp_path, name, engine__checkpoint_every_steps=1000)
     for world_size, until in ((2, 20), (1, 40)):
         run = Run(recipe, world_size)
         run.until(lambda run=run, until=until: run.steps() >= until)
@@ -145,7 +151,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path, undisturbed, tiny_m
     assert last.wait() == [0] * 4, last.console()
     rows, reference = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tmp_path / "run", undisturbed["full"])
+        for folder in (tmp_path / "run", undisturbed[name])
     )
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["data/tokens"] for row in rows] == [row["data/tokens"] for row in reference]
@@ -154,8 +160,8 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path, undisturbed, tiny_m
     )
 
 
-def test_a_storm_of_signals_ends_the_process_at_once_and_loses_nothing(tmp_path, undisturbed, tiny_model_dir, shards):
-    recipe = checkpointed(tmp_path, tiny_model_dir, shards)
+def test_a_storm_of_signals_ends_the_process_at_once_and_loses_nothing(tmp_path, undisturbed, make_variant):
+    recipe = make_variant(tmp_path, "full")
     run = Run(recipe, 2)
     run.until(lambda: run.steps() >= 5)
     for _ in range(5):

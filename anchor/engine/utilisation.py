@@ -1,0 +1,49 @@
+"""Model FLOP/s utilisation of a step: the FLOPs that the mathematics asks for, over what the devices could do in its
+time (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). What is computed twice (checkpointing, gradient cache)
+counts once.
+"""
+
+from typing import Any
+
+import torch
+
+from anchor import dist
+from anchor.config.schema import PackRecipe, TrainRecipe
+from anchor.data.shards import Batch, Index
+from anchor.engine.dry_run import Options, sampled_step, setting_of
+from anchor.engine.estimate_work import work
+from anchor.engine.gpus import peak_of_device
+from anchor.models.embedder import Embedder
+from anchor.models.shape import shape_of
+from anchor.objectives.base import Objective
+
+
+class Utilisation:
+    """Counts a batch's FLOPs against the peak of all ranks' devices.
+
+    Args:
+        objective: what is trained.
+        recipe: its recipe; ``telemetry.peak_tflops`` goes before the device's datasheet.
+        index: of the shards.
+        zero: the ``zero_optimization`` section of the DeepSpeed file.
+        ranks: this process among all.
+    """
+
+    def __init__(
+        self, objective: Objective, recipe: TrainRecipe, index: Index, zero: dict[str, Any], ranks: dist.Ranks
+    ) -> None:
+        given = recipe.telemetry.peak_tflops
+        cuda = ranks.device.type == "cuda"
+        peak = given * 1e12 if given is not None else peak_of_device(torch.cuda.get_device_name()) if cuda else None
+        self._peak = None if peak is None else peak * ranks.world_size
+        self._objective, self._recipe = objective, recipe
+        self._packing = PackRecipe.model_validate(index.recipe)
+        self._setting = setting_of(recipe, zero, Options(num_ranks=ranks.world_size))
+        self._shape = shape_of(next(m.causal_lm for m in objective.modules() if isinstance(m, Embedder)))
+
+    def fraction(self, batch: Batch, seconds: float) -> float | None:
+        """Of the peak that a step over ``batch`` reached in so many seconds; None where the peak is not known."""
+        if self._peak is None:
+            return None
+        step, _ = sampled_step(self._objective, self._recipe, self._packing, [batch])
+        return work(self._shape, self._setting, step).model / (seconds * self._peak)
