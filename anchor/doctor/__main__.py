@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from anchor import log
-from anchor.errors import AnchorError, ConfigError, exit_on_user_error
+from anchor.errors import ConfigError, exit_on_user_error
 
 _EXAMPLE = """examples:
   python -m anchor.doctor
@@ -106,12 +106,13 @@ def _examine_ranks(sizes_mib: list[int]) -> None:
         _say(notes(facts, several_hosts=False), "note")
     elif not found:
         # Joining would hang where something is wrong already, so it is tried only where nothing is.
-        _measure(console, facts, sizes_mib)
+        found = _measure(console, facts, sizes_mib)
     _say(found[::-1], "problem")
     sys.exit(EXIT_PROBLEM if found else 0)
 
 
-def _measure(console: Console, facts: object, sizes_mib: list[int]) -> None:
+def _measure(console: Console, facts: object, sizes_mib: list[int]) -> list[str]:
+    """Join, show all hosts and the timings on rank 0; returns what went wrong."""
     import torch.distributed
 
     from anchor import dist
@@ -120,21 +121,21 @@ def _measure(console: Console, facts: object, sizes_mib: list[int]) -> None:
 
     try:
         ranks = dist.init(timeout=timedelta(seconds=_JOIN_SECONDS))
-        everyone: list = [None] * ranks.world_size
-        torch.distributed.all_gather_object(everyone, facts)
+        everyone = dist.gather_objects(facts)
         timings = time_collectives(ranks, sizes_mib)
     except (torch.distributed.DistError, RuntimeError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise AnchorError(
+        return [
             f"rank {os.environ['RANK']}: the ranks did not meet at {where} within {_JOIN_SECONDS} s "
             f"({str(error).splitlines()[0]}); is every rank started, is the address rank 0's, is the port open?"
-        ) from error
+        ]
     if ranks.rank == 0:
         hosts = {one.host: one for one in everyone}
         show_machines(console, list(hosts.values()), [sum(o.host == host for o in everyone) for host in hosts])
         show_timings(console, timings, ranks.world_size)
     dist.barrier()
     dist.shutdown()
+    return []
 
 
 def _local_size() -> int:

@@ -9,10 +9,6 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1
 max_restarts=${ANCHOR_MAX_RESTARTS:-20}
 restarts=${SLURM_RESTART_COUNT:-0}
 
-# The rendezvous; launch/slurm/rank.sh adds what differs from rank to rank.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-
 # run_ranks COMMAND...: one rank per GPU of every node (one per node without GPUs); ends all when one fails.
 run_ranks() {
   local per_node=${SLURM_GPUS_PER_NODE:-1}

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -194,7 +195,7 @@ class Slurm(Cluster):
         shown = self.nodes[0].run("scontrol", "-o", "show", "job", job).stdout.splitlines()[0]
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def finished(self, job: str, seconds: float = 120) -> dict[str, str]:
+    def finished(self, job: str, seconds: float = 400) -> dict[str, str]:
         """Wait for a job's end (`sbatch --wait` looks too rarely); returns what SLURM knows of it."""
         going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
         end = time.monotonic() + seconds
@@ -240,7 +241,7 @@ def write_stage1(
     """``write_stage1(total_steps)`` writes the recipe of a tiny Stage I run and returns its path."""
     shards = make_shards(num_rows=256)
 
-    def write(total_steps: int = 6) -> Path:
+    def write(total_steps: int) -> Path:
         recipe = {
             "output_dir": str(tmp_path_factory.mktemp("run") / "stage1"),
             "seed": 0,
@@ -257,14 +258,26 @@ def write_stage1(
     return write
 
 
-def train_alone(recipe: Path, *overrides: str) -> None:
-    """Train with one process on this machine."""
-    subprocess.run(
-        ["python", "-m", "anchor.train", recipe, *overrides],
-        cwd=ROOT,
-        env=environment(),
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+@dataclass(frozen=True)
+class Reference:
+    """A run that every other way of starting it must equal.
+
+    Attributes:
+        recipe: Stage I, 40 steps.
+        losses: of one process on this machine, by step.
+    """
+
+    recipe: Path
+    losses: list[float]
+
+
+@pytest.fixture(scope="session")
+def reference(write_stage1: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Trained once for all tests."""
+    recipe, folder = write_stage1(total_steps=40), tmp_path_factory.mktemp("alone")
+    command = ["python", "-m", "anchor.train", recipe, f"output_dir={folder}"]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=600)
+    found = losses(folder)
+    assert len(found) == 40
+    assert found[0] > found[-1] > 0
+    return Reference(recipe, found)

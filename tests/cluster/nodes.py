@@ -114,7 +114,7 @@ class Node:
         inside = ["nsenter", "-t", str(self._init_pid), "-n", "-m", "-u", "-i", "-p", f"--wd={ROOT}"]
         return [*inside, "timeout", "-k", "5", str(timeout_seconds), *map(str, argv)]
 
-    def start(self, *argv: object, log: Path, timeout_seconds: float = 120, **changes: str) -> subprocess.Popen[bytes]:
+    def start(self, *argv: object, log: Path, timeout_seconds: float = 400, **changes: str) -> subprocess.Popen[bytes]:
         """Run in the background; ``changes`` are environment variables."""
         with log.open("wb") as out:
             return subprocess.Popen(
@@ -126,7 +126,7 @@ class Node:
             )
 
     def run(
-        self, *argv: object, check: bool = True, timeout_seconds: float = 120, **changes: str
+        self, *argv: object, check: bool = True, timeout_seconds: float = 400, **changes: str
     ) -> subprocess.CompletedProcess[str]:
         """Run and wait; stderr is part of stdout."""
         done = subprocess.run(
@@ -141,11 +141,11 @@ class Node:
         assert not check or done.returncode == 0, f"{self.name}: {argv}: {done.returncode}\n{done.stdout[-6000:]}"
         return done
 
-    def pids(self, words: str) -> list[int]:
-        """Ids, as the node counts, of Python processes whose command line holds ``words``."""
+    def pids(self, words: str, program: str = "python") -> list[int]:
+        """Ids, as the node counts, of a program's processes whose command line holds ``words``."""
         lines = self.run("ps", "-eo", "pid=,args=").stdout.splitlines()
         found = [line.split(None, 1) for line in lines]
-        return [int(pid) for pid, arguments in found if words in arguments and "python" in arguments.split()[0]]
+        return [int(pid) for pid, arguments in found if words in arguments and program in arguments.split()[0]]
 
     def off(self) -> None:
         """Pull the plug."""
