@@ -21,6 +21,7 @@ _EXAMPLES = {
     "mteb": "python -m eval mteb runs/quickstart/stage2/export --tasks SciFact,STSBenchmark --data-root mteb-data",
     "fetch": "python -m eval fetch --benchmark 'MTEB(eng, v2)' --data-root mteb-data",
     "decode": "python -m eval decode runs/quickstart/stage1/export --text 'An anchor holds a ship in place.'",
+    "report": "python -m eval report runs/quickstart/stage1 runs/quickstart/stage2 --output report.html",
     "table": "python -m eval table untrained=runs/a/mteb trained=runs/b/mteb",
 }
 
@@ -83,6 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--pack-tokens", type=int, default=8192, help="tokens of one forward pass (8192)")
     decode.add_argument("--output", type=Path, help="JSON lines instead of the terminal")
     decode.add_argument("--overwrite", action="store_true", help="replace the output file")
+    report = command("report", "One HTML file of runs, scores and embeddings, readable offline.")
+    report.add_argument("folders", nargs="+", metavar="[LABEL=]DIR", help="run folder, or output of eval mteb")
+    report.add_argument("--output", type=Path, required=True, help="the file")
+    report.add_argument("--title", default="Anchor report", help="of the page")
+    report.add_argument("--benchmark", help="also categories and averages of a benchmark, beside published rows")
+    report.add_argument("--model", type=Path, help="model folder whose embeddings are looked at")
+    report.add_argument("--pairs", type=Path, help="similarities and neighbours: JSON lines, or a retrieval folder")
+    report.add_argument("--labelled", type=Path, help="2-D map: JSON lines with 'text' and 'label'")
+    report.add_argument("--decoded", type=Path, help="output of eval decode")
+    report.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
+    report.add_argument("--pack-tokens", type=int, default=8192, help="tokens of one forward pass (8192)")
+    report.add_argument("--overwrite", action="store_true", help="replace the file")
     table = command("table", "Main scores of several result folders side by side.")
     table.add_argument("--benchmark", help="categories and averages of a benchmark instead of single tasks")
     table.add_argument("--published", action="store_true", help="with --benchmark: published rows too")
@@ -213,6 +226,29 @@ def _decode(arguments: argparse.Namespace) -> None:
         console.print(f"{direction}: token F1 {100 * f1:.2f}, ROUGE-L {100 * rouge:.2f} over {number} pairs")
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from eval.encoder import open_encoder
+    from eval.report import Looks, write_report
+    from eval.report_data import read_run
+    from eval.tasks import find_benchmark
+
+    if arguments.model is None and (arguments.pairs or arguments.labelled):
+        raise ConfigError("eval report: --pairs and --labelled show embeddings; add --model FOLDER")
+    runs = [read_run(item) for item in arguments.folders]
+    encoder = None
+    if arguments.model is not None:
+        encoder = open_encoder(arguments.model, dtype=arguments.dtype, pack_tokens=arguments.pack_tokens)
+    write_report(
+        runs,
+        arguments.output,
+        title=arguments.title,
+        benchmark=find_benchmark(arguments.benchmark) if arguments.benchmark else None,
+        looks=Looks(encoder, arguments.pairs, arguments.labelled, arguments.decoded),
+        overwrite=arguments.overwrite,
+    )
+    log.info("report: %s", arguments.output)
+
+
 def _table(arguments: argparse.Namespace) -> None:
     from eval.tasks import find_benchmark
 
@@ -251,9 +287,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     anchor_log.setup()
     with exit_on_user_error():
-        {"embed": _embed, "mteb": _mteb, "fetch": _fetch, "decode": _decode, "table": _table}[arguments.command](
-            arguments
-        )
+        {"embed": _embed, "mteb": _mteb, "fetch": _fetch, "decode": _decode, "report": _report, "table": _table}[
+            arguments.command
+        ](arguments)
 
 
 if __name__ == "__main__":

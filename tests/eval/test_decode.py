@@ -66,7 +66,7 @@ def test_a_stored_embedding_decodes_like_its_text(encoder, tmp_path, monkeypatch
         assert [one.decoded for one in stored] == [one.decoded for one in decoder.texts(TEXTS)]
         seen: list[np.ndarray] = []
         with monkeypatch.context() as patch:
-            patch.setattr(Decoder, "states", lambda self, states: seen.append(states) or [""] * len(states))
+            patch.setattr(Decoder, "states", lambda _, states, seen=seen: seen.append(states) or [""] * len(states))
             decoder.stored(tmp_path / name)
         np.testing.assert_allclose(seen[0], encoder.states(TEXTS), atol=1e-5)
 

@@ -1,0 +1,99 @@
+"""Figures as inline SVG (matplotlib): ink takes the page's own colour, so one figure serves light and dark."""
+
+import io
+import itertools
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_INK = "#010203"
+_COLOURS = ("#3b82c4", "#d9722e", "#2f9e6e", "#b45fb0", "#c9a227", "#5aa9b5", "#d0566b", "#8a7fd1")
+"""Told apart on white and on near-black, contrast at least 3 to 1 on both."""
+_DASHES = ("-", "--", ":", "-.")
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "anchor",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _INK,
+    "grid.alpha": 0.12,
+    "legend.frameon": False,
+}
+
+
+def curves(series: dict[str, tuple[Sequence[float], Sequence[float]]], y_label: str, *, log: bool = False) -> str:
+    """Lines over steps.
+
+    Args:
+        series: label -> (steps, values).
+        y_label: quantity and unit.
+        log: logarithmic values.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+        axes = figure.subplots()
+        styles = zip(itertools.cycle(_COLOURS), itertools.cycle(np.repeat(_DASHES, len(_COLOURS))), strict=False)
+        for (label, (steps, values)), (colour, dash) in zip(series.items(), styles, strict=False):
+            axes.plot(steps, values, color=colour, linestyle=str(dash), linewidth=1.6, label=label)
+        axes.set_xlabel("step")
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if log:
+            axes.set_yscale("log")
+        if len(series) > 1:
+            axes.legend()
+        return _svg(figure)
+
+
+def histogram(groups: dict[str, Float[np.ndarray, " N"]], x_label: str) -> str:
+    """Densities of several groups over shared bins."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+        axes = figure.subplots()
+        every = np.concatenate(list(groups.values()))
+        bins = np.linspace(every.min(), every.max() + 1e-6, 41)
+        for (label, values), colour, hatch in zip(groups.items(), _COLOURS, ("", "////", "...."), strict=False):
+            axes.hist(values, bins=bins, density=True, color=colour, alpha=0.55, label=label, hatch=hatch)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("density")
+        axes.legend()
+        return _svg(figure)
+
+
+def scatter(points: Float[np.ndarray, "N 2"], labels: Sequence[str]) -> str:
+    """A labelled map; groups differ in colour and in mark."""
+    marks = "os^Dv<>PX*"
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+        axes = figure.subplots()
+        names = np.asarray(labels)
+        for number, name in enumerate(sorted(set(labels))):
+            mine: Int[np.ndarray, " M"] = np.flatnonzero(names == name)
+            look = {"color": _COLOURS[number % len(_COLOURS)], "marker": marks[number % len(marks)]}
+            axes.scatter(points[mine, 0], points[mine, 1], s=14, alpha=0.8, linewidths=0, label=name, **look)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    # The figure scales with the page; screen readers get the caption, not every tick.
+    return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

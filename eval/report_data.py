@@ -1,0 +1,245 @@
+"""What a report shows: training curves and provenance of runs, scores, and looks into the embeddings of a model."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jaxtyping import Float
+from sklearn.manifold import TSNE
+
+from anchor.errors import ConfigError, DataError, did_you_mean
+from eval.decode import read_pairs
+from eval.encoder import TextEncoder
+from eval.plots import histogram, scatter
+
+MAX_TEXTS = 500
+"""Texts of a look; enough for a picture, quick on a CPU."""
+_SHORT = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run or result folder.
+
+    Attributes:
+        label: shown.
+        folder: where it is.
+        metrics: rows of ``metrics.jsonl``.
+        provenance: ``run.yaml`` as text, or None.
+        scores: main score of each task, 0 to 1.
+        results: folder of the scores, or None.
+    """
+
+    label: str
+    folder: Path
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    provenance: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    results: Path | None = None
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric, where it is given."""
+        rows = [row for row in self.metrics if isinstance(row.get(name), int | float)]
+        return [row["step"] for row in rows], [float(row[name]) for row in rows]
+
+    def throughput(self) -> tuple[list[float], list[float]]:
+        """Steps and tokens per second."""
+        wanted = ("data/tokens", "time/step_seconds")
+        rows = [row for row in self.metrics if all(row.get(name) for name in wanted)]
+        return [row["step"] for row in rows], [row[wanted[0]] / row[wanted[1]] for row in rows]
+
+
+def read_run(item: str) -> Run:
+    """A folder, or ``LABEL=DIR``: a run (``metrics.jsonl``), results (``scores.json``), or a run with results below.
+
+    Raises:
+        ConfigError: no such folder, or nothing in it that a report could show.
+        DataError: an unreadable file.
+    """
+    label, equals, path = item.partition("=")
+    folder = Path(path if equals else item)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected a run or a result folder")
+    places = [folder, folder / "mteb", folder / "export" / "mteb"]
+    results = next((place for place in places if (place / "scores.json").is_file()), None)
+    metrics = folder / "metrics.jsonl"
+    if results is None and not metrics.is_file():
+        raise ConfigError(
+            f"{folder}: neither metrics.jsonl nor scores.json; expected a run or an output of `eval mteb`"
+        )
+    rows = _json_lines(metrics) if metrics.is_file() else []
+    run_yaml = folder / "run.yaml"
+    return Run(
+        label=label if equals else _label(folder),
+        folder=folder,
+        metrics=rows,
+        provenance=run_yaml.read_text(encoding="utf-8") if run_yaml.is_file() else None,
+        scores=_scores(results) if results is not None else {},
+        results=results,
+    )
+
+
+def final_values(run: Run) -> dict[str, str]:
+    """Last step, loss, throughput and peak memory, as text."""
+    out: dict[str, str] = {}
+    for name, key, unit in (("steps", "step", ""), ("loss", "loss/total_nats", " nats")):
+        _, values = run.column(key)
+        if values:
+            out[name] = f"{values[-1]:,.4g}{unit}"
+    _, speeds = run.throughput()
+    if speeds:
+        out["median speed"] = f"{float(np.median(speeds)):,.0f} tokens/s"
+    _, memory = run.column("memory/peak_gib")
+    if memory:
+        out["peak memory"] = f"{max(memory):.2f} GiB"
+    return out
+
+
+def commit_of(run: Run) -> str:
+    """Commit of a run's provenance, or a dash."""
+    about = yaml.safe_load(run.provenance) if run.provenance else None
+    return str(about.get("commit") or "–") if isinstance(about, dict) else "–"
+
+
+@dataclass(frozen=True, slots=True)
+class PairsLook:
+    """Similarities and neighbours of query-document pairs.
+
+    Attributes:
+        figure: histogram of positives and negatives, SVG.
+        caption: the numbers behind it.
+        neighbours: per query: the query, rank of its document, and the nearest documents ``(text, cosine, right)``.
+    """
+
+    figure: str
+    caption: str
+    neighbours: list[tuple[str, int, list[tuple[str, float, bool]]]]
+
+
+def look_at_pairs(encoder: TextEncoder, path: Path, shown: int = 6) -> PairsLook:
+    """Embed pairs; every other document is a negative of a query, except documents of the same text.
+
+    Args:
+        encoder: the model.
+        path: JSON lines with ``query`` and ``positive``, or a retrieval folder in MTEB's layout.
+        shown: queries whose neighbours are listed.
+    """
+    pairs = (retrieval_pairs(path) if path.is_dir() else read_pairs(path))[:MAX_TEXTS]
+    queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
+    similar = encoder.encode(queries, encoder.prompts.get("query", "")) @ (
+        encoder.encode(documents, encoder.prompts.get("document", "")).T
+    )
+    same = np.asarray(documents)[:, None] == np.asarray(documents)[None]
+    positives, negatives = np.diag(similar), similar[~same]
+    if not len(negatives):
+        raise DataError(f"{path}: {len(pairs)} pairs give no negative; give pairs of different documents")
+    ranks = 1 + ((similar > positives[:, None]) & ~same).sum(axis=1)
+    caption = (
+        f"{len(pairs)} pairs. Mean cosine {positives.mean():.3f} of positives, {negatives.mean():.3f} of negatives; "
+        f"the positive is the nearest document for {100 * (ranks == 1).mean():.1f} % of the queries."
+    )
+    chosen = np.linspace(0, len(pairs) - 1, min(shown, len(pairs))).astype(int)
+    neighbours = []
+    for i in chosen:
+        best = _distinct(np.argsort(-similar[i]), documents, 3)
+        rows = [(_short(documents[j]), float(similar[i, j]), bool(same[i, j])) for j in best]
+        neighbours.append((_short(queries[i]), int(ranks[i]), rows))
+    groups = {"positives": positives, "negatives": negatives[:: max(1, len(negatives) // 20000)]}
+    return PairsLook(histogram(groups, "cosine similarity"), caption, neighbours)
+
+
+def look_at_labels(encoder: TextEncoder, path: Path) -> tuple[str, str]:
+    """A 2-D map (t-SNE) of texts with labels, as SVG, and its caption.
+
+    Args:
+        encoder: the model.
+        path: JSON lines with ``text`` and ``label``.
+
+    Raises:
+        DataError: malformed, or fewer than eight texts.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; expected JSON lines with 'text' and 'label'")
+    rows = _json_lines(path)
+    for number, row in enumerate(rows, start=1):
+        for name in ("text", "label"):
+            if name not in row:
+                raise DataError(f"{path}:{number}: no field '{name}'{did_you_mean(name, row)}")
+    rows = rows[:: max(1, len(rows) // MAX_TEXTS)][:MAX_TEXTS]
+    if len(rows) < 8:
+        raise DataError(f"{path}: {len(rows)} texts are too few for a map; give at least 8")
+    points = flat_map(encoder.encode([row["text"] for row in rows], encoder.prompts.get("document", "")))
+    labels = [str(row["label"]) for row in rows]
+    return scatter(points, labels), f"{len(rows)} texts in {len(set(labels))} groups; t-SNE of cosine distances."
+
+
+def flat_map(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N 2"]:
+    """t-SNE, the same for the same vectors."""
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, metric="cosine", init="random", random_state=0).fit_transform(vectors)
+
+
+def retrieval_pairs(folder: Path) -> list[tuple[str, str]]:
+    """``(query, document)`` of a retrieval folder's test judgements.
+
+    Raises:
+        DataError: a file is missing or malformed.
+    """
+    files = [folder / name for name in ("queries.jsonl", "corpus.jsonl", "qrels/test.jsonl")]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{folder}: no {file.relative_to(folder)}; expected a retrieval folder in MTEB's layout")
+    queries, corpus, judgements = (_json_lines(file) for file in files)
+    query = {str(row["_id"]): row["text"] for row in queries}
+    document = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in corpus}
+    relevant = [(str(row["query-id"]), str(row["corpus-id"])) for row in judgements if row["score"] > 0]
+    return [(query[q], document[d]) for q, d in relevant if q in query and d in document]
+
+
+def read_decoded(path: Path, shown: int = 20) -> list[dict[str, Any]]:
+    """First rows of a file of ``eval decode``."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; expected the --output of `python -m eval decode`")
+    return [{**row, "source": _short(row["source"])} for row in _json_lines(path)[:shown]]
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    file = folder / "scores.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["scores"]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{file}: not readable: {error}") from error
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
+    return rows
+
+
+def _label(folder: Path) -> str:
+    path = folder.resolve()
+    while path.name in ("mteb", "export"):
+        path = path.parent
+    return path.name
+
+
+def _distinct(order: np.ndarray, texts: Sequence[str], number: int) -> list[int]:
+    seen: dict[str, int] = {}
+    for j in order:
+        seen.setdefault(texts[j], int(j))
+        if len(seen) == number:
+            break
+    return list(seen.values())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHORT else text[:_SHORT].rstrip() + " …"

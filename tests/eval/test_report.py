@@ -1,0 +1,212 @@
+"""Invariants: the page is one file without scripts or addresses to load; it shows what the folders hold and says
+what they do not; in a real browser it asks for nothing, logs nothing, fits a phone and follows dark mode."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import english_pairs, write_jsonl
+from PIL import Image
+
+from anchor.errors import ConfigError, DataError
+from eval.__main__ import main
+from eval.encoder import Encoder
+from eval.report import Looks, write_report
+from eval.report_data import flat_map, read_run, retrieval_pairs
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian's package of that name)")
+
+
+def make_run(folder: Path, steps: int = 5, score: float = 0.25) -> Path:
+    rows = [
+        {
+            "step": step,
+            "loss/total_nats": 5 / step,
+            "optim/grad_norm": 1.0 + step,
+            "data/tokens": 100,
+            "time/step_seconds": 0.5,
+            "memory/peak_gib": 1.5,
+        }
+        for step in range(1, steps + 1)
+    ]
+    write_jsonl(folder / "metrics.jsonl", rows)
+    (folder / "run.yaml").write_text("commit: abc1234\nrecipe: {seed: 0, note: '<script>alert(1)</script>'}\n")
+    (folder / "mteb").mkdir()
+    scores = {"SciFact": score, "STS <&> 16": 0.5}
+    (folder / "mteb/scores.json").write_text(json.dumps({"scores": scores, "revision": "r"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(export_dir, tmp_path_factory) -> Path:
+    """A report with every section."""
+    root = tmp_path_factory.mktemp("report")
+    pairs = write_jsonl(root / "pairs.jsonl", english_pairs(20))
+    labelled = [{"text": row["query"], "label": f"group {i % 3}"} for i, row in enumerate(english_pairs(15))]
+    decoded = [
+        {
+            "source": "a <b>",
+            "decoded": "c",
+            "direction": "document_to_query",
+            "reference": "d",
+            "token_f1": 0,
+            "rouge_l": 0,
+        }
+    ]
+    write_report(
+        [read_run(str(make_run(root / "first"))), read_run(f"two={make_run(root / 'second', 3, 0.5)}")],
+        root / "report.html",
+        looks=Looks(
+            Encoder(export_dir, dtype="fp32"),
+            pairs,
+            write_jsonl(root / "labelled.jsonl", labelled),
+            write_jsonl(root / "decoded.jsonl", decoded),
+        ),
+    )
+    return root / "report.html"
+
+
+class Links(HTMLParser):
+    """Ids, targets and everything that a browser would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("href", "xlink:href", "src", "srcset", "data") and value is not None:
+                (self.targets if value.startswith("#") else self.loads).append(value)
+
+
+def test_the_page_loads_nothing_and_its_links_lead_somewhere(page):
+    text = page.read_text()
+    links = Links()
+    links.feed(text)
+    assert links.loads == []
+    assert links.tags & {"script", "link", "img", "iframe"} == set()
+    assert "@import" not in text
+    assert {"#runs", "#training", "#scores", "#similarity", "#neighbours", "#map", "#decoded", "#provenance"} <= set(
+        links.targets
+    )
+    assert {target[1:] for target in links.targets} <= set(links.ids)
+    assert len(text) < 300_000
+
+
+def test_the_page_shows_what_the_folders_hold_and_escapes_it(page):
+    text = page.read_text()
+    for words in ("first", "two", "abc1234", "25.00", "50.00 ★", "200 tokens/s", "1.50 GiB", "STS &lt;&amp;&gt; 16"):
+        assert words in text, words
+    assert "&lt;script&gt;alert(1)" in text
+    assert "a &lt;b&gt;" in text
+    assert re.search(r"20 pairs\. Mean cosine", text)
+
+
+def test_scrolling_and_folding_parts_take_the_keyboard(page):
+    text = page.read_text()
+    assert text.count('class="scroll" tabindex="0" role="region"') == text.count('class="scroll"') > 0
+    assert "<summary>" in text
+    assert 'href="#content"' in text
+
+
+def test_untrained_runs_and_bare_results_have_no_curves(tmp_path):
+    run = make_run(tmp_path / "none", steps=0)
+    write_report([read_run(str(run)), read_run(f"bare={run / 'mteb'}")], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "<svg" not in text
+    assert 'href="#training"' not in text
+    assert "only results are known" in text
+
+
+def test_the_command_writes_a_benchmark_table_beside_published_rows(tmp_path, capsys):
+    from test_table import made_up_results
+
+    from eval.tasks import find_benchmark
+
+    results = tmp_path / "run/mteb"
+    for result in made_up_results(find_benchmark("MTEB(eng, v1)"), leave_out=("SciFact",)):
+        path = results / "results/m/r" / f"{result.task_name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.to_disk(path)
+    (results / "scores.json").write_text(json.dumps({"scores": {"ArguAna": 0.1}, "revision": "r"}))
+    command = ["report", str(tmp_path / "run"), "--benchmark", "MTEB(eng, v1)", "--output", str(tmp_path / "r.html")]
+    main(command)
+    text = (tmp_path / "r.html").read_text()
+    assert "Llama-3.2-1B-Instruct, Anchor (published)" in text
+    assert "62.24" in text
+    assert "run: averages are withheld, 1 tasks have no result: SciFact" in text
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "exists; choose another --output or add --overwrite" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        read_run(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"neither metrics\.jsonl nor scores\.json"):
+        read_run(str(tmp_path))
+    run = make_run(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"two folders are called 'a'; name them: LABEL=DIR"):
+        write_report([read_run(str(run)), read_run(str(run))], tmp_path / "r.html")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
+    with pytest.raises(DataError) as error:
+        read_run(str(run))
+    assert str(error.value).startswith(f"{run / 'metrics.jsonl'}:2: malformed JSON")
+
+
+def test_retrieval_folders_give_their_judged_pairs(tmp_path):
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "query"}])
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "d", "title": "t", "text": "x"}, {"_id": "e", "text": "y"}])
+    judged = [{"query-id": "q", "corpus-id": one, "score": score} for one, score in (("d", 1), ("e", 0))]
+    write_jsonl(tmp_path / "qrels/test.jsonl", judged)
+    assert retrieval_pairs(tmp_path) == [("query", "t x")]
+
+
+def test_the_map_keeps_groups_apart():
+    draw = np.random.default_rng(0)
+    centres = np.repeat(np.eye(3, 8), 12, axis=0)
+    points = flat_map((centres + 0.05 * draw.standard_normal(centres.shape)).astype(np.float32))
+    groups = np.repeat(np.arange(3), 12)
+    distance = np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(36)
+    assert (groups[distance.argmin(axis=1)] == groups).mean() == 1
+
+
+def in_browser(page: Path, out: Path, width: int, *, dark: bool) -> tuple[Image.Image, str]:
+    """A screenshot of the page and what the browser logged."""
+    command = [
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-extensions",
+        "--force-device-scale-factor=1", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--window-size={width},1200", f"--screenshot={out}", f"--log-net-log={out}.net.json",
+        f"--user-data-dir={out}.profile", "--enable-logging=stderr", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return Image.open(out).convert("RGB"), done.stderr
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_asks_for_nothing_and_logs_nothing(page, tmp_path, width, dark):
+    image, log = in_browser(page, tmp_path / "shot.png", width, dark=dark)
+    assert "CONSOLE" not in log
+    asked = set(re.findall(r'"url":"(\w+://[^"]*)"', (tmp_path / "shot.png.net.json").read_text()))
+    assert {url for url in asked if page.name in url or "report" in url} <= {page.as_uri()}
+    background = image.getpixel((2, 600))
+    assert (max(background) < 60) if dark else (min(background) > 220)
+    assert image.size == (width, 1200)
+    assert len(image.getcolors(1 << 24)) > 50
