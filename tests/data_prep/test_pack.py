@@ -88,6 +88,7 @@ def test_e5_folders_bring_their_own_instructions_and_split_files(tmp_path: Path,
         rows = [row | {"negative": row["negative"][0]} for row in english_pairs(20, seed=i)]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     section = {"kind": "e5", "path": str(tmp_path), "instructions": {"own": []}}
+    section |= {"weights": {"own": 2.0}, "languages": {"own": ["de"]}}
     reader = packed(make_recipe([section], text__max_tokens=120, prompts={"STS": "Alike"}))
     traits = {source["name"]: (source["instructions"], source["symmetric"]) for source in reader.index.sources}
     nli = E5_TRAITS["allnli"].instructions
@@ -99,6 +100,8 @@ def test_e5_folders_bring_their_own_instructions_and_split_files(tmp_path: Path,
         "squad": (["Retrieve Wikipedia passages that answer the question"], False),
     }
     assert reader.index.prompts["STS"] == "Alike: "
+    others = {source["name"]: (source["weight"], source["languages"]) for source in reader.index.sources}
+    assert (others["own"], others["squad"]) == ((2.0, ["de"]), (1.0, ["en"]))
     # Symmetric sources carry the instruction on both sides, so their positives' bodies begin later.
     starts: dict[str, set[int]] = {}
     for number in range(len(reader)):
@@ -109,7 +112,7 @@ def test_e5_folders_bring_their_own_instructions_and_split_files(tmp_path: Path,
     assert starts["squad"] == starts["own"] == {prefix}
     assert min(starts["allnli_split1"]) > prefix
     assert len(starts["quora_duplicates"]) == 2  # two instructions alternate by row
-    only = packed(make_recipe([section | {"only": ["squad"], "instructions": {}}]))
+    only = packed(make_recipe([{"kind": "e5", "path": str(tmp_path), "only": ["squad"]}]))
     assert [source["name"] for source in only.index.sources] == ["squad"]
 
 
