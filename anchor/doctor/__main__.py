@@ -36,6 +36,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--master-port", type=int, default=29500, help="with --hostfile: rendezvous port (29500)")
     parser.add_argument("--report", help=argparse.SUPPRESS)  # asked by --hostfile on every host: all hosts' names
     parser.add_argument("--position", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
     parser.add_argument("recipe", nargs="?", help="training recipe, with --hostfile")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
@@ -64,10 +65,8 @@ def _size(word: str) -> int:
 def _report(arguments: argparse.Namespace) -> None:
     from anchor.doctor.hosts import report_of_this_host, to_json
 
-    hosts = arguments.report.split(",")
-    report = report_of_this_host(
-        hosts, arguments.position, arguments.master_port, arguments.recipe, arguments.overrides
-    )
+    hosts, one = arguments.report.split(","), arguments
+    report = report_of_this_host(hosts, one.position, one.master_port, one.ranks, one.recipe, one.overrides)
     sys.stdout.write(to_json(report) + "\n")
 
 

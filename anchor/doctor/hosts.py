@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,12 +25,11 @@ from anchor.config.schema import TrainRecipe
 from anchor.data.shards import read_index
 from anchor.doctor.facts import GIB, ROOT, Facts, gather_facts, interface_towards, resolve
 from anchor.doctor.judge import blocking, differences, skew
+from anchor.engine.dry_run import Options, dry_run
 from anchor.errors import AnchorError, ConfigError, ModelError
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _TIMEOUT_SECONDS = 120.0
-_OPTIMISER_BYTES_PER_WEIGHT_BYTE = 6
-"""float32 weights and two AdamW moments, 12 bytes, beside 2 bytes of bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def report_of_this_host(
-    hosts: Sequence[str], position: int, port: int, recipe: str, overrides: Sequence[str]
+    hosts: Sequence[str], position: int, port: int, num_ranks: int, recipe: str, overrides: Sequence[str]
 ) -> HostReport:
     """Run on every host.
 
@@ -101,6 +99,7 @@ def report_of_this_host(
         hosts: all hosts in order.
         position: of this one.
         port: of the rendezvous.
+        num_ranks: of the whole run.
         recipe: training recipe.
         overrides: of the recipe.
     """
@@ -111,7 +110,7 @@ def report_of_this_host(
         first_host_address=address,
         interface=None if peer is None else interface_towards(peer),
         port_free=position > 0 or _port_free(port),
-        recipe_problems=tuple(_recipe_problems(recipe, overrides)),
+        recipe_problems=tuple(_recipe_problems(recipe, overrides, num_ranks)),
     )
 
 
@@ -125,45 +124,43 @@ def _port_free(port: int) -> bool:
     return True
 
 
-def _recipe_problems(path: str, overrides: Sequence[str]) -> list[str]:
-    """What a run of the recipe would miss on this machine."""
+def _recipe_problems(path: str, overrides: Sequence[str], num_ranks: int) -> list[str]:
+    """What a run of the recipe would miss on this machine: a dry run, and whether the large files can be read."""
     try:
         recipe = load_recipe(path, TrainRecipe, overrides)
+        disk = dry_run(recipe, path, Options(num_ranks=num_ranks))["disk"]
+        files = [recipe.data.shards / shard["file"] for shard in read_index(recipe.data.shards).shards]
+        files += _weights(recipe.backbone.path)
     except AnchorError as error:
         return [str(error)]
     found = []
-    try:
-        index = read_index(recipe.data.shards)
-        lacking = [
-            shard["file"] for shard in index.shards if not os.access(recipe.data.shards / shard["file"], os.R_OK)
-        ]
-        if lacking:
-            found.append(f"{recipe.data.shards}: cannot read {', '.join(lacking[:3])}")
-    except AnchorError as error:
-        found.append(str(error))
-    try:
-        found += _disk_problems(recipe)
-    except ModelError as error:
-        found.append(str(error))
+    lacking = [str(file) for file in files if not os.access(file, os.R_OK)]
+    if lacking:
+        found.append(f"cannot read {', '.join(lacking[:3])}; copy or mount what is missing, or mend its permissions")
+    if not disk["fits"]:
+        found.append(
+            f"{disk['folder']}: {disk['free_bytes'] / GIB:.0f} GiB free, checkpoints and export need "
+            f"{disk['needed_bytes'] / GIB:.0f} GiB; free some"
+        )
     return found
 
 
-def _disk_problems(recipe: TrainRecipe) -> list[str]:
-    """Whether checkpoints and export fit; the weights' own size is the measure."""
-    model = resolve_model_path(recipe.backbone.path)
+def _weights(path: str) -> list[Path]:
+    """The files that hold a local model's weights; none for a name on the hub.
+
+    Raises:
+        ModelError: no such model, or a folder without weights.
+    """
+    model = resolve_model_path(path)
     folder = Path(model.name)
+    if model.gguf_file is not None:
+        return [folder / model.gguf_file]
     if not folder.is_dir():
-        return []  # a hub name; its size is not known here
-    files = [folder / model.gguf_file] if model.gguf_file else list(folder.glob("*.safetensors"))
-    weights = sum(file.stat().st_size for file in files)
-    full = recipe.backbone.trained.kind == "full"
-    checkpoint = weights * (1 + _OPTIMISER_BYTES_PER_WEIGHT_BYTE) if full else 0
-    needed = checkpoint * (recipe.engine.keep_checkpoints + 1) + weights
-    place = next(parent for parent in (recipe.output_dir, *recipe.output_dir.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free >= needed:
         return []
-    return [f"{place}: {free / GIB:.0f} GiB free, checkpoints and export need about {needed / GIB:.0f} GiB; free some"]
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not found:
+        raise ModelError(f"{path}: no *.safetensors; copy the weights there too")
+    return found
 
 
 def examine(
@@ -180,7 +177,7 @@ def examine(
     """
     names = list(hosts)
     with ThreadPoolExecutor(max_workers=min(64, len(names))) as pool:
-        answers = list(pool.map(lambda i: _ask(names, i, port, recipe, overrides), range(len(names))))
+        answers = list(pool.map(lambda i: _ask(hosts, i, port, recipe, overrides), range(len(names))))
     reference = gather_facts()
     problems: dict[str, list[str]] = {}
     reports: dict[str, HostReport] = {}
@@ -221,11 +218,13 @@ def _agree(names: list[str], reports: dict[str, HostReport], problems: dict[str,
 
 
 def _ask(
-    names: Sequence[str], position: int, port: int, recipe: str, overrides: Sequence[str]
+    hosts: dict[str, int], position: int, port: int, recipe: str, overrides: Sequence[str]
 ) -> tuple[HostReport | str, float, float]:
     """A host's report, or why there is none; and our clock before and after."""
+    names = list(hosts)
     words = [sys.executable, "-m", "anchor.doctor", "--report", ",".join(names), "--position", str(position)]
-    inner = shlex.join([*words, "--master-port", str(port), recipe, *overrides])
+    numbers = ["--ranks", str(sum(hosts.values())), "--master-port", str(port)]
+    inner = shlex.join([*words, *numbers, recipe, *overrides])
     # The interpreter of this process by its path: on a host without it, that is the problem to name.
     command = f"cd {shlex.quote(str(ROOT))} && {inner}"
     options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
