@@ -1,7 +1,7 @@
 """Invariants: the four DeepSpeed files give the same losses on two ranks; what README says of every value is complete.
 
-On CPU the second copy of `zero3_hpz.json` lies in one node (2 ranks instead of 8 share it) and offloading moves nothing,
-but both take DeepSpeed's code for it, its compiled CPU Adam included.
+On CPU the second copy of `zero3_hpz.json` lies in one node (2 ranks instead of 8 share it) and offloading moves
+nothing, but both take DeepSpeed's code for it, its compiled CPU Adam included.
 """
 
 import json
