@@ -85,9 +85,17 @@ def alternate(contestants: dict[str, Callable[[], dict[str, float]]], turns: int
     ]
 
 
+def _processor() -> str:
+    """Name of the CPU, with what makes bfloat16 fast on it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = {name.strip(): value.strip() for name, value in (line.split(":", 1) for line in lines if ":" in line)}
+    fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in named.get("flags", "").split()]
+    return " ".join([named.get("model name", platform.machine()), *(f"({', '.join(fast)})" for _ in fast[:1])])
+
+
 def report(name: str, rows: list[dict[str, Any]], ratios: dict[str, float], options: argparse.Namespace) -> None:
     """Print the table and, when asked, write ``{"name", "hardware", "versions", "rows", "ratios"}``."""
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     hardware = f"{hardware}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -3,8 +3,10 @@
     python bench/reconstruction_step.py --shards data/squad --model MODEL [--json PATH]
 
 The padded scheme is written from the paper's description: encode queries, encode documents, decode each side from
-the other, every pass padded to its longest text, full logits. Targets are the same, so the losses must agree.
-Shards of ``pairs`` real pairs a batch are made by ``data_prep pack``; the first batch is used.
+the other, every pass padded to its longest text, full logits. Targets are the same, so the losses must agree, to
+bfloat16's noise where that is the dtype. ``--checkpointing yes`` recomputes layers on both sides: without it the padded
+scheme needs more than 24 GiB for 32 SQuAD pairs and 135M parameters. Shards of ``pairs`` real pairs a batch are made by
+``data_prep pack``; the first batch is used.
 """
 
 import sys
@@ -81,7 +83,9 @@ def packed_step(objective: ReconstructionObjective, batch: Batch, device: torch.
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", shards="data/squad", model="MODEL", dtype="bf16", attention="segments")
+    options = arguments(
+        __doc__ or "", shards="data/squad", model="MODEL", dtype="bf16", attention="segments", checkpointing="no"
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = ShardReader(Path(options.shards)).read(0)
     dtype = DTYPES[options.dtype]
@@ -91,6 +95,9 @@ def main() -> None:
     objective = ReconstructionObjective(ours, schema.ReconstructionObjective(kind="reconstruction", alpha=ALPHA))
     theirs: Any = load_causal_lm(options.model, dtype, "sdpa")
     theirs.to(device)
+    if options.checkpointing == "yes":
+        for model in (ours, theirs):
+            model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     contestants = {
         "packed": lambda: packed_step(objective, batch, device),
         "padded": lambda: padded_step(theirs, batch, device),
