@@ -34,8 +34,9 @@ def test_every_command_of_the_readme_parses(command):
     words = shlex.split(command)
     while words[0] in ("deepspeed", "srun") or words[0].startswith("-") or words[0].isdigit() or "hostfile" in words[0]:
         words = words[1:]
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file()
+    if words[0] in ("bash", "sbatch") or words[0].startswith("launch/"):
+        script = next(word for word in words if word.startswith("launch/"))
+        assert (ROOT / script).is_file()
         return
     words = [word for word in words if word not in ("python", "-m", "--module")]
     module, arguments = words[0], words[1:]
@@ -49,11 +50,35 @@ def test_every_command_of_the_readme_parses(command):
         from eval.__main__ import _parser
 
         assert _parser().parse_args(arguments).command == arguments[0]
+    elif module == "anchor.doctor":
+        from anchor.doctor.__main__ import _arguments as doctor_arguments
+
+        doctor_arguments(arguments)
     else:
         from data_prep.__main__ import _parser as data_prep_parser
 
         assert module == "data_prep"
         assert data_prep_parser().parse_args(arguments).command == arguments[0]
+
+
+@pytest.mark.parametrize("readme", ["launch/README.md", "launch/recipes/README.md"])
+def test_every_file_that_a_command_of_the_guides_names_is_there(readme):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+    words = [word for block in blocks for line in block.splitlines() for word in shlex.split(line)]
+    named = [word for word in words if word.startswith(("launch/", "ds_configs/"))]
+    assert len(named) > 3
+    assert [word for word in named if not (ROOT / word).exists()] == []
+
+
+def test_job_scripts_are_well_formed_and_mark_what_a_site_must_edit():
+    scripts = sorted((ROOT / "launch/slurm").glob("*.sbatch"))
+    assert [script.stem for script in scripts] == ["merge", "mteb", "pack", "train"]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+        directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+        site = [line for line in directives if re.search(r"--(nodes|gpus-per-node|time|signal|array|cpus)", line)]
+        assert site
+        assert [line for line in site if "# EDIT" not in line] == []
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").rglob("*.sh")), ids=lambda path: path.name)
