@@ -2,6 +2,7 @@
 way gives, through the real engine; a gradient that overflows stops the run on all ranks before the optimiser: weights,
 master copy and moments keep their bits, and the message names step, source and pairs."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from reference import naive_contrastive, plain_model, plain_reconstruction, plain_vectors
+from safetensors.torch import load_file, save_file
 
 from anchor.config import schema
 from anchor.data.shards import Batch, Pack, ShardReader, make_batch
@@ -177,8 +179,19 @@ def many(make_shards):
 
 
 @pytest.fixture(scope="module")
-def overflows(tiny_model_dir, many):
-    return run_distributed(overflows_of, 2, tiny_model_dir, many)
+def steep_model(tmp_path_factory, tiny_model_dir):
+    """Short hidden states: the gradient of a unit vector grows as its length shrinks."""
+    folder = tmp_path_factory.mktemp("steep") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1e-4
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overflows(steep_model, many):
+    return run_distributed(overflows_of, 2, steep_model, many)
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)
