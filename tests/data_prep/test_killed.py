@@ -72,7 +72,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(
     output, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, output.decode()
     expected = folder_bytes(folder)
-    assert len([name for name in expected if name.endswith(".arrow")]) > 10
+    assert len([name for name in expected if name.endswith(".arrow")]) >= 10
     shutil.rmtree(folder)
     # What is written in all: the spool, then the shards.
     total = 2 * sum(len(data) for name, data in expected.items() if name.endswith(".arrow"))
