@@ -134,7 +134,10 @@ def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
         ("2", "2_Normalize", "sentence_transformers.models.Normalize"),
     ]
     listed = [{"idx": int(name), "name": name, "path": path, "type": kind} for name, path, kind in modules]
-    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode_lasttoken": True, "include_prompt": True}
+    # All flags: some servers' readers (text-embeddings-inference) know no defaults for the absent ones.
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    flags = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes}
+    pooling = {"word_embedding_dimension": hidden_size, **flags, "include_prompt": True}
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer_config["model_max_length"] = index.recipe["text"]["max_tokens"]
     files = {

@@ -1,0 +1,84 @@
+"""``eval embed``'s encoder against ``SentenceTransformer.encode``: same folder, texts, dtype and token budget.
+
+    python bench/embed.py --model runs/x/export --pairs ../shared/data/pairs [--texts 5000] [--json PATH]
+
+Texts are distinct queries and documents of all sources, drawn evenly, so lengths are mixed; both cut them to
+``max_tokens``. The token budget is that of a padded batch: ``SentenceTransformer`` gets ``pack_tokens // max_tokens``
+texts a batch (by default 32, which is its own default), ours packs of ``pack_tokens``. The smallest cosine between the
+two is in the table.
+"""
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from anchor.models.backbone import DTYPES
+from bench.harness import alternate, arguments, report
+from eval.encoder import Encoder
+
+
+def draw_texts(folder: Path, number: int) -> list[str]:
+    """Distinct texts, as evenly from every source as there are."""
+    draw = random.Random(0)
+    sources = []
+    for file in sorted(folder.glob("*.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as stream:
+            rows = [json.loads(line) for line in stream]
+        texts = sorted({row[side] for row in rows for side in ("query", "positive")})
+        sources.append(draw.sample(texts, min(len(texts), number)))
+    chosen: dict[str, None] = {}
+    for rank in range(number):
+        for texts in sources:
+            if rank < len(texts) and len(chosen) < number:
+                chosen[texts[rank]] = None
+    return list(chosen)
+
+
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        model="runs/smollm2-135m/stage2/export",
+        pairs="../shared/data/pairs",
+        texts=5000,
+        dtype="bf16",
+        max_tokens=512,
+        pack_tokens=16384,
+    )
+    texts = draw_texts(Path(options.pairs), options.texts)
+    encoder = Encoder(Path(options.model), dtype=options.dtype, pack_tokens=options.pack_tokens)
+    encoder.backend.enable_truncation(options.max_tokens)
+    device = str(encoder.device)
+    theirs = SentenceTransformer(options.model, device=device, model_kwargs={"dtype": DTYPES[options.dtype]})
+    theirs.max_seq_length = options.max_tokens
+    batch_size = max(1, options.pack_tokens // options.max_tokens)
+    tokens = sum(len(one.ids) for one in encoder.backend.encode_batch_fast(texts))
+    kept: dict[str, np.ndarray] = {}
+
+    def ours() -> dict[str, float]:
+        kept["ours"] = encoder.encode(texts)
+        return {"texts": len(texts), "tokens": tokens}
+
+    def sentence_transformers() -> dict[str, float]:
+        with torch.inference_mode():
+            vectors = theirs.encode(texts, batch_size=batch_size, show_progress_bar=False)
+        cosines = (np.asarray(vectors, dtype=np.float32) * kept["ours"]).sum(axis=1)
+        return {"texts": len(texts), "tokens": tokens, "min_cosine": float(cosines.min())}
+
+    rows = alternate({"eval embed": ours, "SentenceTransformer.encode": sentence_transformers}, options.turns)
+    for row in rows:
+        row["texts_per_second"] = len(texts) / row["seconds"]
+    mine, other = rows
+    ratios = {"speed": other["seconds"] / mine["seconds"], "peak_memory": mine["peak_gib"] / other["peak_gib"]}
+    report("embed", rows, ratios, options)
+
+
+if __name__ == "__main__":
+    main()
