@@ -20,5 +20,5 @@ done
 if [ -n "$asked" ]; then
   case $code in 138 | 143) code=85 ;; esac # 128 + USR1, 128 + TERM
 fi
-[ $code != 85 ] || sleep 5
+[ $code != 85 ] || sleep 3
 exit $code

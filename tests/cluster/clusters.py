@@ -135,9 +135,9 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2
 ReturnToService=2
 JobRequeue=1
-KillWait=10
+KillWait=30
 MinJobAge=600
-SlurmdTimeout=10
+SlurmdTimeout=15
 MailProg=/bin/true
 PropagateResourceLimits=NONE
 SlurmdParameters=config_overrides
@@ -181,10 +181,13 @@ class Slurm(Cluster):
             node.run("slurmctld")
         node.run("slurmd")
 
+    def states(self) -> str:
+        """A line `NODE STATE` for each node."""
+        return self.nodes[0].run("sinfo", "-h", "-N", "-o", "%N %T", check=False).stdout
+
     def ready(self) -> bool:
         """Whether both nodes are idle."""
-        states = self.nodes[0].run("sinfo", "-h", "-N", "-o", "%N %T", check=False).stdout
-        return sorted(set(states.splitlines())) == ["node1 idle", "node2 idle"]
+        return sorted(set(self.states().splitlines())) == ["node1 idle", "node2 idle"]
 
     def submit(self, *argv: object, **changes: str) -> str:
         """``sbatch``; returns the job id."""

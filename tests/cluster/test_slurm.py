@@ -134,7 +134,9 @@ def test_a_dead_node_requeues_the_job_which_resumes_from_its_checkpoint(
     reaches(5, out)
     second = slurm.nodes[1]
     second.off()
-    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", 120, "the job to be back in the queue")
+    # A node that is back before it was declared dead is not missed, and the job waits for its rank for ever.
+    wait_until(lambda: "down" in slurm.states(), 120, "node2 to be declared dead")
+    wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", 60, "the job to be back in the queue")
     slurm.boot(second)
     done = slurm.finished(job)
     assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), out.read_text()
