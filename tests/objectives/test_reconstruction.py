@@ -11,7 +11,7 @@ from anchor.config import schema
 from anchor.config.load import validate
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Pack, ShardReader, make_batch
-from anchor.engine.loop import template_prefix_tokens
+from anchor.engine.plan import template_prefix_tokens
 from anchor.errors import ConfigError
 from anchor.models.backbone import load_causal_lm
 from anchor.objectives.base import add_shares
