@@ -231,8 +231,8 @@ def _batch(
         "steps": steps,
         "tokens": steps * step.step_tokens,
         "pairs": steps * step.num_pairs,
-        "batches": None if reader is None else len(reader),
-        "epochs": None if reader is None else steps / len(reader),
+        "batches": None if reader is None else reader.index.batches_per_epoch,
+        "epochs": None if reader is None else steps / reader.index.batches_per_epoch,
     }
 
 

@@ -64,10 +64,11 @@ def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
     if recipe.evaluation is not None:
         held_out = HeldOut(recipe.evaluation, index, world_size, recipe_path)
     shape = index.recipe["batch"]
-    steps, batches = recipe.optim.total_steps, len(reader)
-    packs = sum(shard["packs"] for shard in index.shards) / batches
+    steps, batches = recipe.optim.total_steps, index.batches_per_epoch
+    packs = sum(shard["packs"] for shard in index.shards) / len(reader)
     log.info(
-        "%d pairs a step = %.1f packs of at most %d tokens = %d ranks x %.1f; %d batches in %s; %d steps = %.2f epochs",
+        "%d pairs a step = %.1f packs of at most %d tokens = %d ranks x %.1f; %d batches an epoch in %s; "
+        "%d steps = %.2f epochs",
         shape["pairs"],
         packs,
         shape["pack_tokens"],
