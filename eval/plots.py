@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -33,7 +33,7 @@ _STYLE = {
 }
 
 
-def curves(series: dict[str, tuple[Sequence[float], Sequence[float]]], y_label: str, *, log: bool = False) -> str:
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], y_label: str, *, log: bool = False) -> str:
     """Lines over steps.
 
     Args:
@@ -81,8 +81,10 @@ def scatter(points: Float[np.ndarray, "N 2"], labels: Sequence[str]) -> str:
         names = np.asarray(labels)
         for number, name in enumerate(sorted(set(labels))):
             mine: Int[np.ndarray, " M"] = np.flatnonzero(names == name)
-            look = {"color": _COLOURS[number % len(_COLOURS)], "marker": marks[number % len(marks)]}
-            axes.scatter(points[mine, 0], points[mine, 1], s=14, alpha=0.8, linewidths=0, label=name, **look)
+            colour, mark = _COLOURS[number % len(_COLOURS)], marks[number % len(marks)]
+            axes.scatter(
+                points[mine, 0], points[mine, 1], s=14, alpha=0.8, linewidths=0, label=name, color=colour, marker=mark
+            )
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)

@@ -235,7 +235,7 @@ def _label(folder: Path) -> str:
 def _distinct(order: np.ndarray, texts: Sequence[str], number: int) -> list[int]:
     seen: dict[str, int] = {}
     for j in order:
-        seen.setdefault(texts[j], int(j))
+        seen.setdefault(texts[int(j)], int(j))
         if len(seen) == number:
             break
     return list(seen.values())

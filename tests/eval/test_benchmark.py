@@ -115,6 +115,7 @@ def work_on_two_ranks(ranks, model: str, retrieval: str, source: Path, output: P
         encoder.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_give_the_vectors_and_scores_of_one(export_dir, retrieval_folder, tmp_path):
     rows = [{"id": f"n{i}", "text": row["positive"]} for i, row in enumerate(english_pairs(50))]
