@@ -246,9 +246,9 @@ def memory(shape: ModelShape, setting: Setting, step: StepShape) -> Memory:
     """Peak memory of one rank.
 
     State and saved activations are exact (``tests/engine/test_estimate.py``). The peak is low: beside the resident
-    memory of real steps on a CPU (``bench/memory_estimate.py``, SmolLM2-135M, bf16, ZeRO-3, one rank) it is 4.02 of 4.32
-    GiB in Stage I with full fine-tuning and 1.95 of 2.50 GiB in Stage II with LoRA. It leaves out buffers of libraries,
-    CUDA's context and fragmentation, and was not compared on a GPU or on several ranks.
+    memory of real steps on a CPU (``bench/memory_estimate.py``, SmolLM2-135M, bf16, ZeRO-3, one rank) it is 4.02 of
+    4.32 GiB in Stage I with full fine-tuning and 1.95 of 2.50 GiB in Stage II with LoRA. It leaves out buffers of
+    libraries, CUDA's context and fragmentation, and was not compared on a GPU or on several ranks.
     """
     state = state_bytes(shape, setting)
     host = 0
