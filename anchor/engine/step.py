@@ -39,19 +39,21 @@ class StepResult:
 
 
 class NotFiniteError(TrainingError):
-    """Loss or gradient is not finite; nothing was updated.
+    """Loss or gradient is not finite; no checkpoint holds the step.
 
     Attributes:
         report: step, source, pair ids and metrics of the batch.
     """
 
-    def __init__(self, what: str, step: int, batch: Batch, metrics: dict[str, float]) -> None:
+    def __init__(
+        self, what: str, step: int, batch: Batch, metrics: dict[str, float], outcome: str = "nothing was updated"
+    ) -> None:
         pairs = np.concatenate([pack.pair_ids[pack.roles == QUERY] for pack in batch.packs]).tolist()
         self.report = {"step": step, "what": what, "source": batch.source, "pairs": pairs, "metrics": metrics}
         some = ", ".join(map(str, pairs[:8])) + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")
         super().__init__(
-            f"step {step}: source {batch.source}, pairs {some}: the {what} is not finite ({metrics}); nothing was "
-            "updated; lower optim.lr, raise optim.warmup_steps, or look at these pairs"
+            f"step {step}: source {batch.source}, pairs {some}: the {what} is not finite ({metrics}); {outcome}; "
+            "lower optim.lr, raise optim.warmup_steps, or look at these pairs"
         )
 
 
@@ -100,6 +102,9 @@ def train_step(
     if engine.gradient_overflows():
         raise NotFiniteError("gradient", step, batch, metrics)
     metrics["optim/grad_norm"] = engine.step(lr)
+    if not 0 <= metrics["optim/grad_norm"] < math.inf:
+        # Finite elements whose squares overflow: DeepSpeed computes the norm inside its update only, and calls it -1.
+        raise NotFiniteError("norm of the gradient", step, batch, metrics, "this update is in no checkpoint")
     metrics["optim/lr"] = lr
     return StepResult(metrics, sum(pack.num_tokens for pack in prepared), stop)
 

@@ -206,3 +206,26 @@ def test_a_gradient_that_overflows_stops_all_ranks_before_the_optimiser(overflow
         assert "nothing was updated" in message
         assert len(same) > 5
         assert all(same)
+
+
+def norm_overflow_of(ranks, model: Path, shards: Path) -> str:
+    from anchor.engine.deepspeed import init_communication
+    from anchor.engine.step import train_step
+    from anchor.errors import TrainingError
+
+    init_communication()
+    engine = engine_of(ranks, model, CONTRASTIVE, 2, "bf16")
+    term = engine.objective.term
+    term.section = term.section.model_copy(update={"temperature": 1e-36})
+    try:
+        train_step(engine, ShardReader(shards).read(0), step=1, seed=0, lr=1e-3)
+    except TrainingError as error:
+        return str(error)
+    return f"norm {engine._engine.get_global_grad_norm()}"
+
+
+def test_a_gradient_whose_norm_alone_overflows_stops_the_run(tiny_model_dir, many):
+    """Its elements are finite, so the check before the update let it pass; clipping by infinity made it zero."""
+    (message,) = run_distributed(norm_overflow_of, 1, tiny_model_dir, many)
+    assert "the norm of the gradient is not finite" in message
+    assert "this update is in no checkpoint" in message
