@@ -48,12 +48,12 @@ def test_an_unreachable_host_is_named_before_anything_starts(
     ssh_cluster: Cluster, write_stage1: Callable[..., Path], tmp_path: Path
 ) -> None:
     hostfile, output = tmp_path / "hostfile", tmp_path / "run"
-    hostfile.write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")
+    hostfile.write_text("node1 slots=1\nnode2 slots=2\nnode3 slots=1\n")
     done = ssh_cluster.nodes[0].run(
         *multinode(hostfile, write_stage1(total_steps=1), f"output_dir={output}"), check=False
     )
     assert done.returncode == 1
-    assert "node2: ok, 1 ranks" in done.stdout
+    assert "node2: ok, 2 ranks" in done.stdout
     assert "node3: not reachable by ssh: ssh: Could not resolve hostname node3" in done.stdout
     assert done.stdout.endswith("1 of 3 hosts cannot run this: node3\n")
     assert not output.exists()
