@@ -3,6 +3,7 @@
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +15,7 @@ _INK = "#010203"
 _COLOURS = ("#3b82c4", "#d9722e", "#2f9e6e", "#b45fb0", "#c9a227", "#5aa9b5", "#d0566b", "#8a7fd1")
 """Told apart on white and on near-black, contrast at least 3 to 1 on both."""
 _DASHES = ("-", "--", ":", "-.")
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "anchor",
     "font.family": "sans-serif",
@@ -75,7 +76,7 @@ def histogram(groups: dict[str, Float[np.ndarray, " N"]], x_label: str) -> str:
 def scatter(points: Float[np.ndarray, "N 2"], labels: Sequence[str]) -> str:
     """A labelled map; groups differ in colour and in mark."""
     marks = "os^Dv<>PX*"
-    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+    with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(5.4, 4.6), layout="constrained")
         axes = figure.subplots()
         names = np.asarray(labels)

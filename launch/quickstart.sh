@@ -9,10 +9,10 @@ run=runs/quickstart
 recipes=launch/recipes/quickstart
 
 say() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }
-train() { deepspeed --num_accelerators 2 --module anchor.train "$@" --resume; }
+train() { deepspeed --num_accelerators 2 --module anchor.train "$@"; }
 score() {
   [ -f "$run/$1/mteb/scores.json" ] || OMP_NUM_THREADS=2 python -m eval mteb "$run/$1/export" --dtype bf16 \
-    --retrieval "$run/docs/heldout" --output "$run/$1/mteb"
+    --prompts folder --retrieval "$run/docs/heldout" --output "$run/$1/mteb"
 }
 
 mkdir -p "$run"
@@ -40,7 +40,11 @@ score stage2
 
 say "held-out retrieval, nDCG@10 x 100"
 python -m eval table untrained="$run/untrained/mteb" "Stage I=$run/stage1/mteb" "Stage I + II=$run/stage2/mteb"
+[ -f "$run/report.html" ] || OMP_NUM_THREADS=2 python -m eval report "$run/untrained" "Stage I=$run/stage1" \
+  "Stage I + II=$run/stage2" --model "$run/stage2/export" --pairs "$run/docs/heldout" --dtype bf16 \
+  --output "$run/report.html"
 cat <<EOF
+report       $run/report.html
 shards       $run/shards          look inside: python -m data_prep inspect $run/shards --show 3
 checkpoints  $run/stage1/checkpoints  $run/stage2/checkpoints
 model        $run/stage2/export   SentenceTransformer("$run/stage2/export")

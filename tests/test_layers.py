@@ -1,9 +1,9 @@
 """Invariants: imports point only downwards (design.md, section 2); preparing data needs no torch; no assert, no print.
 
-Layers: 6 launch (shell); 5 anchor.train, anchor.doctor, data_prep, eval, which never import one another; 4 anchor.engine,
-the only one to import deepspeed; 3 anchor.objectives; 2 anchor.models and anchor.data; 1 anchor.config, anchor.dist,
-anchor.log; 0 anchor.errors. In layer 2, anchor.models may import anchor.data, which holds what models are fed
-with; anchor.data never imports anchor.models. In layer 1 nothing imports a sibling.
+Layers: 6 launch (shell); 5 anchor.train, anchor.doctor, data_prep, eval, which never import one another; 4
+anchor.engine, the only one to import deepspeed; 3 anchor.objectives; 2 anchor.models and anchor.data; 1 anchor.config,
+anchor.dist, anchor.log; 0 anchor.errors. In layer 2, anchor.models may import anchor.data, which holds what models are
+fed with; anchor.data never imports anchor.models. In layer 1 nothing imports a sibling.
 """
 
 import ast

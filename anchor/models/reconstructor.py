@@ -81,7 +81,7 @@ def generate_from_anchors(
             ),
         )
     finally:
-        causal_lm.set_attn_implementation(kernel)
+        causal_lm.set_attn_implementation(cast(str, kernel))
     rows: list[list[int]] = out.tolist()
     return [row[: row.index(anchor_token_id)] if anchor_token_id in row else row for row in rows]
 
