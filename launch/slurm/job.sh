@@ -14,6 +14,10 @@ run_ranks() {
   local per_node=${SLURM_GPUS_PER_NODE:-1}
   per_node=${per_node##*:} # "h100:8" is 8
   echo "job $SLURM_JOB_ID: $((SLURM_JOB_NUM_NODES * per_node)) ranks on $SLURM_JOB_NODELIST, restart $restarts of at most $max_restarts" >&2
+  # A step number of its own after every restart: a request to end the old step may still be on its way to a node that
+  # was away, and would end the new one of the same number.
+  local used
+  for ((used = 0; used < restarts; used++)); do srun --nodes=1 --ntasks=1 true; done
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * per_node))" --ntasks-per-node="$per_node" \
     --cpus-per-task="$((SLURM_CPUS_ON_NODE / per_node))" --kill-on-bad-exit=1 bash launch/slurm/rank.sh "$@"
 }

@@ -139,8 +139,6 @@ def test_a_dead_node_requeues_the_job_which_resumes_from_its_checkpoint(
     wait_until(lambda: slurm.job(job)["JobState"] == "PENDING", 60, "the job to be back in the queue")
     slurm.boot(second)
     done = slurm.finished(job)
-    assert done["JobState"] == "COMPLETED", out.read_text()
-    # A node that comes back within a second may still be sent the end of the old step, which costs a second restart.
-    assert int(done["Restarts"]) in (1, 2)
+    assert (done["JobState"], done["Restarts"]) == ("COMPLETED", "1"), out.read_text()
     assert "resumed at step " in out.read_text()
     assert losses(run) == pytest.approx(reference.losses, rel=1e-5)
