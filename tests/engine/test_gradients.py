@@ -21,6 +21,7 @@ from reference import (
     relative,
 )
 
+pytestmark = pytest.mark.slow  # 19 engines on 1, 2 and 4 ranks
 PACKS_PER_RANK = (1, 2, 4)
 
 OBJECTIVES = {
