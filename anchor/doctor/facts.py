@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 import resource
 import shutil
@@ -18,6 +17,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from anchor.engine.extensions import extensions_folder
 
 ROOT = Path(__file__).parents[2]
 GIB = 1024**3
@@ -79,7 +80,7 @@ def gather_facts() -> Facts:
 
     cuda = torch.cuda.is_available()
     listed, driver = _driver()
-    extensions = _extensions_dir()
+    extensions = extensions_folder()
     return Facts(
         host=socket.gethostname(),
         python=sys.version.split()[0],
@@ -173,15 +174,3 @@ def _flash_attn() -> str | None:
         return str(importlib.import_module("flash_attn").__version__)
     except (ImportError, OSError) as error:  # built for another torch or CUDA
         return f"cannot be imported: {str(error).splitlines()[0]}"
-
-
-def _extensions_dir() -> Path:
-    """Where torch compiles extensions, as torch.utils.cpp_extension chooses it."""
-    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if chosen:
-        return Path(chosen)
-    from torch.utils import cpp_extension
-
-    accelerator = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
-    version = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}_{accelerator}"
-    return Path(cpp_extension.get_default_build_root()) / version

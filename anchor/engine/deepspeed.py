@@ -18,10 +18,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
+from anchor import dist
 from anchor.config.schema import OptimSection, TrainRecipe
 from anchor.dist import Ranks
+from anchor.engine.extensions import one_at_a_time, unlink_shared_buffer
 from anchor.engine.optim import parameter_groups
 from anchor.errors import ConfigError
 
@@ -244,12 +248,20 @@ def _adamw(module: nn.Module, optim: OptimSection, *, cpu_offload: bool) -> torc
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a kernel when first used
 
-        return DeepSpeedCPUAdam(groups, lr=optim.lr, adamw_mode=True)
+        with one_at_a_time():
+            return DeepSpeedCPUAdam(groups, lr=optim.lr, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=optim.lr, fused=True)
 
 
 def init_communication() -> None:
     """Let DeepSpeed use the process group that :func:`anchor.dist.init` made."""
+    accelerator: Any = get_accelerator()
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is not None and __compatible_ops__.get(builder.NAME, False):
+        with one_at_a_time():
+            builder.load()  # DeepSpeed keeps it: the next line, where ranks wait for one another, loads nothing
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False
     )
+    dist.barrier()  # now every rank has mapped every buffer
+    unlink_shared_buffer(torch.distributed.get_rank())
