@@ -63,5 +63,5 @@ for one in ${benchmarks[@]+"${benchmarks[@]}"}; do
   HF_HUB_OFFLINE=0 .venv/bin/python -m eval fetch --benchmark "$one" --data-root "$folder/data/mteb" ${source[@]+"${source[@]}"}
 done
 say "checksums"
-(cd "$folder" && find . -type f ! -name SHA256SUMS ! -path '*/.cache/*' -print0 | sort -z | xargs -0 sha256sum > .sums && mv .sums SHA256SUMS)
+(cd "$folder" && find . -type f ! -name SHA256SUMS ! -name .sums ! -path '*/.cache/*' -print0 | sort -z | xargs -0 sha256sum > .sums && mv .sums SHA256SUMS)
 say "$(wc -l < "$folder/SHA256SUMS") files, $(du -sh "$folder" | cut -f1); there: bash $(basename "$folder")/install.sh TARGET"
