@@ -1,0 +1,70 @@
+"""Every knob of the objectives, each with its source."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from anchor.config.fields import Fraction, PositiveInt, Section
+
+Similarity = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
+"""Of which side of a pair to which side of all pairs."""
+
+
+class ContrastiveTerm(Section):
+    """InfoNCE over the batch's documents and hard negatives; equations in `anchor/objectives/info_nce.py`."""
+
+    temperature: Annotated[float, Field(gt=0.0)]
+    """Divides cosine similarities (dimensionless). The paper: 0.02."""
+    false_negative_margin: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    """A text whose cosine exceeds the pair's own by more than this (cosine units) is no negative of it; off when
+    absent. Qwen3-Embedding: 0.1; below zero it is NV-Retriever's TopK-MarginPos."""
+    negatives: tuple[Similarity, ...] = ("query_to_document",)
+    """Similarities in a pair's denominator: of its query and of its document to all other documents and queries.
+    GTE: all four."""
+    softmax: Literal["joint", "per_side"] = "joint"
+    """One softmax per pair over all of `negatives`, or the mean of two: that of its query and that of its document."""
+    matryoshka_dimensions: tuple[PositiveInt, ...] = ()
+    """Leading dimensions that must serve as embeddings by themselves, ascending, below the hidden size: the loss is
+    the mean over them and the whole embedding. None when empty."""
+
+    @model_validator(mode="after")
+    def _terms_fit(self) -> "ContrastiveTerm":
+        if len(set(self.negatives)) < len(self.negatives):
+            raise ValueError(f"negatives names a similarity twice ({', '.join(self.negatives)}); name each once")
+        if "query_to_document" not in self.negatives:
+            raise ValueError("negatives lacks query_to_document, which holds the positive; add it")
+        if self.softmax == "per_side" and "document_to_query" not in self.negatives:
+            raise ValueError(
+                "softmax is per_side, but negatives lacks document_to_query, which holds the document's positive; "
+                "add it or use softmax: joint"
+            )
+        dimensions = self.matryoshka_dimensions
+        if list(dimensions) != sorted(set(dimensions)):
+            raise ValueError(f"matryoshka_dimensions ({', '.join(map(str, dimensions))}) must ascend")
+        return self
+
+
+class JointContrastive(ContrastiveTerm):
+    """A contrastive term beside reconstruction, over the same anchor states."""
+
+    weight: Annotated[float, Field(gt=0.0)]
+    """Multiplies the contrastive loss (dimensionless); reconstruction weighs 1."""
+
+
+class ReconstructionObjective(Section):
+    """Stage I: the anchor state of one side reconstructs the other side."""
+
+    kind: Literal["reconstruction"]
+    alpha: Fraction
+    """Weight of query-to-document; document-to-query weighs 1 - alpha. The paper: 0.2. With 0 or 1 the other direction
+    is not computed."""
+    target: Literal["body", "instruction_and_body"] = "body"
+    """Targets: the bare text, or the text with the instruction that it carries; the anchor token ends both."""
+    contrastive: JointContrastive | None = None
+    """A contrastive term added to the loss, over the same encode pass; hard negatives are then encoded too."""
+
+
+class ContrastiveObjective(ContrastiveTerm):
+    """Stage II: InfoNCE over the batch's documents and hard negatives."""
+
+    kind: Literal["contrastive"]

@@ -1,0 +1,150 @@
+"""Every knob of training: :class:`TrainRecipe`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from anchor.config.fields import NonNegativeInt, PositiveInt, Section
+from anchor.config.objectives import ContrastiveObjective, ReconstructionObjective
+
+
+class DataSection(Section):
+    shards: Path
+    """Folder written by `python -m data_prep pack`."""
+
+
+class FullTraining(Section):
+    """All parameters are trained."""
+
+    kind: Literal["full"]
+
+
+class LoraTraining(Section):
+    """Low-rank adapters on the linear layers are trained (Hu et al. 2021, arXiv:2106.09685)."""
+
+    kind: Literal["lora"]
+    r: PositiveInt
+    """Rank of the adapters."""
+    alpha: PositiveInt
+    """The adapter's output is multiplied by alpha / r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    """Dropout on the adapter's input."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter; each must exist."""
+
+
+class BackboneSection(Section):
+    path: str
+    """Model folder, hub name or `.gguf` file of a Llama-, Qwen2-, Qwen3- or Mistral-type causal LM."""
+    trained: Annotated[FullTraining | LoraTraining, Field(discriminator="kind")]
+    """Which parameters are trained."""
+    attention: Literal["flash", "varlen", "segments"]
+    """Packed attention: the flash-attn package, torch's own varlen kernel (CUDA), or one SDPA per segment."""
+    direction: Literal["causal", "bidirectional"] = "causal"
+    """Whether a token attends to the tokens after it too (LLM2Vec, BehnamGhader et al. 2024, arXiv:2404.05961); the
+    exported `config.json` then says `"is_causal": false`, which transformers >= 5.2 obeys. Contrastive only."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+
+class OptimSection(Section):
+    """AdamW with linear warm-up and linear decay to zero."""
+
+    lr: Annotated[float, Field(gt=0.0)]
+    """Highest learning rate."""
+    warmup_steps: NonNegativeInt
+    """Steps of linear warm-up."""
+    total_steps: NonNegativeInt
+    """Steps to train; 0 exports the untrained model with its template."""
+    decay_steps: PositiveInt | None = None
+    """Step at which the learning rate reaches zero; `total_steps` when absent."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradients are clipped to this global norm."""
+
+    @model_validator(mode="after")
+    def _horizon(self) -> "OptimSection":
+        if self.decay_steps is not None and self.decay_steps < self.total_steps:
+            raise ValueError(f"decay_steps ({self.decay_steps}) is less than total_steps ({self.total_steps})")
+        return self
+
+
+class EngineSection(Section):
+    deepspeed: Path
+    """A file of ds_configs/: ZeRO and communication only."""
+    dtype: Literal["bf16", "fp32"]
+    """Compute and export dtype; master weights and optimiser state are always fp32."""
+    log_every_steps: PositiveInt = 10
+    """One log line per so many steps; `metrics.jsonl` has every step."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """A checkpoint every so many steps; one is always written at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps are kept too, for good."""
+    timeout_seconds: PositiveInt = 1800
+    """Longest that a collective, a step, a checkpoint or the export may take; then the run ends and names the step."""
+
+
+class EvaluationSection(Section):
+    """Loss and retrieval on pairs that are not trained on, while training."""
+
+    shards: Path
+    """Held-out shards, packed with the same tokenizer and template."""
+    every_steps: PositiveInt
+    """Evaluate every so many steps, and before the first and after the last."""
+    max_batches: PositiveInt = 8
+    """The first so many batches are used; their documents are one pool."""
+
+
+class TelemetrySection(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """TensorBoard files in `output_dir/tensorboard`; Weights & Biases. One that cannot start stops the run."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases; required by its logger."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes to `output_dir/wandb`, for `wandb sync` later."""
+    peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak bf16 TFLOP/s of one device, for model FLOP/s utilisation; by the GPU's name when absent."""
+
+    @model_validator(mode="after")
+    def _wandb_has_a_project(self) -> "TelemetrySection":
+        if ("wandb" in self.loggers) != (self.wandb_project is not None):
+            raise ValueError("loggers and wandb_project disagree: give both 'wandb' and a project, or neither")
+        return self
+
+
+class TrainRecipe(Section):
+    """What `python -m anchor.train` does."""
+
+    output_dir: Path
+    """Folder of run.yaml, metrics.jsonl, checkpoints/ and export/."""
+    seed: NonNegativeInt
+    """Seed of the batch order and of dropout."""
+    data: DataSection
+    """What to train on."""
+    backbone: BackboneSection
+    """What is trained."""
+    objective: Annotated[ReconstructionObjective | ContrastiveObjective, Field(discriminator="kind")]
+    """What is minimised."""
+    optim: OptimSection
+    """How it is minimised."""
+    engine: EngineSection
+    """How it is run."""
+    evaluation: EvaluationSection | None = None
+    """Held-out evaluation while training; none when absent."""
+    telemetry: TelemetrySection = TelemetrySection()
+    """Further loggers."""
+
+    @model_validator(mode="after")
+    def _decoders_are_causal(self) -> "TrainRecipe":
+        if self.backbone.direction == "bidirectional" and isinstance(self.objective, ReconstructionObjective):
+            raise ValueError(
+                "backbone.direction is bidirectional, but objective.kind reconstruction decodes with the same weights, "
+                "where every target would see itself; use backbone.direction: causal or objective.kind: contrastive"
+            )
+        return self
