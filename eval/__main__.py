@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 def _mteb(arguments: argparse.Namespace) -> None:
     from anchor import dist
     from eval.benchmark import run_tasks
-    from eval.encoder import open_encoder
+    from eval.opening import open_encoder
     from eval.prompts import load_prompts
     from eval.ranks import RankedEncoder
 
@@ -176,7 +176,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
 def _embed(arguments: argparse.Namespace) -> None:
     from anchor import dist
     from eval.embed import Options, embed
-    from eval.encoder import open_encoder
+    from eval.opening import open_encoder
     from eval.texts import Source
 
     path = None if arguments.input == "-" else Path(arguments.input)
@@ -228,7 +228,7 @@ def _decode(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from eval.encoder import open_encoder
+    from eval.opening import open_encoder
     from eval.report import Looks, write_report
     from eval.report_data import read_run
     from eval.tasks import find_benchmark

@@ -6,11 +6,11 @@
 3. A pack passes through the forward that trains. So the vectors are those of the engine, of sentence-transformers
    and of plain transformers, whatever the packs.
 
-A folder without ``anchor.json`` that sentence-transformers can read is served by that library, see
-:class:`PlainEncoder`; :func:`open_encoder` chooses.
+Other kinds of folders: :mod:`eval.plain`, :mod:`eval.self_supervised`; :func:`eval.opening.open_encoder` chooses.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +34,7 @@ BLOCK_TEXTS = 2048
 """Texts that are tokenised, sorted and held at a time."""
 
 
-class TextEncoder:
+class TextEncoder(ABC):
     """What every kind of model folder offers.
 
     Attributes:
@@ -56,13 +56,13 @@ class TextEncoder:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
+    @abstractmethod
     def dimension(self) -> int:
         """Length of an embedding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
-        """Anchor states, float32, in the order of the texts."""
-        raise NotImplementedError
+        """Embeddings before they are normalised (see ``raw``), float32, in the order of the texts."""
 
     def encode(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
         """Embed texts.
@@ -139,7 +139,7 @@ class Encoder(TextEncoder):
                     pack = to_tensors(_text_pack([ids[m] for m in members]), self.device)
                     states, _ = self.embedder.anchor_states(pack)
                     out[[start + m for m in members]] = states.float().cpu().numpy()
-        return _finite(out, self.folder)
+        return finite(out, self.folder)
 
     def _tokenised(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[int, list[np.ndarray]]]:
         """``(index of the first text, token ids of each)`` by blocks; the next block is made ahead by a thread."""
@@ -157,71 +157,6 @@ class Encoder(TextEncoder):
                 ids = ahead.result()
                 ahead = pool.submit(tokenise, start + BLOCK_TEXTS) if start + BLOCK_TEXTS < len(texts) else None
                 yield start, ids
-
-
-class PlainEncoder(TextEncoder):
-    """A folder of sentence-transformers that this project did not export, served by that library.
-
-    Args:
-        folder: holds ``modules.json``.
-        dtype: ``bf16`` or ``fp32``.
-        pack_tokens: tokens of one forward pass, padding included, if every text had the maximal length.
-
-    Raises:
-        ModelError: the library is not installed, or cannot read the folder.
-    """
-
-    raw = False
-
-    def __init__(self, folder: Path, *, dtype: str, pack_tokens: int = 8192) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ModelError(f"{folder}: no anchor.json; `pip install sentence-transformers` to serve it") from error
-        try:
-            model = SentenceTransformer(str(folder), model_kwargs={"dtype": DTYPES[dtype]}, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{folder}: sentence-transformers cannot read it: {reason}") from error
-        limit = model.max_seq_length or 512
-        super().__init__(folder, {"prompts": dict(model.prompts), "max_tokens": limit}, dtype)
-        self.model = model
-        self.batch_size = max(1, pack_tokens // limit)
-
-    @property
-    def dimension(self) -> int:
-        size = self.model.get_embedding_dimension()
-        if size is None:
-            raise ModelError(f"{self.folder}: its modules do not say how long an embedding is")
-        return size
-
-    def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
-        if not texts:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        # An empty prompt keeps the folder's default prompt away.
-        vectors = self.model.encode(list(texts), prompt=prompt, batch_size=self.batch_size, show_progress_bar=False)
-        return _finite(np.asarray(vectors, dtype=np.float32), self.folder)
-
-
-def open_encoder(
-    folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192
-) -> Encoder | PlainEncoder:
-    """The encoder for a folder: exported by this project, or any that sentence-transformers reads.
-
-    Raises:
-        ModelError: missing folder, or neither ``anchor.json`` nor ``modules.json`` in it.
-    """
-    resolve_model_path(str(folder))
-    if (folder / "anchor.json").is_file():
-        return Encoder(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens)
-    if not (folder / "modules.json").is_file():
-        raise ModelError(
-            f"{folder}: neither anchor.json nor modules.json; expected a folder exported by anchor.train or one of "
-            "sentence-transformers"
-        )
-    if attention is not None:
-        raise ConfigError(f"{folder}: no anchor.json, so sentence-transformers serves it; leave --attention out")
-    return PlainEncoder(folder, dtype=dtype, pack_tokens=pack_tokens)
 
 
 def unit(states: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
@@ -259,7 +194,12 @@ class NotFiniteError(DataError):
         return type(self), (str(self), self.index)  # it travels between ranks
 
 
-def _finite(states: np.ndarray, folder: Path) -> np.ndarray:
+def finite(states: Float[np.ndarray, "B D"], folder: Path) -> Float[np.ndarray, "B D"]:
+    """The same states.
+
+    Raises:
+        NotFiniteError: one of them is not finite.
+    """
     good = np.asarray(np.isfinite(states).all(axis=1))
     if not good.all():
         first = int(np.argmin(good))

@@ -8,7 +8,8 @@ import pytest
 from conftest import english_pairs
 
 from anchor.errors import ConfigError, ModelError
-from eval.encoder import Encoder, open_encoder
+from eval.encoder import Encoder
+from eval.opening import open_encoder
 
 TEXTS = [row["positive"] for row in english_pairs(40)] + ["", "word " * 200]
 

@@ -1,0 +1,55 @@
+"""Folders of sentence-transformers that this project did not export, served by that library."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from anchor.errors import ModelError
+from anchor.models.backbone import DTYPES
+from eval.encoder import TextEncoder, finite
+
+
+class PlainEncoder(TextEncoder):
+    """A folder of sentence-transformers that this project did not export, served by that library.
+
+    Args:
+        folder: holds ``modules.json``.
+        dtype: ``bf16`` or ``fp32``.
+        pack_tokens: tokens of one forward pass, padding included, if every text had the maximal length.
+
+    Raises:
+        ModelError: the library is not installed, or cannot read the folder.
+    """
+
+    raw = False
+
+    def __init__(self, folder: Path, *, dtype: str, pack_tokens: int = 8192) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ModelError(f"{folder}: no anchor.json; `pip install sentence-transformers` to serve it") from error
+        try:
+            model = SentenceTransformer(str(folder), model_kwargs={"dtype": DTYPES[dtype]}, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{folder}: sentence-transformers cannot read it: {reason}") from error
+        limit = model.max_seq_length or 512
+        super().__init__(folder, {"prompts": dict(model.prompts), "max_tokens": limit}, dtype)
+        self.model = model
+        self.batch_size = max(1, pack_tokens // limit)
+
+    @property
+    def dimension(self) -> int:
+        size = self.model.get_embedding_dimension()
+        if size is None:
+            raise ModelError(f"{self.folder}: its modules do not say how long an embedding is")
+        return size
+
+    def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        # An empty prompt keeps the folder's default prompt away.
+        vectors = self.model.encode(list(texts), prompt=prompt, batch_size=self.batch_size, show_progress_bar=False)
+        return finite(np.asarray(vectors, dtype=np.float32), self.folder)
