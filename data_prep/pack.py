@@ -25,6 +25,7 @@ from anchor.data.shards import FORMAT_VERSION, INDEX_NAME, Index, read_index
 from anchor.data.templates import Template, resolve_template
 from anchor.data.tokenization import (
     SegmentTokenizer,
+    end_token_id,
     load_tokenizer,
     prepare_tokenizer,
     tokenizer_fingerprint,
@@ -298,9 +299,16 @@ def _write_index(run: _Run, summaries: list[dict[str, Any]], shards: list[dict[s
         sources=summaries,
         prompts=_prompts(run.template, summaries, run.recipe.prompts),
         shards=shards,
+        end_token_id=_end_token_id(run),
     )
     index.write(run.folder)
     return index
+
+
+def _end_token_id(run: _Run) -> int | None:
+    if not run.template.special_tokens:
+        return None
+    return end_token_id(run.segmenter.backend, run.template, run.recipe.tokenizer)
 
 
 def _prompts(template: Template, summaries: list[dict[str, Any]], instructions: dict[str, str]) -> dict[str, str]:

@@ -38,7 +38,25 @@ class CustomTemplate(Section):
     """How an instruction is joined to a text; must end in `{text}`."""
 
 
-TemplateSection = Annotated[PresetTemplate | ChatTemplate | CustomTemplate, Field(discriminator="kind")]
+class SpecialTokensTemplate(Section):
+    """Trained special tokens behind every text; they are added to the tokenizer (LLM2Vec-Gen, arXiv:2603.10913)."""
+
+    kind: Literal["special_tokens"]
+    tokens: PositiveInt
+    """Special tokens behind every segment (P); their trained states are what represents a text. The paper: 10."""
+    prefix: str = ""
+    """Text before every segment; special tokens by name."""
+    suffix: str = ""
+    """Text between every text and its special tokens; none in the paper."""
+    end: str | None = None
+    """Token, by name, that ends a decoded answer; the tokenizer's end-of-text token when absent."""
+    instruction_format: str = "{instruction}: {text}"
+    """How an instruction is joined to a text; must end in `{text}`."""
+
+
+TemplateSection = Annotated[
+    PresetTemplate | ChatTemplate | CustomTemplate | SpecialTokensTemplate, Field(discriminator="kind")
+]
 
 
 class Columns(Section):

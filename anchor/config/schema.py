@@ -8,6 +8,7 @@ from anchor.config.objectives import (
     ContrastiveObjective,
     ContrastiveTerm,
     JointContrastive,
+    LanguageModelObjective,
     ReconstructionObjective,
     Similarity,
 )
@@ -23,6 +24,7 @@ from anchor.config.pack_recipe import (
     PackRecipe,
     PresetTemplate,
     ProportionalMixture,
+    SpecialTokensTemplate,
     TemperatureMixture,
     TextLimits,
 )
@@ -55,6 +57,7 @@ __all__ = [
     "FullTraining",
     "HubSource",
     "JointContrastive",
+    "LanguageModelObjective",
     "LoraTraining",
     "OptimSection",
     "PackRecipe",
@@ -62,6 +65,7 @@ __all__ = [
     "ProportionalMixture",
     "ReconstructionObjective",
     "Similarity",
+    "SpecialTokensTemplate",
     "TelemetrySection",
     "TemperatureMixture",
     "TextLimits",

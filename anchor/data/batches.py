@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from anchor.data.packing import cu_seqlens, position_ids
@@ -82,6 +82,8 @@ class PackTensors:
         cu_seqlens: segment boundaries.
         max_length: tokens of the longest segment.
         pack: the numpy arrays it was made of.
+        teacher: float32, the teacher's embedding of each pair's positive, in the order of the queries; None where the
+            shards have none.
     """
 
     input_ids: Int[Tensor, " T"]
@@ -89,6 +91,7 @@ class PackTensors:
     cu_seqlens: Int[Tensor, " S1"]
     max_length: int
     pack: Pack
+    teacher: Float[Tensor, "N H_t"] | None = None
 
 
 def to_tensors(pack: Pack, device: torch.device) -> PackTensors:
@@ -100,6 +103,7 @@ def to_tensors(pack: Pack, device: torch.device) -> PackTensors:
         cu_seqlens=torch.from_numpy(cu_seqlens(lengths)).to(device),
         max_length=int(lengths.max()),
         pack=pack,
+        teacher=None if pack.teacher is None else torch.from_numpy(pack.teacher.astype(np.float32)).to(device),
     )
 
 

@@ -3,7 +3,8 @@
 1. :func:`plan_packs`: longest-processing-time partition of a batch's pairs into the smallest multiple of
    ``pack_multiple`` packs that all fit the token budget.
 2. :func:`cu_seqlens`, :func:`position_ids`: what packed attention and RoPE need.
-3. :func:`decode_plan`: indices that turn anchor states and input embeddings into one packed decode pass.
+3. :func:`decode_plan`, :func:`answer_decode_plan`: indices that turn prefix vectors (anchor states, or soft prompts)
+   and input embeddings into one packed decode pass.
 """
 
 import heapq
@@ -74,19 +75,24 @@ def position_ids(lengths: np.ndarray) -> np.ndarray:
 class DecodePlan:
     """One packed decode pass over all target segments.
 
-    Row of target segment s with partner p: ``[anchor(p), x[body(s)]]`` predicts ``[ids[body(s)], anchor token]``.
+    The row of a target segment is P prefix vectors and then the input embeddings of its body. Its last body + 1
+    positions (the last prefix vector and the body) predict the body and then one token that ends it; the positions
+    before them predict nothing.
 
     Attributes:
-        gather: int64 ``R``; index into ``cat([anchor states (S), input embeddings (T)])`` for each decode token.
-        targets: int64 ``R``; the token that each decode position predicts.
-        lengths: int64 ``G``; decode tokens per target segment, body + 1.
-        target_roles: int8 ``R``; role of the segment that each target belongs to.
+        gather: int64 ``R``; index into ``cat([prefix vectors, input embeddings (T)])`` for each decode token.
+        lengths: int64 ``G``; decode tokens per target segment, body + P.
+        target_rows: int64 ``N``; the decode tokens, of the ``R``, that predict something (all of them where P is 1):
+            only their states go to the head.
+        targets: int64 ``N``; what each of them predicts.
+        target_roles: int8 ``N``; role of the segment that each target belongs to.
         target_pairs: int64 ``G``; ordinal of the pair in the pack of each target segment.
     """
 
     gather: np.ndarray
-    targets: np.ndarray
     lengths: np.ndarray
+    target_rows: np.ndarray
+    targets: np.ndarray
     target_roles: np.ndarray
     target_pairs: np.ndarray
 
@@ -101,6 +107,9 @@ def decode_plan(
 ) -> DecodePlan:
     """Index plan of the decode pass: queries from their positives' anchors, positives from their queries'.
 
+    Row of target segment s with partner p: ``[anchor(p), x[body(s)]]`` predicts ``[ids[body(s)], anchor token]``; the
+    prefix vectors are the ``S`` anchor states of the pack's segments.
+
     Args:
         input_ids: tokens of the pack, ``T``.
         segment_lengths, roles, body_starts, body_ends: per segment, ``S``; bodies are relative to the segment.
@@ -110,25 +119,80 @@ def decode_plan(
     Returns:
         The plan; hard negatives are neither decoded nor decoded from.
     """
-    num_segments = len(segment_lengths)
-    starts = cu_seqlens(segment_lengths)[:-1].astype(np.int64)
     targets_of = np.flatnonzero(np.isin(roles, decoded_roles))
     # The partner of a query is the next segment, that of a positive the one before.
     partners = np.where(roles[targets_of] == QUERY, targets_of + 1, targets_of - 1)
-    lengths = (body_ends - body_starts)[targets_of].astype(np.int64) + 1
+    last = cu_seqlens(segment_lengths)[1:].astype(np.int64)[targets_of] - 1
+    bodies = (body_starts, body_ends)
+    return _plan(
+        input_ids, segment_lengths, roles, bodies, targets_of, partners[:, None], len(segment_lengths), input_ids[last]
+    )
+
+
+def answer_decode_plan(
+    input_ids: np.ndarray,
+    segment_lengths: np.ndarray,
+    roles: np.ndarray,
+    body_starts: np.ndarray,
+    body_ends: np.ndarray,
+    *,
+    num_prefix: int,
+    end_token_id: int,
+) -> DecodePlan:
+    """Index plan of the decode pass of self-supervision: each positive from its query's P soft prompts.
+
+    Row of the positive of the q-th query: ``[p(q, 0) ... p(q, P-1), x[body]]``, whose last body + 1 positions predict
+    ``[ids[body], end token]``. The prefix vectors are the soft prompts of the pack's ``Q`` queries, in order and flat
+    (``Q P`` rows): decode token i is row ``gather[i]`` of ``cat([soft prompts (Q P), input embeddings (T)])``.
+
+    Args:
+        input_ids: tokens of the pack, ``T``; the indices into the input embeddings are into all of them.
+        segment_lengths, roles, body_starts, body_ends: per segment, ``S``; as in :func:`decode_plan`.
+        num_prefix: P, soft prompts per query.
+        end_token_id: what follows the last token of a body.
+
+    Returns:
+        The plan, one row per pair in the order of the queries; hard negatives are not decoded.
+    """
+    targets_of = np.flatnonzero(roles == POSITIVE)
+    queries = (np.cumsum(roles == QUERY)[targets_of] - 1).astype(np.int64)
+    prefix = queries[:, None] * num_prefix + np.arange(num_prefix)
+    ends = np.full(len(targets_of), end_token_id)
+    num_vectors = num_prefix * int((roles == QUERY).sum())
+    return _plan(input_ids, segment_lengths, roles, (body_starts, body_ends), targets_of, prefix, num_vectors, ends)
+
+
+def _plan(
+    input_ids: np.ndarray,
+    segment_lengths: np.ndarray,
+    roles: np.ndarray,
+    bodies: tuple[np.ndarray, np.ndarray],
+    targets_of: np.ndarray,
+    prefix: np.ndarray,
+    num_vectors: int,
+    end_ids: np.ndarray,
+) -> DecodePlan:
+    """The plan of the segments ``targets_of`` (``G``) with prefix vectors ``prefix`` (``G P``) of ``num_vectors``."""
+    num_prefix = prefix.shape[1]
+    sizes = (bodies[1] - bodies[0])[targets_of].astype(np.int64)
+    body_first = (cu_seqlens(segment_lengths)[:-1].astype(np.int64) + bodies[0])[targets_of]
+    lengths = sizes + num_prefix
     first = cu_seqlens(lengths)[:-1].astype(np.int64)
-    within = position_ids(lengths)  # 0 is the anchor vector, i > 0 the (i-1)-th body token
-    body = np.repeat(starts[targets_of] + body_starts[targets_of], lengths)
-    gather = num_segments + body + within - 1
-    gather[first] = partners
-    ends = first + lengths - 1
-    last = starts[targets_of] + segment_lengths[targets_of] - 1
-    target_index = body + within
-    target_index[ends] = last
+    within = position_ids(lengths)  # i < P is a prefix vector, P + i the i-th body token
+    gather = num_vectors + np.repeat(body_first, lengths) + within - num_prefix
+    gather[(first[:, None] + np.arange(num_prefix)).ravel()] = prefix.ravel()
+    target_rows = np.flatnonzero(within >= num_prefix - 1)
+    # What a position predicts is the body token behind it; what the last one predicts is the end.
+    behind = np.repeat(body_first, sizes + 1) + position_ids(sizes + 1)
+    ends = np.cumsum(sizes + 1) - 1
+    behind[ends] = body_first  # any token: replaced below
+    targets = input_ids[behind].astype(np.int64)
+    targets[ends] = end_ids
     return DecodePlan(
         gather=gather,
-        targets=input_ids[target_index].astype(np.int64),
         lengths=lengths,
-        target_roles=np.repeat(roles[targets_of], lengths),
+        target_rows=target_rows,
+        targets=targets,
+        target_roles=np.repeat(roles[targets_of], sizes + 1),
         target_pairs=np.cumsum(roles == QUERY)[targets_of] - 1,
     )

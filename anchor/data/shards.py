@@ -6,11 +6,13 @@ A folder of shards holds
   is one pack.** Columns per row: ``input_ids: list<int32>`` (all segments of the pack, one after another),
   ``segment_lengths``, ``body_starts``, ``body_ends: list<int32>`` (per segment; bodies relative to it),
   ``roles: list<int8>`` (0 query, 1 positive, 2... hard negatives), ``pair_ids: list<int64>`` (row in the source)
-  and ``text_ids: list<int64>`` (xxh3 of the text), both per segment.
+  and ``text_ids: list<int64>`` (xxh3 of the text), both per segment. Shards that `data_prep teach` wrote (format
+  version 2) have one more, ``teacher: list<float16>``: the teacher's embedding of each pair's positive, one after
+  another in the order of the queries.
 * Each record batch's own metadata, key ``anchor``: JSON with ``source``, ``pairs``, ``query_target_tokens``,
   ``document_target_tokens`` and ``xxh3`` (of the other four and of all columns; checked at every read).
 * ``tokenizer/``: the tokenizer with the template in its post-processor.
-* ``index.json``, written last and atomically: a folder without it is unfinished.
+* ``index.json`` (:mod:`anchor.data.index`), written last and atomically: a folder without it is unfinished.
 
 The writer cuts a new file every ``batches_per_shard`` batches.
 """
@@ -20,7 +22,7 @@ import json
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,26 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from anchor.data.index import FORMAT_VERSION, INDEX_NAME, TEACHER_VERSION, Index, index_hash, read_index
 from anchor.data.packing import cu_seqlens
 from anchor.data.records import QUERY
 from anchor.errors import ShardError
 
-FORMAT_VERSION = 1
-INDEX_NAME = "index.json"
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_NAME",
+    "TEACHER_VERSION",
+    "Batch",
+    "Index",
+    "Pack",
+    "ShardReader",
+    "ShardWriter",
+    "index_hash",
+    "make_batch",
+    "read_index",
+    "text_id",
+]
+
 BATCHES_PER_SHARD = 256
 _RESIDENT_BYTES = 1 << 24
 _COLUMNS: dict[str, Any] = {
@@ -45,7 +61,11 @@ _COLUMNS: dict[str, Any] = {
     "pair_ids": np.int64,
     "text_ids": np.int64,
 }
-_SCHEMA = pa.schema([(name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in _COLUMNS.items()])
+_TEACHER_COLUMNS: dict[str, Any] = {**_COLUMNS, "teacher": np.float16}
+
+
+def _schema(columns: dict[str, Any]) -> pa.Schema:
+    return pa.schema([(name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in columns.items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +79,8 @@ class Pack:
         roles: int8 ``S``.
         pair_ids: int64 ``S``; row of the pair in its source.
         text_ids: int64 ``S``; equal for equal texts.
+        teacher: float16 ``N H_t``; the teacher's embedding of each pair's positive, in the order of the queries; None
+            where the shards have none.
     """
 
     input_ids: np.ndarray
@@ -68,6 +90,7 @@ class Pack:
     roles: np.ndarray
     pair_ids: np.ndarray
     text_ids: np.ndarray
+    teacher: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,12 +101,13 @@ class Pack:
         return int((self.roles == QUERY).sum())
 
     def select(self, keep: np.ndarray) -> "Pack":
-        """The pack with only the segments where ``keep`` (bool ``S``) is True."""
+        """The pack with only the segments where ``keep`` (bool ``S``) is True; a teacher's row stays with its query."""
         if keep.all():
             return self
         tokens = np.repeat(keep, self.segment_lengths)
         rest = {name: getattr(self, name)[keep] for name in _COLUMNS if name != "input_ids"}
-        return Pack(input_ids=self.input_ids[tokens], **rest)
+        teacher = None if self.teacher is None else self.teacher[keep[self.roles == QUERY]]
+        return Pack(input_ids=self.input_ids[tokens], teacher=teacher, **rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +157,20 @@ class ShardWriter:
         folder: where the files go; must exist.
         batches_per_shard: batches per file.
         first_shard: number of the first file, where several writers share a folder.
+        teacher: whether the batches have a teacher's embeddings.
     """
 
-    def __init__(self, folder: Path, batches_per_shard: int = BATCHES_PER_SHARD, first_shard: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        batches_per_shard: int = BATCHES_PER_SHARD,
+        first_shard: int = 0,
+        *,
+        teacher: bool = False,
+    ) -> None:
         self.folder = folder
+        self._columns = _TEACHER_COLUMNS if teacher else _COLUMNS
+        self._schema = _schema(self._columns)
         self.first_shard = first_shard
         self.batches_per_shard = batches_per_shard
         self.shards: list[dict[str, Any]] = []
@@ -148,10 +182,10 @@ class ShardWriter:
         if self._writer is None:
             self._path = self.folder / f"{self.first_shard + len(self.shards):05d}.arrow"
             # Beside, then renamed: a process that still maps an older file of this name keeps it.
-            self._writer = pa.ipc.new_file(f"{self._path}.tmp", _SCHEMA)
+            self._writer = pa.ipc.new_file(f"{self._path}.tmp", self._schema)
         arrays, columns = [], {}
-        for name, dtype in _COLUMNS.items():
-            parts = [np.ascontiguousarray(getattr(pack, name), dtype=dtype) for pack in batch.packs]
+        for name, dtype in self._columns.items():
+            parts = [np.ascontiguousarray(getattr(pack, name), dtype=dtype).reshape(-1) for pack in batch.packs]
             offsets, values = cu_seqlens(np.asarray([len(p) for p in parts])), np.concatenate(parts)
             columns[name] = (offsets, values)
             arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
@@ -162,7 +196,7 @@ class ShardWriter:
             "document_target_tokens": batch.document_target_tokens,
         }
         meta["xxh3"] = _checksum(meta, columns)
-        record = pa.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+        record = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         self._writer.write_batch(record, custom_metadata={"anchor": json.dumps(meta)})
         self._counts["batches"] += 1
         self._counts["packs"] += len(batch.packs)
@@ -184,81 +218,6 @@ class ShardWriter:
         self._counts = dict.fromkeys(self._counts, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
-    """What ``index.json`` says.
-
-    Attributes:
-        version: format version.
-        tokenizer_sha256: fingerprint of ``tokenizer/tokenizer.json``.
-        anchor_token_id: id of the last token of every segment.
-        template: prefix, suffix, instruction format.
-        recipe: the resolved recipe.
-        sources: per source: rows read, kept, dropped by reason, unused positives, batches, remainder, truncated,
-            tokens, traits.
-        prompts: prompts of an exported model: ``query``, ``document`` and those that the recipe names.
-        shards: per file: file, bytes, sha256, batches, packs, tokens.
-    """
-
-    version: int
-    tokenizer_sha256: str
-    anchor_token_id: int
-    template: dict[str, str]
-    recipe: dict[str, Any]
-    sources: list[dict[str, Any]]
-    prompts: dict[str, str]
-    shards: list[dict[str, Any]]
-
-    @property
-    def num_batches(self) -> int:
-        return sum(shard["batches"] for shard in self.shards)
-
-    @property
-    def num_epochs(self) -> int:
-        """Epochs that the folder holds, one after another, each of as many batches."""
-        return self.recipe.get("epochs", 1)  # absent where the program that packed knew only one
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self.num_batches // self.num_epochs
-
-    @property
-    def pack_multiple(self) -> int:
-        return self.recipe["batch"]["pack_multiple"]
-
-    def write(self, folder: Path) -> None:
-        """Write atomically: beside, then renamed."""
-        beside = folder / (INDEX_NAME + ".tmp")
-        beside.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, folder / INDEX_NAME)
-
-
-def read_index(folder: Path) -> Index:
-    """Read and check ``index.json``.
-
-    Raises:
-        ShardError: no such folder, unfinished, unreadable or of another format version.
-    """
-    file = folder / INDEX_NAME
-    if not folder.is_dir():
-        raise ShardError(f"{folder}: no such folder of shards; run `python -m data_prep pack` first")
-    if not file.is_file():
-        raise ShardError(f"{folder}: unfinished, it has no {INDEX_NAME}; run `python -m data_prep pack` again")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        version = raw["version"]
-        if version != FORMAT_VERSION:
-            raise ShardError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}; pack again")
-        return Index(**raw)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{file}: not a readable index ({error}); pack again") from error
-
-
-def index_hash(folder: Path) -> str:
-    """sha256 (hex) of index.json: identifies the data of a run."""
-    return hashlib.sha256((folder / INDEX_NAME).read_bytes()).hexdigest()
-
-
 class ShardReader:
     """Random access to the batches of a folder, by memory map; files are opened when first needed.
 
@@ -272,6 +231,9 @@ class ShardReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = read_index(folder)
+        self._columns = _COLUMNS if self.index.teacher is None else _TEACHER_COLUMNS
+        self._schema = _schema(self._columns)
+        self._program = f"`python -m data_prep {'pack' if self.index.teacher is None else 'teach'}`"
         self._first = np.cumsum([0] + [shard["batches"] for shard in self.index.shards])
         self._files: dict[int, tuple[pa.RecordBatchFileReader, mmap.mmap]] = {}
         self._resident_bytes = 0
@@ -290,7 +252,7 @@ class ShardReader:
             ShardError: the file is missing, truncated or altered.
         """
         shard, where = self._shard_of(batch), self.where(batch)
-        mend = "delete the file and run `python -m data_prep pack` again"
+        mend = f"delete the file and run {self._program} again"
         local = batch - int(self._first[shard])
         try:
             file = self._open(shard)
@@ -298,19 +260,27 @@ class ShardReader:
             record.validate()  # lengths and buffers fit: else reading an altered file could leave the memory map
             meta = json.loads(custom[b"anchor"])
             stored = meta.pop("xxh3")
-            columns = {name: _views(record.column(name)) for name in _COLUMNS}
+            columns = {name: _views(record.column(name)) for name in self._columns}
             intact = _checksum(meta, columns) == stored
             self._release(record.nbytes)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{where}: unreadable ({type(error).__name__}); {mend}") from error
         if not intact:
             raise ShardError(f"{where}: checksum differs; {mend}")
-        bounds = {name: offsets for name, (offsets, _) in columns.items()}
-        packs = tuple(
-            Pack(**{n: values[bounds[n][p] : bounds[n][p + 1]] for n, (_, values) in columns.items()})
-            for p in range(record.num_rows)
-        )
+        expected = 0 if self.index.teacher is None else meta["pairs"] * self.index.teacher["dimension"]
+        if expected and len(columns["teacher"][1]) != expected:
+            raise ShardError(
+                f"{where}: {len(columns['teacher'][1])} numbers of the teacher, expected {expected} by {INDEX_NAME}; "
+                f"run {self._program} again"
+            )
+        packs = tuple(self._pack(columns, row) for row in range(record.num_rows))
         return Batch(packs, meta["source"], meta["query_target_tokens"], meta["document_target_tokens"])
+
+    def _pack(self, columns: dict[str, tuple[np.ndarray, np.ndarray]], row: int) -> Pack:
+        arrays = {name: values[offsets[row] : offsets[row + 1]] for name, (offsets, values) in columns.items()}
+        if self.index.teacher is not None:
+            arrays["teacher"] = arrays["teacher"].reshape(-1, self.index.teacher["dimension"])
+        return Pack(**arrays)
 
     def _shard_of(self, batch: int) -> int:
         return int(np.searchsorted(self._first, batch, side="right")) - 1
@@ -320,7 +290,7 @@ class ShardReader:
             with self._path(shard).open("rb") as opened:
                 pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             file = pa.ipc.open_file(pa.py_buffer(pages))
-            if not file.schema.equals(_SCHEMA):  # the checksum covers the bytes, not what they mean
+            if not file.schema.equals(self._schema):  # the checksum covers the bytes, not what they mean
                 raise pa.ArrowInvalid("schema differs")
             self._files[shard] = (file, pages)
         return self._files[shard][0]
@@ -341,8 +311,7 @@ class ShardReader:
         path = self.folder / expected["file"]
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise ShardError(
-                f"{path}: missing or not {expected['bytes']} bytes long; delete it and run "
-                "`python -m data_prep pack` again"
+                f"{path}: missing or not {expected['bytes']} bytes long; delete it and run {self._program} again"
             )
         return path
 
@@ -356,7 +325,7 @@ class ShardReader:
             path = self._path(number)
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise ShardError(f"{path}: sha256 differs; delete it and run `python -m data_prep pack` again")
+                    raise ShardError(f"{path}: sha256 differs; delete it and run {self._program} again")
 
 
 def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ and every later consumer produce the same ids.
 from dataclasses import dataclass
 from typing import Any
 
-from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate
+from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
 from anchor.errors import ConfigError, did_you_mean
 
 _SENTINEL = "\u241fTEXT\u241f"
@@ -22,11 +22,15 @@ class Template:
         prefix: text before every segment.
         suffix: text after every segment; its last token is the anchor token.
         instruction_format: format string that ends in ``{text}``.
+        special_tokens: trained special tokens that ``suffix`` ends in; 0 where the anchor token is the model's own.
+        end: name of the token that ends a decoded text; only with special tokens.
     """
 
     prefix: str
     suffix: str
     instruction_format: str
+    special_tokens: int = 0
+    end: str | None = None
 
     def instructed(self, text: str, instruction: str | None) -> tuple[str, int]:
         """The text with its instruction, and the character at which the bare text begins."""
@@ -40,8 +44,17 @@ class Template:
         head, _, _ = self.instruction_format.rpartition("{text}")
         return head.replace("{instruction}", instruction)
 
-    def to_json(self) -> dict[str, str]:
-        return {"prefix": self.prefix, "suffix": self.suffix, "instruction_format": self.instruction_format}
+    def to_json(self) -> dict[str, Any]:
+        """What shards and exported models store; ``Template(**stored)`` reads it."""
+        stored = {"prefix": self.prefix, "suffix": self.suffix, "instruction_format": self.instruction_format}
+        if not self.special_tokens:
+            return stored
+        return {**stored, "special_tokens": self.special_tokens, "end": self.end}
+
+
+def special_token_names(count: int) -> list[str]:
+    """Names of the trained special tokens, in order."""
+    return [f"<|anchor_{number}|>" for number in range(count)]
 
 
 PRESETS: dict[str, tuple[str, str]] = {
@@ -54,7 +67,9 @@ PRESETS: dict[str, tuple[str, str]] = {
 
 
 def resolve_template(
-    section: PresetTemplate | ChatTemplate | CustomTemplate, tokenizer: Any, where: str = "template"
+    section: PresetTemplate | ChatTemplate | CustomTemplate | SpecialTokensTemplate,
+    tokenizer: Any,
+    where: str = "template",
 ) -> Template:
     """Make the template that a recipe names.
 
@@ -68,6 +83,12 @@ def resolve_template(
     """
     if isinstance(section, CustomTemplate):
         return Template(section.prefix, section.suffix, section.instruction_format)
+    if isinstance(section, SpecialTokensTemplate):
+        end = section.end or tokenizer.eos_token
+        if not end:
+            raise ConfigError(f"{where}: the tokenizer has no end-of-text token; name the token that ends texts in end")
+        suffix = section.suffix + "".join(special_token_names(section.tokens))
+        return Template(section.prefix, suffix, section.instruction_format, section.tokens, end)
     if isinstance(section, PresetTemplate):
         if section.name not in PRESETS:
             raise ConfigError(f"{where}: unknown preset '{section.name}'{did_you_mean(section.name, PRESETS)}")

@@ -1,7 +1,8 @@
 """Texts + template -> segments: token ids and the span of the bare text among them.
 
-1. :func:`prepare_tokenizer` puts the template into the tokenizer's own post-processor and makes special
-   tokens inside texts ordinary text, so that a web page cannot forge an anchor token or a turn.
+1. :func:`prepare_tokenizer` puts the template, with its trained special tokens where it has any, into the tokenizer's
+   own post-processor and makes special tokens inside texts ordinary text, so that a web page cannot forge an anchor
+   token or a turn.
 2. :class:`SegmentTokenizer` encodes texts in batches, cuts the text (never the template) to the limit, and
    finds the body by character offsets: the first token that reaches past the instruction begins the body.
 """
@@ -18,7 +19,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from anchor.config.model_path import resolve_model_path
-from anchor.data.templates import Template
+from anchor.data.templates import Template, special_token_names
 from anchor.errors import DataError, ModelError
 
 
@@ -66,14 +67,18 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
     """Put the template into a transformers tokenizer's post-processor; changes and returns it.
 
     After this, ``tokenizer(text)`` gives prefix + text + suffix, truncation keeps both ends, and the name of a
-    special token inside a text is ordinary text. It is saved and loaded with the tokenizer.
+    special token inside a text is ordinary text. It is saved and loaded with the tokenizer. The template's trained
+    special tokens are new ones, with consecutive ids behind all others.
 
     Raises:
-        DataError: the template's anchor token is not one token of this tokenizer.
+        DataError: the template's anchor token or end token is not one token of this tokenizer, or the tokenizer has a
+            token of the name of a trained special token.
     """
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
+    if template.special_tokens:
+        _add_special_tokens(backend, template, where)
     prefix_ids = _template_ids(backend, template.prefix)
     suffix_ids = _template_ids(backend, template.suffix)
     added = backend.get_added_tokens_decoder()
@@ -103,8 +108,42 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
     for key in ("add_bos_token", "add_eos_token", "add_prefix_space_token"):
         tokenizer.init_kwargs.pop(key, None)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = backend.id_to_token(suffix_ids[-1])
+        tokenizer.pad_token = template.end or backend.id_to_token(suffix_ids[-1])
     return tokenizer
+
+
+def _add_special_tokens(backend: Tokenizer, template: Template, where: str) -> None:
+    names = special_token_names(template.special_tokens)
+    present = [name for name in names if backend.token_to_id(name) is not None]
+    if present:
+        raise DataError(
+            f"{where}: the tokenizer has a token '{present[0]}' already; use the tokenizer of the model before special "
+            "tokens were trained for it"
+        )
+    end_token_id(backend, template, where)
+    first = backend.get_vocab_size(with_added_tokens=True)
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    ids = [backend.token_to_id(name) for name in names]
+    if ids != list(range(first, first + len(names))):
+        raise DataError(
+            f"{where}: the tokenizer's ids have gaps: its {first} tokens are followed by {ids}, expected "
+            f"{first} to {first + len(names) - 1}; renumber its added tokens"
+        )
+
+
+def end_token_id(backend: Tokenizer, template: Template, where: str) -> int:
+    """Id of the token that ends a decoded text; only of a template with special tokens.
+
+    Raises:
+        DataError: the template names no token of this tokenizer.
+    """
+    found = backend.token_to_id(template.end) if template.end else None
+    if found is None:
+        raise DataError(
+            f"{where}: the tokenizer has no token {template.end!r} to end a text; name one of its tokens in "
+            "template.end"
+        )
+    return found
 
 
 def _template_ids(backend: Tokenizer, text: str) -> list[int]:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anchor.data.packing import (
+    answer_decode_plan,
     cu_seqlens,
     decode_plan,
     partition_longest_first,
@@ -130,3 +131,46 @@ def test_the_decode_plan_equals_a_loop_over_segments(shapes: list[tuple[int, int
     assert plan.lengths.tolist() == row_lengths
     assert plan.target_roles.tolist() == target_roles
     assert plan.target_pairs.tolist() == pairs
+    assert plan.target_rows.tolist() == list(range(len(gather)))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=30),
+    st.integers(0, 3),
+    st.integers(1, 5),
+)
+def test_the_answer_decode_plan_equals_a_loop_over_positives(
+    shapes: list[tuple[int, int, int]], negatives: int, num_prefix: int
+) -> None:
+    per_pair, end = 2 + negatives, 10**6
+    shapes = (shapes * per_pair)[: max(1, len(shapes) // per_pair) * per_pair]
+    starts = np.asarray([prefix for prefix, _, _ in shapes], dtype=np.int32)
+    ends = starts + np.asarray([body for _, body, _ in shapes], dtype=np.int32)
+    lengths = ends + np.asarray([suffix for _, _, suffix in shapes], dtype=np.int32)
+    roles = np.tile(np.arange(per_pair, dtype=np.int8), len(shapes) // per_pair)
+    ids = np.random.default_rng(0).permutation(int(lengths.sum())).astype(np.int32)
+    plan = answer_decode_plan(ids, lengths, roles, starts, ends, num_prefix=num_prefix, end_token_id=end)
+
+    queries = len(shapes) // per_pair
+    vectors = [("p", query, k) for query in range(queries) for k in range(num_prefix)]
+    vectors += [("x", int(token)) for token in ids]
+    offset, rows, predicted = 0, [], []
+    for s, (prefix, body, suffix) in enumerate(shapes):
+        if s % per_pair == 1:
+            tokens = ids[offset + prefix : offset + prefix + body].tolist()
+            rows.append([("p", s // per_pair, k) for k in range(num_prefix)] + [("x", token) for token in tokens])
+            predicted.append([*tokens, end])
+        offset += prefix + body + suffix
+    assert [vectors[i] for i in plan.gather] == [vector for row in rows for vector in row]
+    assert plan.lengths.tolist() == [len(row) for row in rows]
+    assert plan.targets.tolist() == [token for row in predicted for token in row]
+    # The last body + 1 positions of each row predict.
+    first = np.cumsum([0] + [len(row) for row in rows])
+    expected = [
+        int(first[i]) + len(row) - len(told) + k
+        for i, (row, told) in enumerate(zip(rows, predicted, strict=True))
+        for k in range(len(told))
+    ]
+    assert plan.target_rows.tolist() == expected
+    assert plan.target_roles.tolist() == [1] * len(expected)
+    assert plan.target_pairs.tolist() == list(range(queries))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate
+from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
 from anchor.data.templates import PRESETS, Template, resolve_template
 from anchor.data.tokenization import load_tokenizer
 from anchor.errors import ConfigError
@@ -47,6 +47,16 @@ def test_a_custom_template_is_taken_as_it_is() -> None:
     assert resolve_template(section, tokenizer()) == Template("a ", " b", "I {instruction} T {text}")
 
 
+@pytest.mark.parametrize(("named", "end"), [(None, "</s>"), ("<|im_end|>", "<|im_end|>")])
+def test_special_tokens_stand_behind_the_suffix(named: str | None, end: str) -> None:
+    section = SpecialTokensTemplate(kind="special_tokens", tokens=3, prefix="<s>", suffix="!", end=named)
+    template = resolve_template(section, tokenizer())
+    expected = Template("<s>", "!<|anchor_0|><|anchor_1|><|anchor_2|>", "{instruction}: {text}", 3, end)
+    assert template == expected
+    assert Template(**template.to_json()) == expected
+    assert set(template.to_json()) == {"prefix", "suffix", "instruction_format", "special_tokens", "end"}
+
+
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [(None, ("body {instruction}", 0)), ("Find {text} it", ("Find {text} it: body {instruction}", 16))],
@@ -68,6 +78,11 @@ def test_an_instruction_joins_without_reading_braces_in_texts(
             PresetTemplate(kind="preset", name="plain"),
             {"eos_token": None},
             "r: the tokenizer has no end-of-text token; use a template of kind custom",
+        ),
+        (
+            SpecialTokensTemplate(kind="special_tokens", tokens=2),
+            {"eos_token": None},
+            "r: the tokenizer has no end-of-text token; name the token that ends texts in end",
         ),
         (
             ChatTemplate(kind="chat"),

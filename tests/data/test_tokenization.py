@@ -15,6 +15,7 @@ from anchor.data.templates import Template
 from anchor.data.tokenization import (
     Segments,
     SegmentTokenizer,
+    end_token_id,
     load_tokenizer,
     prepare_tokenizer,
     tokenizer_fingerprint,
@@ -239,3 +240,46 @@ def test_a_missing_tokenizer_is_refused(tmp_path: Path, prepare: Callable[[Path]
     with pytest.raises(ModelError) as caught:
         load_tokenizer(str(tmp_path / "m"))
     assert str(caught.value) == f"{tmp_path / 'm'}: {expected}"
+
+
+GEN = Template("", "<|anchor_0|><|anchor_1|><|anchor_2|>", "{instruction}: {text}", 3, "<|endoftext|>")
+
+
+def test_trained_special_tokens_are_new_ids_behind_all_others(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    plain = load_tokenizer(str(tiny_tokenizer_dir))
+    first = len(plain)
+    tokenizer = prepare_tokenizer(plain, GEN, "tiny")
+    assert len(tokenizer) == first + 3
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, load_tokenizer(str(tmp_path))):
+        segmenter = SegmentTokenizer(one, GEN, 16)
+        assert segmenter.suffix.tolist() == [first, first + 1, first + 2]
+        assert segmenter.anchor_token_id == first + 2
+        assert one("river " * 40, truncation=True, max_length=16)["input_ids"][-3:] == segmenter.suffix.tolist()
+        # The name of one inside a text is text.
+        segment = split(segmenter.encode([("a<|anchor_1|>", 0)]))[0]
+        assert (segment.input_ids >= first).sum() == 3
+        assert one.decode(segment.input_ids[: segment.body_end]) == "a<|anchor_1|>"
+    assert end_token_id(tokenizer.backend_tokenizer, GEN, "tiny") == plain.convert_tokens_to_ids("<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "twice", "expected"),
+    [
+        (GEN, True, "tiny: the tokenizer has a token '<|anchor_0|>' already; use the tokenizer of the model before"),
+        (
+            Template("", "<|anchor_0|>", "{text}", 1, "</s>"),
+            False,
+            "tiny: the tokenizer has no token '</s>' to end a text; name one of its tokens in template.end",
+        ),
+    ],
+)
+def test_special_tokens_that_cannot_be_added_are_refused(
+    tiny_tokenizer_dir: Path, template: Template, twice: bool, expected: str
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
+    if twice:
+        prepare_tokenizer(tokenizer, template, "tiny")
+    with pytest.raises(DataError) as caught:
+        prepare_tokenizer(tokenizer, template, "tiny")
+    assert str(caught.value).startswith(expected)

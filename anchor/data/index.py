@@ -1,0 +1,102 @@
+"""``index.json`` of a folder of shards: what it says, written last and atomically."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anchor.errors import ShardError
+
+INDEX_NAME = "index.json"
+FORMAT_VERSION = 1
+TEACHER_VERSION = 2
+"""Format version of shards with a teacher column; all others are of version 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What ``index.json`` says.
+
+    Attributes:
+        version: format version.
+        tokenizer_sha256: fingerprint of ``tokenizer/tokenizer.json``.
+        anchor_token_id: id of the last token of every segment.
+        template: prefix, suffix, instruction format; with trained special tokens their number and the end token.
+        recipe: the resolved recipe.
+        sources: per source: rows read, kept, dropped by reason, unused positives, batches, remainder, truncated,
+            tokens, traits.
+        prompts: prompts of an exported model: ``query``, ``document`` and those that the recipe names.
+        shards: per file: file, bytes, sha256, batches, packs, tokens.
+        end_token_id: id of the token that ends a decoded text; only with trained special tokens.
+        teacher: of the teacher column: model, dimension, prompt, normalized, and what else tells the model; None where
+            the shards have none.
+    """
+
+    version: int
+    tokenizer_sha256: str
+    anchor_token_id: int
+    template: dict[str, Any]
+    recipe: dict[str, Any]
+    sources: list[dict[str, Any]]
+    prompts: dict[str, str]
+    shards: list[dict[str, Any]]
+    end_token_id: int | None = None
+    teacher: dict[str, Any] | None = None
+
+    @property
+    def num_batches(self) -> int:
+        return sum(shard["batches"] for shard in self.shards)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the folder holds, one after another, each of as many batches."""
+        return self.recipe.get("epochs", 1)  # absent where the program that packed knew only one
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.num_batches // self.num_epochs
+
+    @property
+    def pack_multiple(self) -> int:
+        return self.recipe["batch"]["pack_multiple"]
+
+    def write(self, folder: Path) -> None:
+        """Write atomically: beside, then renamed. What the shards do not have is left out."""
+        stored = {key: value for key, value in asdict(self).items() if value is not None}
+        beside = folder / (INDEX_NAME + ".tmp")
+        beside.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, folder / INDEX_NAME)
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check ``index.json``.
+
+    Raises:
+        ShardError: no such folder, unfinished, unreadable or of another format version.
+    """
+    file = folder / INDEX_NAME
+    if not folder.is_dir():
+        raise ShardError(f"{folder}: no such folder of shards; run `python -m data_prep pack` first")
+    if not file.is_file():
+        raise ShardError(f"{folder}: unfinished, it has no {INDEX_NAME}; run `python -m data_prep pack` again")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        version = raw["version"]
+        if version not in (FORMAT_VERSION, TEACHER_VERSION):
+            raise ShardError(
+                f"{file}: format version {version}, this program reads {FORMAT_VERSION} and {TEACHER_VERSION}; "
+                "pack again"
+            )
+        index = Index(**raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{file}: not a readable index ({error}); pack again") from error
+    if (index.teacher is None) == (version == TEACHER_VERSION):
+        raise ShardError(f"{file}: format version {version}, but teacher is {index.teacher}; pack again")
+    return index
+
+
+def index_hash(folder: Path) -> str:
+    """sha256 (hex) of index.json: identifies the data of a run."""
+    return hashlib.sha256((folder / INDEX_NAME).read_bytes()).hexdigest()
