@@ -1,0 +1,232 @@
+"""P trained special tokens and two projections over a frozen causal LM (LLM2Vec-Gen, arXiv:2603.10913).
+
+1. The special tokens' ids are ``first_id ... first_id + P - 1``, behind the base tokenizer's. Their input embeddings
+   are ``rows``; all other tokens keep the base's. The base's embedding matrix is neither copied nor enlarged.
+2. Every text ends in the P special tokens; h are their final-norm hidden states.
+3. Soft prompts ``p = W_rec h``; embedding ``e = mean over P of W_align p``, which is ``W_align`` of the mean: both are
+   affine.
+
+A model folder holds these parameters alone, in ``special_tokens.safetensors`` under the names of the module's state,
+and says in ``anchor.json`` which base they belong to; the base is recognised by :func:`base_fingerprint`.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anchor.data.batches import PackTensors
+from anchor.errors import ModelError
+from anchor.models.embedder import Embedder, unit_vectors
+
+WEIGHTS_NAME = "special_tokens.safetensors"
+_FINGERPRINT_ROWS = 64
+_INITIAL_NOISE = 0.1
+_CHUNK_ROWS = 8192
+
+
+class SpecialTokens(nn.Module):
+    """Input embeddings of the P special tokens, ``W_rec`` and ``W_align``.
+
+    Args:
+        count: P.
+        hidden_size: H, of the base.
+        dimension: D, of the teacher's embeddings and of ours.
+        first_id: token id of the first special token; the others follow.
+
+    Attributes:
+        rows: ``P H``.
+        reconstruction: ``H -> H`` with bias.
+        alignment: ``H -> D`` with bias.
+    """
+
+    def __init__(self, count: int, hidden_size: int, dimension: int, first_id: int) -> None:
+        super().__init__()
+        self.first_id = first_id
+        self.rows = nn.Parameter(torch.zeros(count, hidden_size))
+        self.reconstruction = nn.Linear(hidden_size, hidden_size)
+        self.alignment = nn.Linear(hidden_size, dimension)
+        # Under ZeRO-3 the parameters themselves are empty.
+        self.count, self.hidden_size, self.dimension = count, hidden_size, dimension
+
+    def forward(self, input_ids: Int[Tensor, " T"], embed: Callable[[Tensor], Tensor]) -> Float[Tensor, "T H"]:
+        """Input embeddings: a special token's from ``rows``, any other from the base.
+
+        The one place where ``rows`` is read, so that ZeRO-3 gathers it around this call.
+
+        Args:
+            input_ids: token ids.
+            embed: the base's input embedding; never asked for a special token.
+        """
+        base = embed(input_ids.clamp(max=self.first_id - 1))
+        own = self.rows[(input_ids - self.first_id).clamp(min=0)].to(base.dtype)
+        return torch.where((input_ids >= self.first_id)[:, None], own, base)
+
+    def read_out(
+        self, hidden: Float[Tensor, "T H"], cu_seqlens: Int[Tensor, " S1"]
+    ) -> tuple[Float[Tensor, "S P H"], Float[Tensor, "S D"]]:
+        """Soft prompts and embeddings (not normalised) of segments that end in the P special tokens.
+
+        Args:
+            hidden: final-norm hidden states of packed segments.
+            cu_seqlens: their boundaries.
+        """
+        places = cu_seqlens[1:, None].long() + torch.arange(-self.count, 0, device=hidden.device)
+        prompts = self.reconstruction(hidden[places])
+        return prompts, self.alignment(prompts.mean(dim=1))
+
+    @torch.no_grad()
+    def initialise(self, embeddings: Float[Tensor, "V H"], seed: int) -> None:
+        """Rows near the mean of the base's embeddings, projections as torch makes linear layers; a function of seed.
+
+        The mean is where transformers puts new tokens; the noise, a tenth of the embeddings' standard deviation in each
+        dimension, tells the rows apart.
+
+        Args:
+            embeddings: the base's input embeddings; only those before ``first_id`` count.
+            seed: of the noise and the projections.
+        """
+        total, squares = (torch.zeros(self.hidden_size, device=embeddings.device) for _ in range(2))
+        known = embeddings[: self.first_id]
+        for chunk in known.split(_CHUNK_ROWS):  # whole, in float32, it may be gigabytes
+            total += chunk.float().sum(dim=0)
+            squares += chunk.float().square().sum(dim=0)
+        mean = total / len(known)
+        deviation = (squares / len(known) - mean.square()).clamp(min=0).sqrt()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            noise = torch.randn(self.count, self.hidden_size)
+            self.reconstruction.reset_parameters()
+            self.alignment.reset_parameters()
+        self.rows.copy_(mean.cpu() + _INITIAL_NOISE * deviation.cpu() * noise)
+
+
+class SpecialTokensEmbedder(nn.Module):
+    """A base with special tokens: packs -> soft prompts and embeddings. The same code trains and serves.
+
+    Args:
+        causal_lm: the base, with a packed attention kernel and perhaps adapters.
+        special: the special tokens and projections.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, special: SpecialTokens) -> None:
+        super().__init__()
+        self.embedder = Embedder(causal_lm)
+        self.special = special
+
+    def embed_tokens(self, input_ids: Int[Tensor, " T"]) -> Float[Tensor, "T H"]:
+        """Input embeddings, special tokens included."""
+        return self.special(input_ids, self.embedder.embed_tokens)
+
+    def encode(
+        self, pack: PackTensors, inputs: Float[Tensor, "T H"] | None = None
+    ) -> tuple[Float[Tensor, "S P H"], Float[Tensor, "S D"]]:
+        """Soft prompts and embeddings (not normalised) of all segments of a pack.
+
+        Args:
+            pack: segments that end in the P special tokens.
+            inputs: their input embeddings, when they are at hand.
+        """
+        inputs = self.embed_tokens(pack.input_ids) if inputs is None else inputs
+        hidden = self.embedder.hidden_states(inputs, pack.position_ids, pack.cu_seqlens, pack.max_length)
+        return self.special.read_out(hidden.to(self.special.reconstruction.weight.dtype), pack.cu_seqlens)
+
+    def forward(self, pack: PackTensors) -> Float[Tensor, "S D"]:
+        """Unit vectors of all segments, float32."""
+        return unit_vectors(self.encode(pack)[1])
+
+
+def load_special_tokens(folder: Path) -> SpecialTokens:
+    """The special tokens of an exported folder, float32.
+
+    Raises:
+        ModelError: a file is missing or unreadable, or a tensor has not the shape that ``anchor.json`` and
+            ``config.json`` say.
+    """
+    about, config = (_read_json(folder / name) for name in ("anchor.json", "config.json"))
+    if "special_tokens" not in about:
+        raise ModelError(f"{folder}: anchor.json names no special tokens; its objective is {about.get('objective')!r}")
+    section = about["special_tokens"]
+    special = SpecialTokens(section["count"], config["hidden_size"], about["dimension"], section["first_id"])
+    file = folder / WEIGHTS_NAME
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: missing or unreadable ({type(error).__name__}); export again") from error
+    for name, tensor in special.state_dict().items():
+        found = tuple(stored[name].shape) if name in stored else None
+        if found != tuple(tensor.shape):
+            raise ModelError(
+                f"{file}: {name} is {_shape(found)}, expected {_shape(tuple(tensor.shape))} by anchor.json and "
+                "config.json; export again"
+            )
+    special.load_state_dict({name: stored[name].float() for name in special.state_dict()})
+    return special
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{file}: missing or unreadable ({type(error).__name__}); export again") from error
+
+
+def _shape(sizes: tuple[int, ...] | None) -> str:
+    return "missing" if sizes is None else " x ".join(map(str, sizes))
+
+
+def fingerprinted(causal_lm: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """The parameters that :func:`fingerprint` takes: final norm, input embeddings, queries of the last layer.
+
+    The last tells a model from one with an adapter merged into it, which leaves the others alone.
+    """
+    model: Any = causal_lm
+    # With an adapter around it, a layer still shows the base's weight.
+    last = model.base_model.layers[-1].self_attn.q_proj.weight
+    return model.base_model.norm.weight, model.get_input_embeddings().weight, last
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> str:
+    """xxh3 (hex) of the first 64 rows of each parameter: tells one base from another.
+
+    Rounded to bfloat16 first, so that it does not depend on the dtype that the base was loaded in; then the bytes of
+    float32, little-endian.
+    """
+    digest = xxhash.xxh3_64()
+    for parameter in parameters:
+        rows = parameter if parameter.dim() == 1 else parameter[:_FINGERPRINT_ROWS]
+        rounded = rows.detach().to("cpu", torch.bfloat16).float().contiguous()
+        digest.update(rounded.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def base_fingerprint(causal_lm: PreTrainedModel) -> str:
+    """:func:`fingerprint` of a base that is whole in this process."""
+    return fingerprint(fingerprinted(causal_lm))
+
+
+def check_base(causal_lm: PreTrainedModel, base: str, folder: Path) -> None:
+    """Refuse a base that a folder's special tokens were not trained with.
+
+    Args:
+        causal_lm: the base, whole.
+        base: where it was loaded from.
+        folder: the model folder.
+
+    Raises:
+        ModelError: the fingerprints differ.
+    """
+    expected, found = _read_json(folder / "anchor.json")["base"], base_fingerprint(causal_lm)
+    if found != expected["fingerprint"]:
+        raise ModelError(
+            f"{base}: not the base of {folder}: fingerprint {found}, expected {expected['fingerprint']} of "
+            f"{expected['path']}; give that model"
+        )
