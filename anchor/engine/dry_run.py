@@ -36,6 +36,7 @@ from anchor.engine.plan import make_objective, make_plan
 from anchor.errors import ConfigError, ModelError, ShardError
 from anchor.models.shape import ModelShape, meta_model, shape_of
 from anchor.objectives.base import Objective, PooledObjective
+from anchor.objectives.language_model import LanguageModelObjective
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,9 @@ def sampled_step(
             packs.append((pack.num_tokens, int(decoded.sum())))
             totals += (pack.num_tokens, decoded.sum(), squared, len(pack.segment_lengths))
     tokens, decode_tokens, squared_lengths, segments = (float(total) / len(sample) for total in totals)
+    predicted = 0.0
+    if isinstance(objective, LanguageModelObjective):
+        predicted = sum(sum(objective.target_tokens(batch)) for batch in sample) / len(sample)
     longest = max(packs)
     mean = StepShape(
         num_pairs=packing.batch.pairs,
@@ -183,6 +187,8 @@ def sampled_step(
         squared_lengths=squared_lengths,
         step_segments=segments,
         pooled=isinstance(objective, PooledObjective),
+        predicted_tokens=round(packing.batch.pack_tokens * predicted / tokens),
+        step_predicted_tokens=predicted,
     )
     return mean, replace(mean, pack_tokens=longest[0], decode_tokens=longest[1])
 
@@ -191,7 +197,8 @@ def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
     """The largest step that a pack recipe allows: every text has ``text.max_tokens`` tokens."""
     section, longest, batch = recipe.objective, packing.text.max_tokens, packing.batch
     joint = isinstance(section, schema.ReconstructionObjective) and section.contrastive is not None
-    pooled = joint or not isinstance(section, schema.ReconstructionObjective)
+    pooled = joint or isinstance(section, schema.ContrastiveObjective)
+    predicted = 2 * batch.pairs * longest if isinstance(section, schema.LanguageModelObjective) else 0
     segments = batch.pairs * (2 + (packing.text.hard_negatives if pooled else 0))
     tokens, roles = segments * longest, _decoded_roles(recipe)
     decoded = len(roles) * batch.pairs
@@ -206,6 +213,8 @@ def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
         squared_lengths=float((segments + decoded) * longest**2),
         step_segments=float(segments),
         pooled=pooled,
+        predicted_tokens=batch.pack_tokens if predicted else 0,
+        step_predicted_tokens=float(predicted),
     )
 
 

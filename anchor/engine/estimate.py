@@ -39,6 +39,8 @@ class StepShape:
         squared_lengths: sum over all segments of both passes of their squared length.
         step_segments: texts encoded, over all ranks.
         pooled: whether the loss needs the embeddings of all packs.
+        predicted_tokens, step_predicted_tokens: rows of the head without a decode pass (language model), of that pack
+            and over all ranks.
     """
 
     num_pairs: int
@@ -50,6 +52,8 @@ class StepShape:
     squared_lengths: float
     step_segments: float
     pooled: bool
+    predicted_tokens: int = 0
+    step_predicted_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +145,14 @@ def head_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:
     The weight's gradient is summed in fp32 and then cast: ``(4 + e) V h``, only where the head is trained; the hidden
     states and their gradient are ``2 e h`` per row (:mod:`anchor.models.head`).
     """
-    if not step.decode_tokens:
+    predicted = step.decode_tokens + step.predicted_tokens
+    if not predicted:
         return 0
-    rows = min(step.decode_tokens, max(64, _HEAD_CHUNK[setting.device] // shape.vocabulary_size))
+    rows = min(predicted, max(64, _HEAD_CHUNK[setting.device] // shape.vocabulary_size))
     weight = shape.vocabulary_size * shape.hidden_size if setting.lora_rank is None else 0
     e = setting.element_bytes
     chunk = rows * shape.vocabulary_size * 8
-    return chunk + (4 + (e if e < 4 else 0)) * weight + 2 * e * shape.hidden_size * step.decode_tokens
+    return chunk + (4 + (e if e < 4 else 0)) * weight + 2 * e * shape.hidden_size * predicted
 
 
 def pool_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:

@@ -44,7 +44,7 @@ def work(shape: ModelShape, setting: Setting, step: StepShape) -> Work:
     layers = shape.count("attention") + shape.count("mlp")
     forward = 2 * layers * tokens + 4 * shape.num_layers * shape.query_size * step.squared_lengths
     adapters = 2 * shape.count(ADAPTERS) * tokens
-    head = 2 * shape.vocabulary_size * shape.hidden_size * step.step_decode_tokens
+    head = 2 * shape.vocabulary_size * shape.hidden_size * (step.step_decode_tokens + step.step_predicted_tokens)
     full = setting.lora_rank is None
     attention = 4 * shape.num_layers * shape.query_size * step.squared_lengths
     backward = 2 * forward if full else 2 * layers * tokens + 2 * attention

@@ -23,6 +23,7 @@ from anchor.engine.held_out import HeldOut
 from anchor.errors import ShardError
 from anchor.objectives.base import Objective
 from anchor.objectives.contrastive import ContrastiveObjective
+from anchor.objectives.language_model import LanguageModelObjective
 from anchor.objectives.reconstruction import JointReconstructionObjective, ReconstructionObjective
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
         prefix_tokens = template_prefix_tokens(recipe.data.shards) if instructed else None
         kind = ReconstructionObjective if section.contrastive is None else JointReconstructionObjective
         return kind(causal_lm, section, prefix_tokens)
+    if isinstance(section, schema.LanguageModelObjective):
+        return LanguageModelObjective(causal_lm)
     return ContrastiveObjective(causal_lm, section)
 
 

@@ -1,0 +1,109 @@
+"""The control of Stage I: plain next-token training on the same texts, nothing reconstructed from an embedding.
+
+1. One backbone pass over the queries and positives of a pack, as they are packed: template, instruction, text, anchor
+   token. Hard negatives are left out.
+2. ``L = sum / N`` over the tokens of the bare texts and their anchor tokens, each predicted from the tokens before it
+   in its own segment: ``-log p(x_t | x_<t)``. Those are the targets of reconstruction, without the other side.
+3. N counts the targets of the whole batch, so the mean is exact over ranks and packs without communication.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anchor.data.batches import PackTensors
+from anchor.data.packing import cu_seqlens
+from anchor.data.records import POSITIVE, QUERY
+from anchor.data.shards import Batch, Pack
+from anchor.models.embedder import Embedder, unit_vectors
+from anchor.models.head import Head
+from anchor.objectives.base import SeparableObjective, Shares
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """Which hidden states predict which tokens of a pack.
+
+    Attributes:
+        rows: int64 ``R``; position in the pack of the token before each target.
+        targets: int64 ``R``; token ids.
+        of_queries: bool ``R``; whether a target belongs to a query.
+    """
+
+    rows: np.ndarray
+    targets: np.ndarray
+    of_queries: np.ndarray
+
+
+def next_tokens(pack: Pack) -> NextTokens:
+    """Targets of a pack: the bare text of every segment, then its anchor token.
+
+    A text that begins its segment (a template without prefix, no instruction) has no token before its first one, which
+    is then no target.
+    """
+    lengths = pack.segment_lengths.astype(np.int64)
+    starts = cu_seqlens(lengths)[:-1].astype(np.int64)
+    first = np.maximum(pack.body_starts, 1).astype(np.int64)
+    bodies = np.maximum(pack.body_ends - first, 0)
+    within = np.arange(bodies.sum()) - np.repeat(bodies.cumsum() - bodies, bodies)
+    of_bodies = np.repeat(starts + first, bodies) + within
+    targets = np.concatenate([of_bodies, starts + lengths - 1])
+    queries = np.concatenate([np.repeat(pack.roles == QUERY, bodies), pack.roles == QUERY])
+    order = np.argsort(targets, kind="stable")
+    targets = targets[order]
+    return NextTokens(targets - 1, pack.input_ids[targets].astype(np.int64), queries[order])
+
+
+class LanguageModelObjective(SeparableObjective):
+    """Next-token cross-entropy over the texts of the pairs.
+
+    Args:
+        causal_lm: the model.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.embedder = Embedder(causal_lm)
+        self.head = Head(cast(nn.Linear, causal_lm.get_output_embeddings()))
+
+    def prepare(self, pack: Pack) -> Pack:
+        return pack.select(pack.roles <= POSITIVE)
+
+    def target_tokens(self, batch: Batch) -> tuple[int, int]:
+        """Targets among the batch's queries and positives: what the sums are divided by."""
+        counts = [batch.query_target_tokens, batch.document_target_tokens]
+        for pack in batch.packs:
+            for role in (QUERY, POSITIVE):
+                unprompted = (pack.roles == role) & (pack.body_starts == 0) & (pack.body_ends > 0)
+                counts[role] -= int(unprompted.sum())
+        return counts[QUERY], counts[POSITIVE]
+
+    def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
+        device, plan = pack.input_ids.device, next_tokens(pack.pack)
+        # 1. One pass.
+        inputs = self.embedder.embed_tokens(pack.input_ids)
+        hidden = self.embedder.hidden_states(inputs, pack.position_ids, pack.cu_seqlens, pack.max_length)
+        # 2. and 3. The head, on the target rows alone.
+        weight = torch.full((len(plan.rows),), 1.0 / sum(self.target_tokens(batch)), device=device)
+        loss, nll = self.head(
+            hidden[torch.from_numpy(plan.rows).to(device)], torch.from_numpy(plan.targets).to(device), weight
+        )
+        queries = torch.from_numpy(plan.of_queries).to(device)
+        return loss, nll[queries].sum(), nll[~queries].sum(), hidden[pack.cu_seqlens[1:].long() - 1]
+
+    def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
+        return unit_vectors(output[3])
+
+    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
+        loss, query_nll, document_nll = output[:3]
+        queries, documents = self.target_tokens(batch)
+        return {
+            "loss/total_nats": loss.detach(),
+            "loss/query_nats": query_nll / queries,
+            "loss/document_nats": document_nll / documents,
+        }
