@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     mteb.add_argument("--partial", action="store_true", help="score the tasks whose data is there")
     mteb.add_argument("--output", type=Path, help="folder of the results (MODEL/mteb)")
     mteb.add_argument("--no-cache", action="store_true", help="keep no vectors on disk while a task is scored")
+    mteb.add_argument("--at-once", type=int, choices=(1, 2), default=2, help="2: embed while a task is scored (2)")
     mteb.add_argument("--compare", action="append", default=[], metavar="LABEL=DIR", help="also show; or 'published'")
     fetch = command("fetch", "Copy the data of tasks for machines without a network.")
     fetch.add_argument("--benchmark", help="all tasks of a benchmark")
@@ -129,7 +130,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
             encoder.serve()
             return
         try:
-            run_tasks(encoder, tasks, output, prompts, cache=not arguments.no_cache)
+            run_tasks(encoder, tasks, output, prompts, cache=not arguments.no_cache, at_once=arguments.at_once)
         finally:
             encoder.stop()
         _show(benchmark, labelled, published="published" in arguments.compare)
@@ -144,7 +145,8 @@ def _tasks(arguments: argparse.Namespace) -> tuple["Benchmark | None", list["Abs
 
     names = [name for name in arguments.tasks.split(",") if name]
     benchmark = find_benchmark(arguments.benchmark) if arguments.benchmark else None
-    wanted = [*(benchmark.tasks if benchmark else []), *named_tasks(names)]
+    every = [*(benchmark.tasks if benchmark else []), *named_tasks(names)]
+    wanted = list({task.metadata.name: task for task in every}.values())
     tasks, missing = with_data(wanted, arguments.data_root)
     if missing and not arguments.partial:
         what = f"{len(missing)} of {len(wanted)} tasks: {', '.join(missing)}"
@@ -152,7 +154,10 @@ def _tasks(arguments: argparse.Namespace) -> tuple["Benchmark | None", list["Abs
         raise DataError(f"{arguments.data_root or 'eval mteb'}: no data for {what}; {advice}")
     if missing:
         log.warning("left out, no data: %s", ", ".join(missing))
-    tasks += [local_retrieval_task(folder) for folder in arguments.retrieval]
+    local = {folder.resolve().name: folder for folder in arguments.retrieval}
+    if len(local) < len(arguments.retrieval):
+        raise ConfigError("eval mteb: two --retrieval folders have one name, and results go by it; rename one")
+    tasks += [local_retrieval_task(folder) for folder in local.values()]
     if not tasks:
         raise ConfigError("eval mteb: nothing to score; give --benchmark, --tasks or --retrieval")
     return benchmark, tasks

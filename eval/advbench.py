@@ -18,6 +18,7 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from anchor.errors import DataError, did_you_mean
+from eval.local_data import distinct_path
 
 ADVBENCH = "AdvBench-IR"
 PASSAGE_WORDS = 100
@@ -105,7 +106,7 @@ def _rows(folder: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
         DataError: unreadable, or a field is missing.
     """
     try:
-        table = load_dataset(str(folder), split="train")
+        table = load_dataset(str(distinct_path(folder)), split="train")
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
         raise DataError(f"{folder}: not readable as a data set: {str(error).splitlines()[0]}") from error
     for field in fields:

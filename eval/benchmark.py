@@ -2,14 +2,17 @@
 
 1. The texts of a task get the instruction of the prompt file; for tasks that it does not know, that of mteb's own task;
    else the prompt of the model folder that mteb's order of names finds. What was used stands in ``scores.json``.
-2. All ranks embed; rank 0 scores (:mod:`eval.ranks`). Vectors are kept on disk until the task's result is saved.
+2. All ranks embed; rank 0 scores (:mod:`eval.ranks`). Two tasks run in threads of rank 0 that take turns to embed:
+   while one is scored, the ranks embed for the other. Vectors are kept on disk until the task's result is saved.
 3. Results are in mteb's own layout. The revision names weights, dtype and prompts: a result of other prompts is never
    taken for this one's.
 """
 
 import json
 import logging
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from anchor.data.templates import Template
 from eval.cache import VectorCache
 from eval.encoder import TextEncoder
 from eval.prompts import PromptSet
+from eval.tasks import parts_of
 from eval.vectors import write_json
 
 log = logging.getLogger(__name__)
@@ -35,7 +39,7 @@ _DEFAULT_FORMAT = "{instruction}: {text}"
 
 
 class MtebEncoder(AbsEncoder):
-    """An encoder as mteb calls it.
+    """An encoder as mteb calls it; calls from several threads wait for one another.
 
     Args:
         encoder: the model folder.
@@ -48,7 +52,8 @@ class MtebEncoder(AbsEncoder):
         self._set = prompts
         self._cache = cache
         self._open: dict[str, VectorCache] = {}
-        self.used: dict[str, dict[str, str]] = {}
+        self._turn = threading.Lock()
+        self._used: dict[str, dict[str, str]] = {}
         self.model_prompts = encoder.prompts
         self.revision = f"{encoder.revision()}-{encoder.dtype}-{_prompts_id(encoder, prompts)}"
         self.mteb_model_meta = ModelMeta.create_empty(
@@ -66,14 +71,14 @@ class MtebEncoder(AbsEncoder):
     ) -> np.ndarray:
         """Unit vectors (float32) of all texts of a data loader."""
         texts = [text for batch in inputs for text in batch["text"]]
-        prompt = self.prompt(task_metadata, prompt_type)
-        self.used.setdefault(task_metadata.name, {})[prompt_type.value if prompt_type else "text"] = prompt
-        if self._cache is None:
-            return self._encoder.encode(texts, prompt)
-        name = task_metadata.name
-        if name not in self._open:
-            self._open[name] = VectorCache(self._cache / self.revision / name.replace("/", "_"), self.revision)
-        return self._open[name].encode(self._encoder, texts, prompt)
+        name, prompt = task_metadata.name, self.prompt(task_metadata, prompt_type)
+        with self._turn:
+            self._used.setdefault(name, {})[prompt_type.value if prompt_type else "text"] = prompt
+            if self._cache is None:
+                return self._encoder.encode(texts, prompt)
+            if name not in self._open:
+                self._open[name] = VectorCache(self._cache / self.revision / name.replace("/", "_"), self.revision)
+            return self._open[name].encode(self._encoder, texts, prompt)
 
     def prompt(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
         """What stands before every text of a task."""
@@ -88,11 +93,19 @@ class MtebEncoder(AbsEncoder):
         name = self.get_prompt_name(task, prompt_type)
         return self.model_prompts[name] if self.model_prompts and name is not None else ""
 
-    def forget(self) -> None:
-        """Delete the vectors of the tasks embedded so far; call it when their results are saved."""
-        for cache in self._open.values():
-            cache.remove()
-        self._open.clear()
+    def used(self, task: AbsTask) -> dict[str, dict[str, str]]:
+        """Task name -> kind of text -> prompt that its texts got; several names for a task of tasks."""
+        with self._turn:
+            names = [part.metadata.name for part in parts_of(task)]
+            return {name: dict(self._used[name]) for name in names if name in self._used}
+
+    def forget(self, task: AbsTask) -> None:
+        """Delete a task's vectors; call it when its result is saved."""
+        with self._turn:
+            for part in parts_of(task):
+                cache = self._open.pop(part.metadata.name, None)
+                if cache is not None:
+                    cache.remove()
 
     def _joined(self, instruction: str | None) -> str:
         if instruction is None:
@@ -102,6 +115,22 @@ class MtebEncoder(AbsEncoder):
         return Template("", "", joined or _DEFAULT_FORMAT).instruction_head(instruction)
 
 
+class _Results(mteb.ResultCache):
+    """mteb's result files; beside the scores it reads and rewrites files that tasks share, one thread at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._turn = threading.RLock()
+
+    def save_to_cache(self, *args: Any, **kwargs: Any) -> None:
+        with self._turn:
+            super().save_to_cache(*args, **kwargs)
+
+    def load_task_result(self, *args: Any, **kwargs: Any) -> Any:
+        with self._turn:
+            return super().load_task_result(*args, **kwargs)
+
+
 def run_tasks(
     encoder: TextEncoder,
     tasks: Sequence[AbsTask],
@@ -109,6 +138,7 @@ def run_tasks(
     prompts: PromptSet | None = None,
     *,
     cache: bool = True,
+    at_once: int = 2,
 ) -> dict[str, float]:
     """Score the tasks; those already scored with the same weights, dtype and prompts are not run again.
 
@@ -118,6 +148,7 @@ def run_tasks(
         output: results in mteb's own layout, and ``scores.json``.
         prompts: instructions per task; None: the folder's own prompts.
         cache: keep vectors on disk until the task is scored.
+        at_once: tasks that hold their texts in memory at a time; with 1 nothing is embedded while a task is scored.
 
     Returns:
         Main score of each task, by name.
@@ -133,15 +164,26 @@ def run_tasks(
         "scores": dict(kept["scores"]) if same else {},
         "prompts_used": dict(kept.get("prompts_used", {})) if same else {},
     }
-    scores: dict[str, float] = {}
-    for number, task in enumerate(tasks, start=1):
-        result = mteb.evaluate(model, [task], cache=mteb.ResultCache(output), show_progress_bar=False)
-        model.forget()
-        scores.update({one.task_name: float(one.get_score()) for one in result.task_results})
-        about["scores"].update(scores)
-        about["prompts_used"].update(model.used)
-        write_json(scores_file, about)
-        log.info("%d of %d: %s %.4f", number, len(tasks), task.metadata.name, scores[task.metadata.name])
+    results, scores = _Results(output), dict[str, float]()
+
+    def run(task: AbsTask) -> tuple[AbsTask, float]:
+        result = mteb.evaluate(model, [task], cache=results, show_progress_bar=False)
+        model.forget(task)
+        return task, float(result.task_results[0].get_score())
+
+    with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="task") as pool:
+        running = [pool.submit(run, task) for task in tasks]
+        try:
+            for number, done in enumerate(as_completed(running), start=1):
+                task, score = done.result()
+                name = task.metadata.name
+                scores[name] = about["scores"][name] = score
+                about["prompts_used"].update(model.used(task))
+                write_json(scores_file, about)
+                log.info("%d of %d: %s %.4f", number, len(tasks), name, score)
+        finally:
+            for one in running:  # after an error nothing new begins
+                one.cancel()
     return scores
 
 

@@ -48,6 +48,7 @@ class VectorCache:
         new = {name: text for name, text in zip(names, texts, strict=True) if name not in self._where}
         size = BLOCK_TEXTS * getattr(encoder, "world_size", 1)
         pending = list(new)
+        log.info("%s: %d texts embedded, %d known", self.folder.name, len(pending), len({*names}) - len(pending))
         for start in range(0, len(pending), size):
             block = pending[start : start + size]
             vectors = encoder.encode([new[name] for name in block], prompt)

@@ -16,6 +16,7 @@ from mteb.benchmarks.benchmark import Benchmark
 
 from anchor.errors import ConfigError, DataError
 from eval.advbench import ADVBENCH, AdvBenchIR, own_metadata
+from eval.local_data import distinct_path
 
 LITE_TASKS = (
     *("ArguAna", "ClimateFEVERHardNegatives", "AskUbuntuDupQuestions", "ArXivHierarchicalClusteringP2P"),
@@ -89,9 +90,11 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
         if absent:
             missing.append(f"{task.metadata.name} ({', '.join(map(str, absent))})")
             continue
-        for part in _parts(task):
-            folder = (data_root / part.metadata.dataset["path"]).resolve()
-            dataset = {**part.metadata.dataset, "path": str(folder)}
+        for part in parts_of(task):
+            folder = data_root / part.metadata.dataset["path"]
+            # AdvBench-IR finds its second folder beside the first, and reads both by such names itself.
+            path = folder.resolve() if isinstance(part, AdvBenchIR) else distinct_path(folder)
+            dataset = {**part.metadata.dataset, "path": str(path)}
             part.metadata = part.metadata.model_copy(update={"dataset": dataset})
         there.append(task)
     return there, missing
@@ -101,10 +104,11 @@ def hub_datasets(task: AbsTask) -> list[tuple[str, str | None]]:
     """``(path, revision)`` of the hub repositories that a task reads."""
     if isinstance(task, AdvBenchIR):
         return [(path, None) for path in task.hub_paths]
-    return [(one.metadata.dataset["path"], one.metadata.dataset.get("revision")) for one in _parts(task)]
+    return [(one.metadata.dataset["path"], one.metadata.dataset.get("revision")) for one in parts_of(task)]
 
 
-def _parts(task: AbsTask) -> list[AbsTask]:
+def parts_of(task: AbsTask) -> list[AbsTask]:
+    """The tasks that a task of tasks is made of; else only itself."""
     return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
 
 
@@ -123,6 +127,6 @@ def local_retrieval_task(folder: Path) -> AbsTask:
             raise DataError(f"{folder}: no {name}; expected a retrieval task in MTEB's folder layout")
 
     class LocalRetrieval(AbsTaskRetrieval):
-        metadata = own_metadata(f"Local-{folder.resolve().name}", str(folder.resolve()))
+        metadata = own_metadata(f"Local-{folder.resolve().name}", str(distinct_path(folder)))
 
     return LocalRetrieval()

@@ -1,8 +1,10 @@
 """Invariants: a real mteb task gives the same score through our encoder on one rank and on two and through mteb's own
-wrapper of sentence-transformers; a killed evaluation embeds nothing twice; a result of other prompts is not reused;
+wrapper of sentence-transformers; a killed evaluation embeds nothing twice; while one task is scored the next is
+embedded; a result of other prompts is not reused;
 missing data and unknown tasks are named."""
 
 import json
+import threading
 from pathlib import Path
 
 import mteb
@@ -12,6 +14,7 @@ from conftest import english_pairs, write_jsonl
 from distributed import run_distributed
 
 from anchor.errors import ConfigError, DataError
+from eval.__main__ import main
 from eval.benchmark import MtebEncoder, run_tasks
 from eval.cache import VectorCache
 from eval.embed import Options, embed
@@ -42,10 +45,8 @@ configs:
 MTEB_DATA = Path(__file__).parents[3] / "shared/data/mteb"
 
 
-@pytest.fixture(scope="module")
-def retrieval_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("retrieval") / "small"
-    rows = english_pairs(30)
+def write_retrieval(folder: Path, seed: int = 0, pairs: int = 30) -> Path:
+    rows = english_pairs(pairs, seed=seed)
     write_jsonl(
         folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": r["positive"]} for i, r in enumerate(rows)]
     )
@@ -55,6 +56,11 @@ def retrieval_folder(tmp_path_factory) -> Path:
     )
     (folder / "README.md").write_text(README)
     return folder
+
+
+@pytest.fixture(scope="module")
+def retrieval_folder(tmp_path_factory) -> Path:
+    return write_retrieval(tmp_path_factory.mktemp("retrieval") / "small")
 
 
 FIVE = ("SciFact", "STSBenchmark", "STS16", "BIOSSES", "Banking77Classification")
@@ -170,6 +176,43 @@ def test_a_killed_evaluation_embeds_nothing_twice(export_dir, retrieval_folder, 
     assert len(asked) > 40
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_while_one_task_is_scored_the_next_is_embedded(export_dir, retrieval_folder, tmp_path, monkeypatch):
+    other = write_retrieval(tmp_path / "other", seed=1)
+    theirs = json.loads((other / "corpus.jsonl").read_text().splitlines()[0])["text"]
+    embedded = threading.Event()
+
+    class Watched(Encoder):
+        def states(self, texts, prompt=""):
+            out = super().states(texts, prompt)
+            if theirs in texts:
+                embedded.set()
+            return out
+
+    def tasks():
+        return [local_retrieval_task(folder) for folder in (retrieval_folder, other)]
+
+    encoder, both = Watched(export_dir, dtype="fp32"), tasks()
+    alone = run_tasks(encoder, tasks(), tmp_path / "alone", at_once=1)
+    embedded.clear()
+    # The first task's scores come only when the second's documents are embedded.
+    monkeypatch.setattr(both[0], "task_specific_scores", lambda *_, **__: {} if embedded.wait(60) else pytest.fail())
+    assert run_tasks(encoder, both, tmp_path / "both") == alone
+    assert len(alone) == len(set(alone.values())) == 2
+    assert main_scores(tmp_path / "both") == alone
+    assert not list((tmp_path / "both/cache").rglob("block-*.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_in_one_task_ends_the_evaluation(export_dir, retrieval_folder, tmp_path):
+    encoder, task = Encoder(export_dir, dtype="fp32"), local_retrieval_task(retrieval_folder)
+    encoder.embedder.causal_lm.get_input_embeddings().weight.data.fill_(float("nan"))
+    others = [local_retrieval_task(write_retrieval(tmp_path / f"other{i}", seed=i)) for i in range(3)]
+    with pytest.raises(DataError, match="vectors are not finite"):
+        run_tasks(encoder, [task, *others], tmp_path / "out")
+    assert not (tmp_path / "out/scores.json").exists()
+
+
 def test_an_unreadable_cache_is_named_and_kept(export_dir, tmp_path):
     encoder = Encoder(export_dir, dtype="fp32")
     VectorCache(tmp_path, "key").encode(encoder, ["one", "two", "one"], "")
@@ -211,6 +254,29 @@ def test_tasks_without_data_are_all_listed(tmp_path):
     for word in ("SciFact (", "STSBenchmark (", "CQADupstackRetrieval (", "cqadupstack-unix"):
         assert word in str(error.value)
     assert with_data(mteb.get_tasks(tasks=["SciFact"]), None)[1] == []
+
+
+def test_a_folder_is_read_as_it_is_now_not_as_one_of_its_name_was_before(tmp_path):
+    """The `datasets` library took the copy that it had prepared of an earlier folder of the same name."""
+
+    def documents(folder: Path) -> list[str]:
+        task = local_retrieval_task(folder)
+        task.load_data()
+        return list(task.dataset["default"]["test"]["corpus"]["text"])
+
+    folders = [write_retrieval(tmp_path / place / "small", seed) for seed, place in enumerate("ab")]
+    for seed, folder in enumerate(folders):
+        assert documents(folder) == [row["positive"] for row in english_pairs(30, seed=seed)]
+    write_retrieval(folders[1], seed=2, pairs=40)
+    assert documents(folders[1]) == [row["positive"] for row in english_pairs(40, seed=2)]
+
+
+def test_two_local_tasks_of_one_name_are_refused(retrieval_folder, tmp_path, capsys):
+    other = write_retrieval(tmp_path / "small")
+    with pytest.raises(SystemExit) as stop:
+        main(["mteb", "nowhere", "--retrieval", str(retrieval_folder), "--retrieval", str(other)])
+    assert stop.value.code == 2
+    assert "two --retrieval folders have one name, and results go by it; rename one" in capsys.readouterr().err
 
 
 def test_a_retrieval_folder_lacking_a_file_is_refused(tmp_path):

@@ -1,0 +1,33 @@
+"""Folders of data under names that the `datasets` library cannot mistake for one another.
+
+That library keeps a prepared copy of a folder by the folder's last name. Where the folder's README.md lists its files
+(``configs:``), as retrieval tasks need it, neither path nor content is part of the copy's name (datasets 5.2): another
+folder of the same name, or the same folder after a change, would silently be read from the old copy.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import datasets.config
+import xxhash
+
+
+def distinct_path(folder: Path) -> Path:
+    """A link to the folder whose name ends in a hash of its path and of its files' names, sizes and times.
+
+    The link is made in the library's cache, where the prepared copy goes too.
+
+    Args:
+        folder: holds data.
+    """
+    folder = folder.resolve()
+    digest = xxhash.xxh3_64(str(folder).encode())
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        about = file.stat()
+        digest.update(f"{file.relative_to(folder)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    links = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / ".anchor-folders"
+    links.mkdir(parents=True, exist_ok=True)
+    link = links / f"{folder.name}-{digest.hexdigest()}"
+    with suppress(FileExistsError):  # made by an earlier run, or by another rank just now
+        link.symlink_to(folder, target_is_directory=True)
+    return link
