@@ -45,10 +45,11 @@ class ContrastiveTerm(Section):
 
 
 class JointContrastive(ContrastiveTerm):
-    """A contrastive term beside reconstruction, over the same anchor states."""
+    """A contrastive term beside an objective's own, over the same embeddings."""
 
     weight: Annotated[float, Field(gt=0.0)]
-    """Multiplies the contrastive loss (dimensionless); reconstruction weighs 1."""
+    """Multiplies the contrastive loss (dimensionless); beside it reconstruction weighs 1, self-supervision what its own
+    weights say."""
 
 
 class ReconstructionObjective(Section):
@@ -68,3 +69,30 @@ class ContrastiveObjective(ContrastiveTerm):
     """Stage II: InfoNCE over the batch's documents and hard negatives."""
 
     kind: Literal["contrastive"]
+
+
+class LanguageModelObjective(Section):
+    """Next-token training on the bare texts of the pairs: the control that tells reconstruction from more text."""
+
+    kind: Literal["language_model"]
+
+
+class SelfSupervisedObjective(Section):
+    """LLM2Vec-Gen (arXiv:2603.10913): trained special tokens of a frozen LLM represent its own answer to a query."""
+
+    kind: Literal["self_supervised"]
+    alignment_weight: Annotated[float, Field(ge=0.0)]
+    """Weight of the mean squared distance between a query's embedding and the teacher's of its answer (squared
+    coordinates of the teacher). The paper: 1."""
+    reconstruction_weight: Annotated[float, Field(ge=0.0)]
+    """Weight of the answer's negative log-likelihood (nats per token) behind the query's soft prompts. The paper: 1.
+    With 0 there is no decode pass."""
+    contrastive: JointContrastive | None = None
+    """A contrastive term added to the loss, over the embeddings of queries, positives and hard negatives, all of which
+    are then encoded."""
+
+    @model_validator(mode="after")
+    def _something_is_minimised(self) -> "SelfSupervisedObjective":
+        if not self.alignment_weight and not self.reconstruction_weight:
+            raise ValueError("alignment_weight and reconstruction_weight are both 0; the paper's are 1 and 1")
+        return self

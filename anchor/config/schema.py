@@ -10,6 +10,7 @@ from anchor.config.objectives import (
     JointContrastive,
     LanguageModelObjective,
     ReconstructionObjective,
+    SelfSupervisedObjective,
     Similarity,
 )
 from anchor.config.pack_recipe import (
@@ -33,6 +34,7 @@ from anchor.config.train_recipe import (
     DataSection,
     EngineSection,
     EvaluationSection,
+    FrozenTraining,
     FullTraining,
     LoraTraining,
     OptimSection,
@@ -54,6 +56,7 @@ __all__ = [
     "EngineSection",
     "EvaluationSection",
     "FilesSource",
+    "FrozenTraining",
     "FullTraining",
     "HubSource",
     "JointContrastive",
@@ -64,6 +67,7 @@ __all__ = [
     "PresetTemplate",
     "ProportionalMixture",
     "ReconstructionObjective",
+    "SelfSupervisedObjective",
     "Similarity",
     "SpecialTokensTemplate",
     "TelemetrySection",

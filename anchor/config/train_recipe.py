@@ -6,7 +6,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from anchor.config.fields import NonNegativeInt, PositiveInt, Section
-from anchor.config.objectives import ContrastiveObjective, ReconstructionObjective
+from anchor.config.objectives import (
+    ContrastiveObjective,
+    LanguageModelObjective,
+    ReconstructionObjective,
+    SelfSupervisedObjective,
+)
 
 
 class DataSection(Section):
@@ -34,10 +39,16 @@ class LoraTraining(Section):
     """Names of the linear layers that get an adapter; each must exist."""
 
 
+class FrozenTraining(Section):
+    """Nothing of the backbone is trained, only the objective's own parameters; for `self_supervised`."""
+
+    kind: Literal["frozen"]
+
+
 class BackboneSection(Section):
     path: str
     """Model folder, hub name or `.gguf` file of a Llama-, Qwen2-, Qwen3- or Mistral-type causal LM."""
-    trained: Annotated[FullTraining | LoraTraining, Field(discriminator="kind")]
+    trained: Annotated[FullTraining | LoraTraining | FrozenTraining, Field(discriminator="kind")]
     """Which parameters are trained."""
     attention: Literal["flash", "varlen", "segments"]
     """Packed attention: the flash-attn package, torch's own varlen kernel (CUDA), or one SDPA per segment."""
@@ -124,12 +135,15 @@ class TrainRecipe(Section):
     output_dir: Path
     """Folder of run.yaml, metrics.jsonl, checkpoints/ and export/."""
     seed: NonNegativeInt
-    """Seed of the batch order and of dropout."""
+    """Seed of the batch order, of dropout and of new parameters."""
     data: DataSection
     """What to train on."""
     backbone: BackboneSection
     """What is trained."""
-    objective: Annotated[ReconstructionObjective | ContrastiveObjective, Field(discriminator="kind")]
+    objective: Annotated[
+        ReconstructionObjective | ContrastiveObjective | LanguageModelObjective | SelfSupervisedObjective,
+        Field(discriminator="kind"),
+    ]
     """What is minimised."""
     optim: OptimSection
     """How it is minimised."""
@@ -142,9 +156,25 @@ class TrainRecipe(Section):
 
     @model_validator(mode="after")
     def _decoders_are_causal(self) -> "TrainRecipe":
-        if self.backbone.direction == "bidirectional" and isinstance(self.objective, ReconstructionObjective):
+        if self.backbone.direction == "bidirectional" and not isinstance(self.objective, ContrastiveObjective):
             raise ValueError(
-                "backbone.direction is bidirectional, but objective.kind reconstruction decodes with the same weights, "
-                "where every target would see itself; use backbone.direction: causal or objective.kind: contrastive"
+                f"backbone.direction is bidirectional, but objective.kind {self.objective.kind} decodes with the same "
+                "weights, where every target would see itself; use backbone.direction: causal or objective.kind: "
+                "contrastive"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _special_tokens_stand_on_a_frozen_backbone(self) -> "TrainRecipe":
+        own, trained = isinstance(self.objective, SelfSupervisedObjective), self.backbone.trained.kind
+        if own and trained == "full":
+            raise ValueError(
+                "backbone.trained.kind is full, but objective.kind self_supervised exports no backbone; use "
+                "backbone.trained.kind: frozen (as the paper) or lora"
+            )
+        if not own and trained == "frozen":
+            raise ValueError(
+                f"backbone.trained.kind is frozen, but objective.kind {self.objective.kind} has no parameters of its "
+                "own, so that nothing would be trained; use backbone.trained.kind: full or lora"
             )
         return self

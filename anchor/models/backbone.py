@@ -1,10 +1,11 @@
-"""Load a causal LM to be trained fully or through LoRA, under ZeRO-3 or not.
+"""Load a causal LM to be trained fully, through LoRA or not at all, under ZeRO-3 or not.
 
 1. A GGUF file is converted to a folder once, by rank 0.
 2. With a ZeRO-3 configuration alive, ``from_pretrained`` loads weights already partitioned.
 3. LoRA adapters are injected into the linear layers; everything else is frozen.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from anchor import dist
 from anchor.config.model_path import resolve_model_path
-from anchor.config.schema import BackboneSection, LoraTraining
+from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
 from anchor.errors import ConfigError, ModelError, did_you_mean
 from anchor.models.attention import implementation
 
@@ -63,8 +64,10 @@ def load_backbone(
     choose_trained(model, section)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # With frozen input embeddings nothing would ask the first checkpointed layer for a gradient otherwise.
-        model.enable_input_require_grads()
+        if not isinstance(section.trained, FrozenTraining):
+            # With frozen input embeddings nothing would ask the first checkpointed layer for a gradient otherwise. Of a
+            # frozen model, only the special tokens' rows need one, and they ask for it themselves.
+            model.enable_input_require_grads()
     return model
 
 
@@ -88,7 +91,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
     location, config = resolve_model_path(path), read_config(path)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            location.name, config=config, dtype=dtype, attn_implementation=attention
+            location.name, **location.kwargs(), config=config, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: the model could not be loaded: {_first_line(error)}") from error
@@ -101,6 +104,7 @@ def read_config(path: str) -> PretrainedConfig:
         ModelError: no such model, unreadable, or of an unsupported architecture.
     """
     location = resolve_model_path(path)
+    _refuse_special_tokens_alone(Path(location.name))
     try:
         config = AutoConfig.from_pretrained(location.name, **location.kwargs())
     except (OSError, ValueError) as error:
@@ -108,6 +112,16 @@ def read_config(path: str) -> PretrainedConfig:
     if config.model_type not in SUPPORTED:
         raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")
     return config
+
+
+def _refuse_special_tokens_alone(folder: Path) -> None:
+    about = folder / "anchor.json"
+    base = json.loads(about.read_text(encoding="utf-8")).get("base") if about.is_file() else None
+    if base is not None:
+        raise ModelError(
+            f"{folder}: holds special tokens for {base['path']}, not a model of its own; give that model, or embed "
+            "with this folder through `python -m eval`"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -132,12 +146,14 @@ def _convert_once(path: str, folder: Path) -> Path:
 
 
 def choose_trained(model: PreTrainedModel, backbone: BackboneSection) -> None:
-    """Under LoRA inject the adapters and freeze all else; works on the meta device too.
+    """Freeze what is not trained, under LoRA with adapters injected; works on the meta device too.
 
     Raises:
         ConfigError: a LoRA target that matches no layer.
     """
     section = backbone.trained
+    if isinstance(section, FrozenTraining):
+        model.requires_grad_(False)
     if not isinstance(section, LoraTraining):
         return
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -83,6 +83,14 @@ class ContrastiveTerm:
                 shares |= self._metrics(terms[0], layout.num_queries)
         return _mean(losses), shares
 
+    def joint_loss(
+        self, weight: float, embeddings: Float[Tensor, "S D"], batch: Batch, rank: int, world_size: int
+    ) -> tuple[Float[Tensor, ""], Shares]:
+        """The same times ``weight``, beside the separable loss of a :class:`JointObjective`."""
+        contrastive, shares = self.loss(embeddings, batch, rank, world_size)
+        weighted = weight * contrastive
+        return weighted, {"loss/total_nats": weighted.detach(), "loss/contrastive_nats": contrastive.detach()} | shares
+
     def _gathered(
         self, embeddings: Tensor, layout: PoolLayout
     ) -> tuple[dict[str, Float[Tensor, "B D"]], dict[str, Float[Tensor, "_ D"]]]:

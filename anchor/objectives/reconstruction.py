@@ -116,6 +116,4 @@ class JointReconstructionObjective(JointObjective):
         return self._loss.metrics(output[1:], batch)
 
     def loss(self, embeddings: Tensor, batch: Batch, rank: int, world_size: int) -> tuple[Tensor, Shares]:
-        contrastive, shares = self._term.loss(embeddings, batch, rank, world_size)
-        weighted = self._weight * contrastive
-        return weighted, {"loss/total_nats": weighted.detach(), "loss/contrastive_nats": contrastive.detach()} | shares
+        return self._term.joint_loss(self._weight, embeddings, batch, rank, world_size)

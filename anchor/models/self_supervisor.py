@@ -1,0 +1,94 @@
+"""Queries -> soft prompts -> their answers: the encode and the decode pass of LLM2Vec-Gen (arXiv:2603.10913).
+
+1. Encode pass over the queries (with a contrastive term over all texts): the special tokens' states give P soft prompts
+   and one embedding per text, see :mod:`anchor.models.special_tokens`.
+2. Decode rows ``[p_1 ... p_P, x[body]]`` of all answers form one packed sequence again; a second pass of the same
+   model. Adapters, where there are any, are in both passes.
+3. The head runs on the last body + 1 positions of each row only; they predict ``[ids[body], end token]``.
+"""
+
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anchor.data.batches import PackTensors, to_tensors
+from anchor.data.packing import answer_decode_plan, cu_seqlens, position_ids
+from anchor.data.records import QUERY
+from anchor.models.head import Head
+from anchor.models.special_tokens import SpecialTokens, SpecialTokensEmbedder
+
+
+class SelfSupervisor(nn.Module):
+    """Embedder with special tokens and decoder of answers, of one causal LM.
+
+    Args:
+        causal_lm: the frozen model, or one with adapters.
+        special: special tokens and projections.
+        end_token_id: ends an answer.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, special: SpecialTokens, end_token_id: int) -> None:
+        super().__init__()
+        self.embedder = SpecialTokensEmbedder(causal_lm, special)
+        self.head = Head(cast(nn.Linear, causal_lm.get_output_embeddings()))
+        self.end_token_id = end_token_id
+
+    def forward(
+        self, pack: PackTensors, token_weight: float | None, *, encode_all: bool = False
+    ) -> tuple[Float[Tensor, "E D"], Float[Tensor, ""], Float[Tensor, ""]]:
+        """Embeddings, and the weighted negative log-likelihood of the answers.
+
+        Args:
+            pack: whole pairs, each a query, its positive (the answer) and perhaps hard negatives.
+            token_weight: factor per target token; None: nothing is decoded.
+            encode_all: encode positives and hard negatives too.
+
+        Returns:
+            Embeddings (not normalised) of the queries, or of all segments; the weighted sum over target tokens (with
+            gradient) and the unweighted sum (nats, no gradient), float32 and zero where nothing is decoded.
+        """
+        # 1. Encode.
+        inputs = self.embedder.embed_tokens(pack.input_ids)
+        is_query = pack.pack.roles == QUERY
+        if encode_all:
+            prompts, embeddings = self.embedder.encode(pack, inputs)
+            prompts = prompts[torch.from_numpy(is_query).to(inputs.device)]
+        else:
+            tokens = torch.from_numpy(np.repeat(is_query, pack.pack.segment_lengths)).to(inputs.device)
+            queries = to_tensors(pack.pack.select(is_query), inputs.device)
+            prompts, embeddings = self.embedder.encode(queries, inputs[tokens])
+        if token_weight is None:
+            nothing = embeddings.new_zeros((), dtype=torch.promote_types(embeddings.dtype, torch.float32))
+            return embeddings, nothing, nothing
+        return embeddings, *self._decode(pack, inputs, prompts, token_weight)
+
+    def _decode(
+        self, pack: PackTensors, inputs: Float[Tensor, "T H"], prompts: Float[Tensor, "N P H"], token_weight: float
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        arrays, device = pack.pack, inputs.device
+        plan = answer_decode_plan(
+            arrays.input_ids,
+            arrays.segment_lengths,
+            arrays.roles,
+            arrays.body_starts,
+            arrays.body_ends,
+            num_prefix=prompts.shape[1],
+            end_token_id=self.end_token_id,
+        )
+        # 2. Decode.
+        rows = torch.cat([prompts.flatten(0, 1).to(inputs.dtype), inputs])[torch.from_numpy(plan.gather).to(device)]
+        hidden = self.embedder.embedder.hidden_states(
+            rows,
+            torch.from_numpy(position_ids(plan.lengths)).to(device),
+            torch.from_numpy(cu_seqlens(plan.lengths)).to(device),
+            int(plan.lengths.max()),
+        )
+        # 3. Head.
+        weight = torch.full((len(plan.targets),), token_weight, device=device)
+        targets = torch.from_numpy(plan.targets).to(device)
+        loss, nll = self.head(hidden[torch.from_numpy(plan.target_rows).to(device)], targets, weight)
+        return loss, nll.sum()

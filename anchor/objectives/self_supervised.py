@@ -1,0 +1,166 @@
+"""Self-supervision: special tokens of a frozen LLM represent its own answer to a query (arXiv:2603.10913).
+
+``L = a L_align + b L_rec (+ w InfoNCE)`` with
+
+* ``L_align``: mean over the batch's pairs and the D dimensions of ``(e - t)^2``; e is the query's embedding, t the
+  teacher's of the answer;
+* ``L_rec``: mean over the batch's target tokens (each answer's body, then the end token) of their negative
+  log-likelihood behind the query's soft prompts;
+* InfoNCE over the unit vectors of e of queries, positives and hard negatives (:mod:`anchor.objectives.info_nce`).
+
+Both means are sums over packs divided by counts of the whole batch: exact over ranks and packs without communication.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anchor.config import schema
+from anchor.data.batches import PackTensors
+from anchor.data.records import POSITIVE, QUERY
+from anchor.data.shards import Batch, Pack
+from anchor.models.embedder import unit_vectors
+from anchor.models.self_supervisor import SelfSupervisor
+from anchor.models.special_tokens import SpecialTokens
+from anchor.objectives.base import JointObjective, SeparableObjective, Shares
+from anchor.objectives.contrastive import ContrastiveTerm
+
+
+class _SelfSupervision:
+    """Weights and metrics of the two losses, for a batch; holds no parameters."""
+
+    def __init__(self, section: schema.SelfSupervisedObjective) -> None:
+        self.alignment, self.reconstruction = section.alignment_weight, section.reconstruction_weight
+
+    def token_weight(self, batch: Batch) -> float | None:
+        """Of one target token's negative log-likelihood; None where nothing is decoded."""
+        return self.reconstruction / batch.document_target_tokens if self.reconstruction else None
+
+    def losses(
+        self,
+        embeddings: Float[Tensor, "N D"],
+        teacher: Float[Tensor, "N D"],
+        decoded: tuple[Tensor, Tensor],
+        batch: Batch,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This pack's share of the loss (with gradient), of ``L_align``, of ``L_rec`` and of the mean cosine.
+
+        Args:
+            embeddings: e of the pack's queries, not normalised.
+            teacher: t of their answers, float32.
+            decoded: weighted and unweighted sum of the target tokens' negative log-likelihood.
+            batch: the batch, for its totals.
+        """
+        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        alignment = (wide - teacher).square().sum() / (batch.num_pairs * teacher.shape[1])
+        cosine = (unit_vectors(wide.detach()) * unit_vectors(teacher)).sum() / batch.num_pairs
+        # Also with weight 0: then the alignment's parameters have a gradient, of zero, as the optimiser expects.
+        loss = self.alignment * alignment + decoded[0]
+        return loss, alignment.detach(), decoded[1] / batch.document_target_tokens, cosine
+
+    def metrics(self, losses: tuple[Tensor, ...]) -> Shares:
+        loss, alignment, reconstruction, cosine = losses[:4]
+        shares = {
+            "loss/total_nats": loss.detach(),
+            "loss/alignment_mean_square": alignment,
+            "embedding/teacher_cosine": cosine,
+        }
+        if self.reconstruction:
+            shares["loss/reconstruction_nats"] = reconstruction
+        return shares
+
+
+class SelfSupervisedObjective(SeparableObjective):
+    """A query's special tokens meet the teacher's embedding of its answer, and reconstruct the answer.
+
+    Only queries are encoded; hard negatives are left out.
+
+    Args:
+        causal_lm: the frozen model, or one with adapters.
+        special: special tokens and projections.
+        section: the recipe's ``objective``.
+        end_token_id: ends an answer.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        special: SpecialTokens,
+        section: schema.SelfSupervisedObjective,
+        end_token_id: int,
+    ) -> None:
+        super().__init__()
+        self.supervisor = SelfSupervisor(causal_lm, special, end_token_id)
+        self._loss = _SelfSupervision(section)
+
+    def prepare(self, pack: Pack) -> Pack:
+        # Without a decode pass training does not read answers; evaluation still looks for them.
+        queries_only = self.training and not self._loss.reconstruction
+        return pack.select(pack.roles <= (QUERY if queries_only else POSITIVE))
+
+    def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
+        embeddings, *decoded = self.supervisor(pack, self._loss.token_weight(batch))
+        teacher = _teacher(pack)
+        losses = self._loss.losses(embeddings, teacher, (decoded[0], decoded[1]), batch)
+        queries = torch.from_numpy(pack.pack.roles == QUERY).to(embeddings.device)
+        return *losses, queries, embeddings.detach(), teacher
+
+    def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
+        """Of a query its own; of a positive, which is not encoded, the teacher's: what its query should find."""
+        queries, embeddings, teacher = output[4:]
+        vectors = teacher.new_empty(len(queries), teacher.shape[1])
+        vectors[queries] = unit_vectors(embeddings)
+        vectors[~queries] = unit_vectors(teacher)
+        return vectors
+
+    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
+        return self._loss.metrics(output)
+
+
+class JointSelfSupervisedObjective(JointObjective):
+    """The same plus a contrastive term: positives and hard negatives are encoded too.
+
+    Args:
+        causal_lm, special, section, end_token_id: as :class:`SelfSupervisedObjective`; ``section.contrastive`` is
+            given.
+
+    Raises:
+        ValueError: the section has no contrastive term.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        special: SpecialTokens,
+        section: schema.SelfSupervisedObjective,
+        end_token_id: int,
+    ) -> None:
+        super().__init__()
+        if section.contrastive is None:
+            raise ValueError("no contrastive term; use SelfSupervisedObjective")
+        self.supervisor = SelfSupervisor(causal_lm, special, end_token_id)
+        self._loss = _SelfSupervision(section)
+        self._term = ContrastiveTerm(section.contrastive, special.dimension)
+        self._weight = section.contrastive.weight
+
+    def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Tensor | tuple[Tensor, ...]:
+        weight = None if embeddings_only else self._loss.token_weight(batch)
+        embeddings, *decoded = self.supervisor(pack, weight, encode_all=True)
+        if embeddings_only:
+            return unit_vectors(embeddings)
+        queries = torch.from_numpy(pack.pack.roles == QUERY).to(embeddings.device)
+        losses = self._loss.losses(embeddings[queries], _teacher(pack), (decoded[0], decoded[1]), batch)
+        return unit_vectors(embeddings), *losses
+
+    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
+        return self._loss.metrics(output[1:])
+
+    def loss(self, embeddings: Tensor, batch: Batch, rank: int, world_size: int) -> tuple[Tensor, Shares]:
+        return self._term.joint_loss(self._weight, embeddings, batch, rank, world_size)
+
+
+def _teacher(pack: PackTensors) -> Tensor:
+    if pack.teacher is None:
+        raise ValueError("no teacher in this pack")
+    return pack.teacher
