@@ -129,8 +129,9 @@ class Engine:
             dist_init_required=False,
         )[0]
         self._engine.train()
+        self.zero_stage: int = ds_config["zero_optimization"].get("stage", 0)
         # ZeRO-0 leaves plain AdamW and whole gradients, equal on all ranks once they are reduced.
-        self._replicated = ds_config["zero_optimization"].get("stage", 0) == 0
+        self._replicated = self.zero_stage == 0
 
     @property
     def objective(self) -> nn.Module:
@@ -238,8 +239,15 @@ class Engine:
 
     def gathered(self, parameter: nn.Parameter) -> Tensor:
         """A whole parameter on the CPU of rank 0 (elsewhere an empty tensor); every rank calls it."""
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        with whole(parameter):
             return parameter.detach().cpu().clone() if self.ranks.rank == 0 else torch.empty(0)
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[None]:
+    """Meanwhile a parameter that ZeRO-3 has partitioned is whole on every rank, to be read; every rank calls it."""
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        yield
 
 
 def _adamw(module: nn.Module, optim: OptimSection, *, cpu_offload: bool) -> torch.optim.Optimizer:

@@ -24,6 +24,7 @@ from anchor.errors import ShardError
 from anchor.objectives.base import JointObjective, PooledObjective, SeparableObjective, Shares, add_shares
 
 _TOP = 10
+_TEACHER_KEYS = ("dimension", "normalized", "prompt", "sha256")
 _CHUNK_QUERIES = 1024
 _TIE = 1e-6  # cosine; two ways of summing one product in float32 differ by less
 
@@ -38,7 +39,7 @@ class HeldOut:
         where: the recipe's path, for messages.
 
     Raises:
-        ShardError: the held-out shards have another tokenizer or template, or do not fit the number of ranks.
+        ShardError: the held-out shards have another tokenizer, template or teacher, or do not fit the number of ranks.
     """
 
     def __init__(self, section: EvaluationSection, index: Index, world_size: int, where: str) -> None:
@@ -49,6 +50,7 @@ class HeldOut:
                 f"{where}: evaluation.shards ({section.shards}) and data.shards were packed with different tokenizers "
                 "or templates; pack the held-out pairs with the training recipe's"
             )
+        _check_teacher(theirs.teacher, index.teacher, section, where)
         check_ranks(theirs.pack_multiple, world_size, section.shards, where)
         self.num_batches = min(section.max_batches, len(self.reader))
 
@@ -66,6 +68,29 @@ class HeldOut:
                 documents.append(_Side.of(packs, embeddings, queries=False))
             metrics = {name: value / self.num_batches for name, value in reduced(total).items()}
             return metrics | _retrieval(_Side.joined(queries), _Side.joined(documents), engine.ranks.device)
+
+
+def _check_teacher(
+    theirs: dict[str, Any] | None, ours: dict[str, Any] | None, section: EvaluationSection, where: str
+) -> None:
+    """The teacher column of the held-out shards must mean what that of the training shards means."""
+    if ours is None:
+        return
+    if theirs is None:
+        raise ShardError(
+            f"{where}: evaluation.shards ({section.shards}) has no teacher's embeddings, data.shards has; run "
+            "`python -m data_prep teach` on it with the same teacher"
+        )
+    differing = [
+        f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} in data.shards"
+        for key in _TEACHER_KEYS
+        if theirs.get(key) != ours.get(key)
+    ]
+    if differing:
+        raise ShardError(
+            f"{where}: evaluation.shards ({section.shards}) was taught by another teacher: {'; '.join(differing)}; run "
+            "`python -m data_prep teach` on it with the same teacher"
+        )
 
 
 class _Side:

@@ -20,6 +20,7 @@ from anchor.data.templates import Template
 from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, tokenizer_fingerprint
 from anchor.engine.deepspeed import read_ds_config
 from anchor.engine.held_out import HeldOut
+from anchor.engine.special_tokens import check_template, make_self_supervised
 from anchor.errors import ShardError
 from anchor.objectives.base import Objective
 from anchor.objectives.contrastive import ContrastiveObjective
@@ -61,6 +62,7 @@ def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
     tokenizer = recipe.data.shards / "tokenizer"
     if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
         raise ShardError(f"{tokenizer}: missing or altered since packing; pack again")
+    check_template(recipe, index, recipe_path)
     held_out = None
     if recipe.evaluation is not None:
         held_out = HeldOut(recipe.evaluation, index, world_size, recipe_path)
@@ -93,6 +95,8 @@ def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
         return kind(causal_lm, section, prefix_tokens)
     if isinstance(section, schema.LanguageModelObjective):
         return LanguageModelObjective(causal_lm)
+    if isinstance(section, schema.SelfSupervisedObjective):
+        return make_self_supervised(causal_lm, section, read_index(recipe.data.shards), recipe.seed)
     return ContrastiveObjective(causal_lm, section)
 
 

@@ -1,0 +1,129 @@
+"""Special tokens for a run: checked against shards and backbone, and made before the engine wraps them."""
+
+import json
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from anchor.config import schema
+from anchor.config.schema import TrainRecipe
+from anchor.data.shards import Index
+from anchor.data.templates import special_token_names
+from anchor.engine.deepspeed import whole
+from anchor.errors import ModelError, ShardError
+from anchor.models.special_tokens import SpecialTokens
+from anchor.objectives.base import Objective
+from anchor.objectives.self_supervised import JointSelfSupervisedObjective, SelfSupervisedObjective
+
+
+def first_special_id(index: Index) -> int:
+    """Id of the first special token of shards that have some: the last is the anchor token."""
+    return index.anchor_token_id - index.template["special_tokens"] + 1
+
+
+def check_template(recipe: TrainRecipe, index: Index, where: str) -> None:
+    """Refuse shards whose template or teacher is not what the recipe's objective needs.
+
+    Args:
+        recipe: the training recipe.
+        index: of its shards.
+        where: the recipe's path, for messages.
+
+    Raises:
+        ShardError: special tokens or a teacher are missing, or there are special tokens that nobody would train, or
+            the shards' tokenizer has others.
+    """
+    kind, shards, count = recipe.objective.kind, recipe.data.shards, index.template.get("special_tokens", 0)
+    if not isinstance(recipe.objective, schema.SelfSupervisedObjective):
+        if count:
+            raise ShardError(
+                f"{where}: objective.kind is {kind}, but {shards} was packed with {count} special tokens, which only "
+                "self_supervised trains; pack with a template of another kind"
+            )
+        return
+    if not count:
+        raise ShardError(
+            f"{where}: objective.kind is self_supervised, but {shards} was packed without special tokens; pack with "
+            "template.kind: special_tokens"
+        )
+    _check_names(recipe, index, count)
+    if index.teacher is None:
+        raise ShardError(
+            f"{where}: objective.kind is self_supervised, but {shards} has no teacher's embeddings; run "
+            f"`python -m data_prep teach {shards} --output NEW` and set data.shards to NEW"
+        )
+
+
+def _check_names(recipe: TrainRecipe, index: Index, count: int) -> None:
+    file = recipe.data.shards / "tokenizer/tokenizer.json"
+    added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    first = first_special_id(index)
+    found = [ids.get(name) for name in special_token_names(count)]
+    if found != list(range(first, first + count)) or special_token_names(count + 1)[-1] in ids:
+        raise ShardError(
+            f"{file}: its special tokens are not the {count} from id {first} on that index.json says; pack again"
+        )
+
+
+def check_vocabulary(causal_lm: PreTrainedModel, path: str, index: Index) -> None:
+    """Refuse a backbone that does not have all tokens of the shards, special tokens left out.
+
+    Args:
+        causal_lm: the backbone.
+        path: where it comes from.
+        index: of the shards.
+
+    Raises:
+        ModelError: a token of the shards has no embedding.
+    """
+    vocabulary = causal_lm.config.vocab_size
+    if "special_tokens" in index.template:
+        first, end = first_special_id(index), index.end_token_id
+        if first > vocabulary or end is None or end >= vocabulary:
+            raise ModelError(
+                f"{path}: {vocabulary} tokens, the shards have {first} before the special tokens and end texts with "
+                f"{end}; pack with this model's tokenizer"
+            )
+    elif index.anchor_token_id >= vocabulary:
+        raise ModelError(
+            f"{path}: {vocabulary} tokens, the shards' anchor token is {index.anchor_token_id}; "
+            "pack with this model's tokenizer"
+        )
+
+
+def make_self_supervised(
+    causal_lm: PreTrainedModel, section: schema.SelfSupervisedObjective, index: Index, seed: int
+) -> Objective:
+    """The objective, with new special tokens near the mean of the backbone's embeddings; every rank calls it.
+
+    Args:
+        causal_lm: the backbone, partitioned or not; on the meta device nothing is computed.
+        section: the recipe's ``objective``.
+        index: of shards that passed :func:`check_template`.
+        seed: of whatever is drawn.
+
+    Raises:
+        ValueError: the shards have no teacher or no end token.
+    """
+    if index.teacher is None or index.end_token_id is None:
+        raise ValueError("shards without a teacher or an end token")
+    count, dimension = index.template["special_tokens"], index.teacher["dimension"]
+    special = new_special_tokens(causal_lm, count, dimension, first_special_id(index), seed)
+    kind = SelfSupervisedObjective if section.contrastive is None else JointSelfSupervisedObjective
+    return kind(causal_lm, special, section, index.end_token_id)
+
+
+def new_special_tokens(
+    causal_lm: PreTrainedModel, count: int, dimension: int, first_id: int, seed: int
+) -> SpecialTokens:
+    """Special tokens in the backbone's dtype, see :meth:`SpecialTokens.initialise`."""
+    embeddings = cast(nn.Embedding, causal_lm.get_input_embeddings()).weight
+    with torch.device("meta" if embeddings.is_meta else "cpu"):
+        special = SpecialTokens(count, causal_lm.config.hidden_size, dimension, first_id).to(embeddings.dtype)
+    if not embeddings.is_meta:
+        with whole(embeddings):
+            special.initialise(embeddings, seed)
+    return special
