@@ -1,6 +1,7 @@
 """Whether a checkpoint belongs to a run: the same recipe, but for what cannot change the result, and the same data.
 
-The number of ranks may differ: a step is the same batch on any number of ranks that divides ``pack_multiple``.
+The number of ranks may differ: a step is the same batch on any number of ranks that divides ``pack_multiple``. So may
+``optim.total_steps``, where ``optim.decay_steps`` states the learning rate's horizon: a finished run then goes further.
 """
 
 from pathlib import Path
@@ -40,10 +41,11 @@ def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
     # Through the schema: a knob that did not exist then had what is its default now.
     before = _flat(validate(stored["recipe"], TrainRecipe, str(checkpoint / "state.json")).model_dump(mode="json"))
     now = _flat(state["recipe"])
+    further = {"optim.total_steps"} if _goes_further(now, stored["step"]) else set()
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not _may_differ(key)
+        if before.get(key) != now.get(key) and not _may_differ(key) and key not in further
     ]
     if differing:
         raise TrainingError(f"{checkpoint}: written by another recipe: {'; '.join(differing)}; choose a new output_dir")
@@ -58,6 +60,11 @@ def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
 
 def _may_differ(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in _MAY_DIFFER)
+
+
+def _goes_further(now: dict[str, Any], step: int) -> bool:
+    """Whether the number of steps may differ: the schedule does not depend on it, and so many are not yet taken."""
+    return now["optim.decay_steps"] is not None and now["optim.total_steps"] >= step
 
 
 def _flat(node: Any, name: str = "") -> dict[str, Any]:

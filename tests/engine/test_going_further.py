@@ -1,0 +1,69 @@
+"""Invariants: a finished run whose recipe states the learning rate's horizon goes on to more steps, with the bits of a
+run that took them all at once, and exports again; fewer steps than were taken, or an unstated horizon, are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_distributed
+from safetensors.torch import load_file
+from test_train import losses, train_ranks, write_recipe
+
+from anchor.config.load import load_recipe
+from anchor.config.schema import TrainRecipe
+from anchor.engine.checkpoint import complete_checkpoints
+from anchor.engine.resume import check_same_run
+from anchor.errors import TrainingError
+
+HORIZON = {"optim__decay_steps": 4, "engine__checkpoint_every_steps": None}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model_dir, make_shards):
+    """Two steps and then two more; and four at once."""
+    shards = make_shards(pairs=8, pack_multiple=2, num_rows=32)
+    halves, whole = tmp_path_factory.mktemp("halves"), tmp_path_factory.mktemp("whole")
+    for folder, steps in ((halves, 2), (halves, 4), (whole, 4)):
+        recipe = write_recipe(folder, tiny_model_dir, shards, optim__total_steps=steps, **HORIZON)
+        run_distributed(train_ranks, 1, recipe, True)
+    return halves / "run", whole / "run"
+
+
+def test_going_further_equals_having_gone_all_the_way(runs):
+    halves, whole = runs
+    assert losses(halves) == losses(whole)
+    assert len(losses(whole)) == 4
+    ours, theirs = (load_file(run / "export/model.safetensors") for run in runs)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def state_of(run: Path, **optim) -> dict:
+    recipe = load_recipe(run.parent / "recipe.yaml", TrainRecipe).model_dump(mode="json")
+    (checkpoint,) = complete_checkpoints(run / "checkpoints")
+    from anchor.engine.checkpoint import read_state
+
+    stored = read_state(checkpoint)
+    return {
+        "recipe": recipe | {"optim": recipe["optim"] | optim},
+        "zero_stage": stored["zero_stage"],
+        "data_index_sha256": stored["data_index_sha256"],
+    }
+
+
+def test_fewer_steps_than_were_taken_are_refused(runs):
+    _, whole = runs
+    (checkpoint,) = complete_checkpoints(whole / "checkpoints")
+    check_same_run(checkpoint, state_of(whole))
+    with pytest.raises(TrainingError, match=r"optim\.total_steps was 4, is 3; choose a new output_dir"):
+        check_same_run(checkpoint, state_of(whole, total_steps=3))
+
+
+def test_a_horizon_that_moves_is_refused(runs):
+    _, whole = runs
+    (checkpoint,) = complete_checkpoints(whole / "checkpoints")
+    check_same_run(checkpoint, state_of(whole, total_steps=4))
+    with pytest.raises(TrainingError, match=r"optim\.decay_steps was 4, is None; optim\.total_steps was 4, is 5"):
+        check_same_run(checkpoint, state_of(whole, total_steps=5, decay_steps=None))
+    with pytest.raises(TrainingError, match=r"written by another recipe: optim\.decay_steps was 4, is 9; choose"):
+        check_same_run(checkpoint, state_of(whole, total_steps=5, decay_steps=9))
