@@ -27,6 +27,7 @@ from typing import Any
 from anchor.errors import ConfigError, DataError
 from data_prep.docstrings import Docstring, docstrings_of
 from data_prep.progress import tracked
+from data_prep.retrieval_task import write_jsonl, write_retrieval_task
 
 log = logging.getLogger(__name__)
 
@@ -40,23 +41,6 @@ INSTRUCTION = "Given a summary of a function or class, retrieve its documentatio
 _SAME_BEGINNING_CHARACTERS = 200
 _SKIPPED_FOLDERS = {"tests", "testing", "test", "externals", "_vendor", "vendor", "extern", "_vendored", "benchmarks"}
 _MARK = "docs.json"
-
-_README = """---
-configs:
-- config_name: default
-  data_files:
-  - split: test
-    path: qrels/test.jsonl
-- config_name: corpus
-  data_files:
-  - split: corpus
-    path: corpus.jsonl
-- config_name: queries
-  data_files:
-  - split: queries
-    path: queries.jsonl
----
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,26 +267,15 @@ def _write(output: Path, split: DocsSplit, about: dict[str, Any]) -> None:
         shutil.rmtree(beside)
     (beside / "pairs").mkdir(parents=True)
     (beside / _MARK).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    _write_jsonl(
+    write_jsonl(
         beside / "pairs" / f"{SOURCE_NAME}.jsonl",
         (
             {"query": pair.docstring.summary, "positive": pair.docstring.body, "negative": pair.negative}
             for pair in split.training
         ),
     )
-    heldout = beside / "heldout"
-    (heldout / "qrels").mkdir(parents=True)
-    (heldout / "README.md").write_text(_README, encoding="utf-8")
-    # A query and its document bear different ids, so that no evaluator can match them by id.
-    documents = {f"d{i}": doc for i, doc in enumerate(split.documents)}
-    _write_jsonl(heldout / "corpus.jsonl", ({"_id": i, "title": "", "text": d.body} for i, d in documents.items()))
-    queries = [(f"q{i}", pair.docstring) for i, pair in enumerate(split.heldout)]
-    _write_jsonl(heldout / "queries.jsonl", ({"_id": i, "text": doc.summary} for i, doc in queries))
-    qrels = ({"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(len(queries)))
-    _write_jsonl(heldout / "qrels" / "test.jsonl", qrels)
+    documents = {f"d{i}": doc.body for i, doc in enumerate(split.documents)}
+    queries = {f"q{i}": pair.docstring.summary for i, pair in enumerate(split.heldout)}
+    # A held-out pair's document stands at the pair's own place.
+    write_retrieval_task(beside / "heldout", documents, queries, {f"q{i}": f"d{i}" for i in range(len(queries))})
     os.replace(beside, output)
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
