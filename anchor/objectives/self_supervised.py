@@ -109,9 +109,9 @@ class SelfSupervisedObjective(SeparableObjective):
     def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
         """Of a query its own; of a positive, which is not encoded, the teacher's: what its query should find."""
         queries, embeddings, teacher = output[4:]
-        vectors = teacher.new_empty(len(queries), teacher.shape[1])
-        vectors[queries] = unit_vectors(embeddings)
-        vectors[~queries] = unit_vectors(teacher)
+        own = unit_vectors(embeddings)
+        vectors = own.new_empty(len(queries), own.shape[1])
+        vectors[queries], vectors[~queries] = own, unit_vectors(teacher).to(own.dtype)
         return vectors
 
     def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
