@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = command("embed", "Embed the texts of a file.")
     mteb = command("mteb", "Score a model on mteb tasks.")
     for one in (embed, mteb):
+        one.add_argument("--base", help="where a self-supervised folder's base model lies (as anchor.json says)")
         one.add_argument("model", type=Path, help="folder exported by anchor.train")
         one.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
         one.add_argument("--attention", choices=("segments", "varlen", "flash"), help="kernel (by the device)")
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--overwrite", action="store_true", help="replace vectors that the folder holds")
     mteb.add_argument("--benchmark", help="all tasks of 'MTEB(eng, v1)', 'MTEB(eng, v2)', lite, ...")
     mteb.add_argument("--tasks", default="", help="names of mteb tasks, separated by commas; AdvBench-IR")
-    mteb.add_argument("--prompts", default="anchor", help="anchor, llm2vec_gen, a YAML file, or folder (anchor)")
+    mteb.add_argument("--prompts", help="anchor, llm2vec_gen, a YAML file, or folder (by the objective)")
     mteb.add_argument("--retrieval", type=Path, action="append", default=[], help="folder of a local retrieval task")
     mteb.add_argument("--data-root", type=Path, help="offline copy of the tasks' data, by hub path")
     mteb.add_argument("--partial", action="store_true", help="score the tasks whose data is there")
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--input", type=Path, help="texts, as eval embed reads them")
     what.add_argument("--vectors", type=Path, help="folder of eval embed")
     what.add_argument("--pairs", type=Path, help="JSON lines with 'query' and 'positive': also scores the decoding")
+    decode.add_argument("--base", help="where a self-supervised folder's base model lies (as anchor.json says)")
     decode.add_argument("--prompt", help="with --text, --input: name of a prompt of the folder")
     directions = ("both", "document_to_query", "query_to_document")
     decode.add_argument("--direction", choices=directions, default="both", help="with --pairs (both)")
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--title", default="Anchor report", help="of the page")
     report.add_argument("--benchmark", help="also categories and averages of a benchmark, beside published rows")
     report.add_argument("--model", type=Path, help="model folder whose embeddings are looked at")
+    report.add_argument("--base", help="where a self-supervised folder's base model lies (as anchor.json says)")
     report.add_argument("--pairs", type=Path, help="similarities and neighbours: JSON lines, or a retrieval folder")
     report.add_argument("--labelled", type=Path, help="2-D map: JSON lines with 'text' and 'label'")
     report.add_argument("--decoded", type=Path, help="output of eval decode")
@@ -108,12 +111,14 @@ def _parser() -> argparse.ArgumentParser:
 def _mteb(arguments: argparse.Namespace) -> None:
     from anchor import dist
     from eval.benchmark import run_tasks
-    from eval.opening import open_encoder
+    from eval.opening import SELF_SUPERVISED, objective_of, open_encoder
     from eval.prompts import load_prompts
     from eval.ranks import RankedEncoder
 
     benchmark, tasks = _tasks(arguments)
-    prompts = None if arguments.prompts == "folder" else load_prompts(arguments.prompts)
+    of_objective = "llm2vec_gen" if objective_of(arguments.model) == SELF_SUPERVISED else "anchor"
+    name = arguments.prompts or of_objective
+    prompts = None if name == "folder" else load_prompts(name)
     output = arguments.output or arguments.model / "mteb"
     labelled = [("this", output), *_labelled(item for item in arguments.compare if item != "published")]
     dist.init()
@@ -124,6 +129,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
                 dtype=arguments.dtype,
                 attention=arguments.attention,
                 pack_tokens=arguments.pack_tokens,
+                base=arguments.base,
             )
         )
         if encoder.rank > 0:
@@ -197,7 +203,11 @@ def _embed(arguments: argparse.Namespace) -> None:
     dist.init()
     try:
         encoder = open_encoder(
-            arguments.model, dtype=arguments.dtype, attention=arguments.attention, pack_tokens=arguments.pack_tokens
+            arguments.model,
+            dtype=arguments.dtype,
+            attention=arguments.attention,
+            pack_tokens=arguments.pack_tokens,
+            base=arguments.base,
         )
         embed(encoder, source, arguments.output, options, overwrite=arguments.overwrite)
     finally:
@@ -207,18 +217,20 @@ def _embed(arguments: argparse.Namespace) -> None:
 def _decode(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from eval.decode import DIRECTIONS, Decoder, means, read_pairs, write_decoded
-    from eval.encoder import Encoder
+    from eval.decode import Decoder, means, read_pairs, write_decoded
+    from eval.opening import open_encoder
     from eval.texts import Source, read_texts
 
-    encoder = Encoder(arguments.model, dtype=arguments.dtype, attention=None, pack_tokens=arguments.pack_tokens)
+    encoder = open_encoder(
+        arguments.model, dtype=arguments.dtype, pack_tokens=arguments.pack_tokens, base=arguments.base
+    )
     decoder = Decoder(encoder, max_new_tokens=arguments.max_new_tokens, num_beams=arguments.beams)
     prompt = encoder.prompt(arguments.prompt) if arguments.prompt is not None else ""
     if arguments.vectors is not None:
         decoded = decoder.stored(arguments.vectors, arguments.limit)
     elif arguments.pairs is not None:
         pairs = read_pairs(arguments.pairs, arguments.limit)
-        wanted = DIRECTIONS if arguments.direction == "both" else (arguments.direction,)
+        wanted = decoder.directions if arguments.direction == "both" else (arguments.direction,)
         decoded = [one for direction in wanted for one in decoder.pairs(pairs, direction)]
     else:
         texts = arguments.text or read_texts(Source(arguments.input))[1]
@@ -243,7 +255,9 @@ def _report(arguments: argparse.Namespace) -> None:
     runs = [read_run(item) for item in arguments.folders]
     encoder = None
     if arguments.model is not None:
-        encoder = open_encoder(arguments.model, dtype=arguments.dtype, pack_tokens=arguments.pack_tokens)
+        encoder = open_encoder(
+            arguments.model, dtype=arguments.dtype, pack_tokens=arguments.pack_tokens, base=arguments.base
+        )
     write_report(
         runs,
         arguments.output,

@@ -4,13 +4,16 @@ The decoder was trained on the raw anchor state (the un-normalised final hidden 
 normalised embedding lacks its length, so ``eval embed`` stores the lengths beside the vectors (``norms``), and a stored
 folder is decoded from ``embedding x norm``. A Matryoshka cut loses components and cannot be decoded.
 
-A document's embedding decodes to a query and a query's to a document, as the two directions were trained.
+A document's embedding decodes to a query and a query's to a document, as the two directions were trained. A folder of
+objective self_supervised decodes a query's P soft prompts to its answer; its embedding is their pooled image, from
+which they cannot be had back, so stored vectors are not decoded.
 """
 
 import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,14 +23,18 @@ from jaxtyping import Float
 from rouge_score.rouge_scorer import RougeScorer
 
 from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
-from anchor.models.reconstructor import generate_from_anchors
-from eval.encoder import Encoder
+from anchor.models.reconstructor import generate_from_prefixes
+from anchor.models.special_tokens_folder import without_adapter
+from eval.encoder import PackedEncoder, TextEncoder
+from eval.opening import SELF_SUPERVISED
 from eval.vectors import read_folder
 
 log = logging.getLogger(__name__)
 
 DIRECTIONS = ("document_to_query", "query_to_document")
 BATCH = 32
+BLOCK_TEXTS = 1024
+"""Texts whose prefix vectors are held at a time."""
 _WORD = re.compile(r"\w+")
 
 
@@ -61,51 +68,62 @@ class Decoder:
         num_beams: 1 is greedy.
 
     Raises:
-        ModelError: a folder whose anchor states cannot be decoded.
+        ModelError: a folder whose embeddings cannot be decoded.
     """
 
-    def __init__(self, encoder: Encoder, *, max_new_tokens: int = 64, num_beams: int = 1) -> None:
+    def __init__(self, encoder: TextEncoder, *, max_new_tokens: int = 64, num_beams: int = 1) -> None:
+        if not isinstance(encoder, PackedEncoder):
+            raise ModelError(f"{encoder.folder}: no anchor.json; only folders exported by anchor.train can be decoded")
         objective = encoder.about.get("objective")
-        if objective == "self_supervised":
-            raise ModelError(
-                f"{encoder.folder}: objective self_supervised pools several soft prompts; it cannot decode"
-            )
-        if not getattr(encoder.embedder.causal_lm.config, "is_causal", True):
+        if not getattr(encoder.causal_lm.config, "is_causal", True):
             raise ModelError(f"{encoder.folder}: attends in both directions, so its language model cannot generate")
         if objective == "contrastive":
             log.warning("%s: trained last by contrastive, not reconstruction; the text may say little", encoder.folder)
         self.encoder = encoder
+        self.directions = ("query_to_document",) if objective == SELF_SUPERVISED else DIRECTIONS
         self._length = max_new_tokens
         self._beams = num_beams
-        anchor = encoder.about.get("anchor_token_id")
-        self._end: int = encoder.backend.encode("").ids[-1] if anchor is None else anchor
+        self._soft_prompts = objective == SELF_SUPERVISED
+        # Of a converted folder: its decoder was the base as it is.
+        self._plain_decoder = encoder.about.get("decoder") == "base"
+        named = ("end_token_id", "anchor_token_id")
+        ends = [encoder.about[name] for name in named if encoder.about.get(name) is not None]
+        self._end: int = ends[0] if ends else encoder.backend.encode("").ids[-1]
 
-    def states(self, states: Float[np.ndarray, "B D"]) -> list[str]:
-        """Texts of raw anchor states."""
+    def prefixes(self, prefixes: Float[torch.Tensor, "B P H"]) -> list[str]:
+        """Texts of the vectors that the decoder was trained to continue from."""
         out: list[str] = []
-        for start in range(0, len(states), BATCH):
-            batch = torch.from_numpy(np.array(states[start : start + BATCH], dtype=np.float32))
-            ids = generate_from_anchors(
-                self.encoder.embedder.causal_lm,
-                batch.to(self.encoder.device),
-                self._end,
-                max_new_tokens=self._length,
-                num_beams=self._beams,
-            )
+        for batch in prefixes.split(BATCH):
+            with without_adapter(self.encoder.causal_lm) if self._plain_decoder else nullcontext():
+                ids = generate_from_prefixes(
+                    self.encoder.causal_lm,
+                    batch.to(self.encoder.device),
+                    self._end,
+                    max_new_tokens=self._length,
+                    num_beams=self._beams,
+                )
             out += self.encoder.backend.decode_batch(ids, skip_special_tokens=True)
         return out
 
     def texts(self, texts: Sequence[str], prompt: str = "") -> list[Decoded]:
         """Embed texts and decode the embeddings."""
-        said = self.states(self.encoder.states(texts, prompt))
+        said: list[str] = []
+        for start in range(0, len(texts), BLOCK_TEXTS):
+            said += self.prefixes(self.encoder.prefixes(texts[start : start + BLOCK_TEXTS], prompt))
         return [Decoded(text, one) for text, one in zip(texts, said, strict=True)]
 
     def stored(self, folder: Path, limit: int | None = None) -> list[Decoded]:
         """Decode the vectors of a folder of ``eval embed``.
 
         Raises:
+            ModelError: the model decodes soft prompts, which are not stored.
             DataError: of another model, cut, or normalised without norms.
         """
+        if self._soft_prompts:
+            raise ModelError(
+                f"{self.encoder.folder}: of objective self_supervised, which decodes a text's soft prompts, not its "
+                "stored vector; give the texts: --input FILE"
+            )
         stored = read_folder(folder)
         if stored.manifest["revision"] != self.encoder.revision():
             raise DataError(
@@ -121,10 +139,20 @@ class Decoder:
             if stored.norms is None:
                 raise DataError(f"{folder}: normalised and without norms; embed again with an exported folder")
             vectors = vectors * stored.norms[:limit, None]
-        return [Decoded(one, text) for one, text in zip(stored.ids, self.states(vectors), strict=False)]
+        said = self.prefixes(torch.from_numpy(np.array(vectors))[:, None])
+        return [Decoded(one, text) for one, text in zip(stored.ids, said, strict=False)]
 
     def pairs(self, pairs: Sequence[tuple[str, str]], direction: str) -> list[Decoded]:
-        """Decode one side of ``(query, document)`` pairs and compare with the other."""
+        """Decode one side of ``(query, document)`` pairs and compare with the other.
+
+        Raises:
+            ConfigError: a direction that the model was not trained in.
+        """
+        if direction not in self.directions:
+            raise ConfigError(
+                f"--direction {direction}: {self.encoder.folder} was trained by self_supervised, so a query decodes to "
+                "its answer only; use query_to_document"
+            )
         to_query = direction == "document_to_query"
         sources, references = ([pair[side] for pair in pairs] for side in ((1, 0) if to_query else (0, 1)))
         prompt = self.encoder.prompts.get("document" if to_query else "query", "")

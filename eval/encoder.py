@@ -6,7 +6,7 @@
 3. A pack passes through the forward that trains. So the vectors are those of the engine, of sentence-transformers
    and of plain transformers, whatever the packs.
 
-Other kinds of folders: :mod:`eval.plain`, :mod:`eval.self_supervised`; :func:`eval.opening.open_encoder` chooses.
+Other kinds of folders: :mod:`eval.plain`, :mod:`eval.soft_prompts`; :func:`eval.opening.open_encoder` chooses.
 """
 
 import json
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 import xxhash
 from jaxtyping import Float
+from transformers import PreTrainedModel
 
 from anchor.config.model_path import resolve_model_path
-from anchor.data.batches import to_tensors
+from anchor.data.batches import PackTensors, to_tensors
 from anchor.data.shards import Pack
 from anchor.data.tokenization import load_tokenizer
 from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
@@ -81,12 +82,7 @@ class TextEncoder(ABC):
 
     def revision(self) -> str:
         """xxh3 of the weights: results of another model are never taken for this one's."""
-        digest = xxhash.xxh3_64()
-        for file in sorted(self.folder.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 24):
-                    digest.update(block)
-        return digest.hexdigest()
+        return weights_xxh3(sorted(self.folder.glob("*.safetensors")))
 
     def prompt(self, name: str) -> str:
         """A prompt of the folder by name.
@@ -99,8 +95,8 @@ class TextEncoder(ABC):
         return self.prompts[name]
 
 
-class Encoder(TextEncoder):
-    """A folder exported by ``anchor.train``, ready to encode.
+class PackedEncoder(TextEncoder):
+    """A folder of this project: its texts pass through the packed forward that trains.
 
     Args:
         folder: the folder.
@@ -108,38 +104,53 @@ class Encoder(TextEncoder):
         attention: ``segments``, ``varlen`` or ``flash``; by the device when None.
         pack_tokens: tokens of one forward pass; longer texts still pass alone.
 
+    Attributes:
+        backend: the folder's tokenizer.
+        implementation: transformers' name of the attention kernel.
+
     Raises:
         ModelError: missing folder, or not exported by this project.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192) -> None:
-        resolve_model_path(str(folder))
-        about = folder / "anchor.json"
-        if not about.is_file():
-            raise ModelError(f"{folder}: no anchor.json; only folders exported by anchor.train can be read")
-        super().__init__(folder, json.loads(about.read_text(encoding="utf-8")), dtype)
+    def __init__(self, folder: Path, *, dtype: str, attention: str | None, pack_tokens: int) -> None:
+        super().__init__(folder, read_about(folder), dtype)
         self.pack_tokens = pack_tokens
         self.backend = load_tokenizer(str(folder)).backend_tokenizer
         self.backend.no_padding()
         self.backend.enable_truncation(self.max_tokens)
         self.backend.encode_special_tokens = True
         kernel = attention if attention is not None else "varlen" if self.device.type == "cuda" else "segments"
-        causal_lm = load_causal_lm(str(folder), DTYPES[dtype], implementation(kernel, self.device.type))
-        self.embedder = Embedder(causal_lm).to(self.device).eval()
+        self.implementation = implementation(kernel, self.device.type)
 
     @property
-    def dimension(self) -> int:
-        return self.embedder.causal_lm.config.hidden_size
+    @abstractmethod
+    def causal_lm(self) -> PreTrainedModel:
+        """The language model."""
+
+    @abstractmethod
+    def of_pack(self, pack: PackTensors) -> tuple[Float[torch.Tensor, "S D"], Float[torch.Tensor, "S P H"]]:
+        """Embeddings of a pack's texts before they are normalised, and the vectors that stand for each in decoding."""
 
     def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
-        with torch.inference_mode():
-            for start, ids in self._tokenised(texts, prompt):
-                for members in by_length([len(i) for i in ids], self.pack_tokens):
-                    pack = to_tensors(_text_pack([ids[m] for m in members]), self.device)
-                    states, _ = self.embedder.anchor_states(pack)
-                    out[[start + m for m in members]] = states.float().cpu().numpy()
+        for members, states, _ in self._packs(texts, prompt):
+            out[members] = states.float().cpu().numpy()
         return finite(out, self.folder)
+
+    def prefixes(self, texts: Sequence[str], prompt: str = "") -> Float[torch.Tensor, "B P H"]:
+        """The vectors that the decoder continues from, in the order of the texts; see :meth:`states` for arguments."""
+        found = [(members, prefixes) for members, _, prefixes in self._packs(texts, prompt)]
+        order = torch.tensor([member for members, _ in found for member in members])
+        return torch.cat([prefixes for _, prefixes in found])[order.argsort().to(self.device)]
+
+    def _packs(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Per pack: the numbers of its texts, and what :meth:`of_pack` gives."""
+        for start, ids in self._tokenised(texts, prompt):
+            for members in by_length([len(i) for i in ids], self.pack_tokens):
+                with torch.inference_mode():
+                    pack = to_tensors(_text_pack([ids[m] for m in members]), self.device)
+                    states, prefixes = self.of_pack(pack)
+                yield [start + m for m in members], states, prefixes
 
     def _tokenised(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[int, list[np.ndarray]]]:
         """``(index of the first text, token ids of each)`` by blocks; the next block is made ahead by a thread."""
@@ -157,6 +168,57 @@ class Encoder(TextEncoder):
                 ids = ahead.result()
                 ahead = pool.submit(tokenise, start + BLOCK_TEXTS) if start + BLOCK_TEXTS < len(texts) else None
                 yield start, ids
+
+
+class Encoder(PackedEncoder):
+    """A folder exported by ``anchor.train`` that holds a whole model; arguments as :class:`PackedEncoder`."""
+
+    def __init__(self, folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192) -> None:
+        super().__init__(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens)
+        causal_lm = load_causal_lm(str(folder), DTYPES[dtype], self.implementation)
+        self.embedder = Embedder(causal_lm).to(self.device).eval()
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        return self.embedder.causal_lm
+
+    @property
+    def dimension(self) -> int:
+        return self.causal_lm.config.hidden_size
+
+    def of_pack(self, pack: PackTensors) -> tuple[Float[torch.Tensor, "S D"], Float[torch.Tensor, "S P H"]]:
+        states, _ = self.embedder.anchor_states(pack)
+        return states, states[:, None]
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """``anchor.json`` of an exported folder.
+
+    Raises:
+        ModelError: missing folder, not exported by this project, or unreadable.
+    """
+    resolve_model_path(str(folder))
+    file = folder / "anchor.json"
+    if not file.is_file():
+        raise ModelError(f"{folder}: no anchor.json; only folders exported by anchor.train can be read")
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: not readable: {error}; export again") from error
+    missing = [key for key in ("prompts", "max_tokens") if not isinstance(about, dict) or key not in about]
+    if missing:
+        raise ModelError(f"{file}: no {' and no '.join(missing)}; export again")
+    return about
+
+
+def weights_xxh3(files: Sequence[Path]) -> str:
+    """xxh3 of the bytes of files, one after another."""
+    digest = xxhash.xxh3_64()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def unit(states: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:

@@ -4,19 +4,34 @@ from pathlib import Path
 
 from anchor.config.model_path import resolve_model_path
 from anchor.errors import ConfigError, ModelError
-from eval.encoder import Encoder
+from eval.encoder import Encoder, PackedEncoder, read_about
 from eval.plain import PlainEncoder
+from eval.soft_prompts import SoftPromptsEncoder
+
+SELF_SUPERVISED = "self_supervised"
 
 
 def open_encoder(
-    folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192
-) -> Encoder | PlainEncoder:
+    folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192, base: str | None = None
+) -> PackedEncoder | PlainEncoder:
     """The encoder for a folder: exported by this project, or any that sentence-transformers reads.
+
+    Args:
+        folder: the model folder.
+        dtype: compute dtype, ``bf16`` or ``fp32``.
+        attention: kernel; by the device when None.
+        pack_tokens: tokens of one forward pass.
+        base: where the base model of a self-supervised folder lies.
 
     Raises:
         ModelError: missing folder, or neither ``anchor.json`` nor ``modules.json`` in it.
+        ConfigError: an option that this kind of folder has no use for.
     """
     resolve_model_path(str(folder))
+    if objective_of(folder) == SELF_SUPERVISED:
+        return SoftPromptsEncoder(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens, base=base)
+    if base is not None:
+        raise ConfigError(f"{folder}: holds a whole model, not one of objective self_supervised; leave --base out")
     if (folder / "anchor.json").is_file():
         return Encoder(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens)
     if not (folder / "modules.json").is_file():
@@ -27,3 +42,12 @@ def open_encoder(
     if attention is not None:
         raise ConfigError(f"{folder}: no anchor.json, so sentence-transformers serves it; leave --attention out")
     return PlainEncoder(folder, dtype=dtype, pack_tokens=pack_tokens)
+
+
+def objective_of(folder: Path) -> str | None:
+    """What an exported folder was trained by last; None where there is no ``anchor.json``.
+
+    Raises:
+        ModelError: it is unreadable.
+    """
+    return read_about(folder).get("objective") if (folder / "anchor.json").is_file() else None

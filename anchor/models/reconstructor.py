@@ -43,47 +43,47 @@ class TargetWeights:
 
 
 @torch.inference_mode()
-def generate_from_anchors(
+def generate_from_prefixes(
     causal_lm: PreTrainedModel,
-    anchors: Float[Tensor, "B H"],
-    anchor_token_id: int,
+    prefixes: Float[Tensor, "B P H"],
+    end_token_id: int,
     *,
     max_new_tokens: int,
     num_beams: int = 1,
 ) -> list[list[int]]:
-    """What anchor states say: text after the one prefix vector, as the decode pass was trained, with a KV cache.
+    """What prefix vectors say: the text after them, as the decode pass was trained, with a KV cache.
 
     Greedy, or beam search; sampling settings of the folder are not used. A pack's kernel has no cache, so generation
     runs on scaled-dot-product attention; the model's own kernel is set again afterwards.
 
     Args:
         causal_lm: the model, causal.
-        anchors: raw final-norm hidden states, not normalised.
-        anchor_token_id: ends a text.
+        prefixes: per text one raw final-norm hidden state of its anchor token, or P soft prompts.
+        end_token_id: ends a text: the anchor token, or the end token of a model with special tokens.
         max_new_tokens: of a text.
         num_beams: 1 is greedy.
 
     Returns:
-        Token ids of each text, without the anchor token.
+        Token ids of each text, without the end token.
     """
     kernel = causal_lm.config._attn_implementation
     causal_lm.set_attn_implementation("sdpa")
     try:
         out: Any = cast(Any, causal_lm).generate(
-            inputs_embeds=anchors[:, None].to(causal_lm.dtype),
-            attention_mask=torch.ones(len(anchors), 1, dtype=torch.long, device=anchors.device),
+            inputs_embeds=prefixes.to(causal_lm.dtype),
+            attention_mask=torch.ones(prefixes.shape[:2], dtype=torch.long, device=prefixes.device),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 do_sample=False,
-                eos_token_id=anchor_token_id,
-                pad_token_id=anchor_token_id,
+                eos_token_id=end_token_id,
+                pad_token_id=end_token_id,
             ),
         )
     finally:
         causal_lm.set_attn_implementation(cast(str, kernel))
     rows: list[list[int]] = out.tolist()
-    return [row[: row.index(anchor_token_id)] if anchor_token_id in row else row for row in rows]
+    return [row[: row.index(end_token_id)] if end_token_id in row else row for row in rows]
 
 
 class Reconstructor(nn.Module):

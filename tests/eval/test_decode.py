@@ -9,7 +9,7 @@ import torch
 from conftest import english_pairs, write_jsonl
 
 from anchor.errors import DataError, ModelError
-from anchor.models.reconstructor import generate_from_anchors
+from anchor.models.reconstructor import generate_from_prefixes
 from eval.__main__ import main
 from eval.decode import Decoder, means, overlap, read_pairs
 from eval.embed import Options, embed
@@ -46,7 +46,7 @@ def test_greedy_decoding_equals_the_decode_pass_without_a_cache(encoder):
     # A tied random model repeats its last token: from a real anchor state it would only say that it is done.
     states = torch.from_numpy(texts) + 3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     end = encoder.backend.token_to_id("<|im_end|>")
-    decoded = generate_from_anchors(encoder.embedder.causal_lm, states, end, max_new_tokens=6)
+    decoded = generate_from_prefixes(encoder.causal_lm, states[:, None], end, max_new_tokens=6)
     with torch.inference_mode():
         expected = [greedy_without_cache(encoder, state, 6) for state in states]
     cut = [ids[: ids.index(end)] if end in ids else ids for ids in expected]
@@ -66,9 +66,9 @@ def test_a_stored_embedding_decodes_like_its_text(encoder, tmp_path, monkeypatch
         assert [one.decoded for one in stored] == [one.decoded for one in decoder.texts(TEXTS)]
         seen: list[np.ndarray] = []
         with monkeypatch.context() as patch:
-            patch.setattr(Decoder, "states", lambda _, states, seen=seen: seen.append(states) or [""] * len(states))
+            patch.setattr(Decoder, "prefixes", lambda _, found, seen=seen: seen.append(found) or [""] * len(found))
             decoder.stored(tmp_path / name)
-        np.testing.assert_allclose(seen[0], encoder.states(TEXTS), atol=1e-5)
+        np.testing.assert_allclose(seen[0][:, 0], encoder.states(TEXTS), atol=1e-5)
 
     embed(encoder, source, tmp_path / "cut", Options(dimension=8))
     with pytest.raises(DataError) as error:
@@ -110,10 +110,6 @@ def test_means_are_per_direction(encoder):
 
 
 def test_what_cannot_be_decoded_says_why(encoder, tmp_path):
-    encoder.about["objective"] = "self_supervised"
-    with pytest.raises(ModelError, match="pools several soft prompts; it cannot decode"):
-        Decoder(encoder)
-    del encoder.about["objective"]
     encoder.embedder.causal_lm.config.is_causal = False
     with pytest.raises(ModelError, match="attends in both directions"):
         Decoder(encoder)

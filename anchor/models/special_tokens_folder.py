@@ -1,0 +1,73 @@
+"""Load a folder that holds special tokens alone: its base, its adapter if it has one, and the special tokens."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+from anchor.config.model_path import resolve_model_path
+from anchor.errors import ModelError
+from anchor.models.backbone import load_causal_lm
+from anchor.models.special_tokens import SpecialTokensEmbedder, check_base, load_special_tokens
+
+ADAPTER_NAME = "adapter"
+
+
+def load_special_tokens_embedder(
+    folder: Path, dtype: torch.dtype, attention: str, base: str | None = None
+) -> SpecialTokensEmbedder:
+    """The embedder of an exported folder, ready to serve.
+
+    The base and the adapter are in ``dtype``; rows and projections stay float32, as they are stored.
+
+    Args:
+        folder: the model folder.
+        dtype: of the base.
+        attention: transformers' name of the packed kernel.
+        base: folder, GGUF file or hub name of the base; where ``anchor.json`` says when None.
+
+    Raises:
+        ModelError: an unreadable folder, or a base that is missing or another one.
+    """
+    special = load_special_tokens(folder)
+    path = base or json.loads((folder / "anchor.json").read_text(encoding="utf-8"))["base"]["path"]
+    try:
+        resolve_model_path(path)
+    except ModelError as error:
+        raise ModelError(f"{folder}: needs its base model, but {error}; say where it lies by --base PATH") from error
+    causal_lm = load_causal_lm(path, dtype, attention)
+    check_base(causal_lm, path, folder)
+    if (folder / ADAPTER_NAME).is_dir():
+        _add_adapter(causal_lm, folder / ADAPTER_NAME)
+    return SpecialTokensEmbedder(causal_lm, special)
+
+
+def _add_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
+    """Put the adapter's layers into the model, not merged: in bfloat16 merging would round it away.
+
+    Raises:
+        ModelError: unreadable, or it does not fit the model.
+    """
+    try:
+        PeftModel.from_pretrained(causal_lm, str(folder), autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder}: the adapter could not be loaded: {str(error).strip().splitlines()[0]}") from error
+    causal_lm.requires_grad_(False)
+
+
+@contextmanager
+def without_adapter(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """The model as it was before its adapter, if it has one, was added."""
+    layers = [module for module in causal_lm.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
