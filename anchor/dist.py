@@ -4,12 +4,14 @@ The rendezvous variables come from the DeepSpeed launcher or torchrun (``RANK``,
 (``srun python``), or from nowhere, which is one process.
 """
 
+import logging
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -88,6 +90,19 @@ def shutdown() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once with ``code``, after :func:`shutdown`.
+
+    DeepSpeed keeps the process group, and with it gloo's threads, past ``destroy_process_group``. A thread that wants
+    the interpreter while Python takes it down aborts the process, so that a finished run would look like a failed one;
+    so nothing is taken down.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def broadcast_object(value: Any) -> Any:

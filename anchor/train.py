@@ -63,10 +63,14 @@ def main(argv: list[str] | None = None) -> None:
             _dry_run(recipe, arguments)
             return
         finished = _train(recipe, arguments.recipe, resume=arguments.resume)
-    if not finished:
-        from anchor.engine.stop import EXIT_REQUEUE
+    from anchor import dist
+    from anchor.engine.stop import EXIT_REQUEUE
 
-        sys.exit(EXIT_REQUEUE)
+    code = 0 if finished else EXIT_REQUEUE
+    if __name__ == "__main__":
+        dist.leave(code)
+    if code:
+        sys.exit(code)
 
 
 def _dry_run(recipe: TrainRecipe, arguments: argparse.Namespace) -> None:

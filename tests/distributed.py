@@ -1,5 +1,6 @@
 """Run a function on several ranks: gloo, file rendezvous, no ports."""
 
+import faulthandler
 import os
 import pickle
 import tempfile
@@ -28,6 +29,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
         {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
     )
     os.environ.update({"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    faulthandler.enable()  # a rank that dies in C says where
     torch.set_num_threads(1)
     from anchor import dist
 
@@ -36,3 +38,4 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(result))
     dist.barrier()
     dist.shutdown()
+    dist.leave(0)

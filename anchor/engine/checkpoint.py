@@ -24,6 +24,7 @@ import xxhash
 
 from anchor import dist
 from anchor.engine.deepspeed import Engine
+from anchor.engine.estimate_work import checkpoint_bytes
 from anchor.errors import TrainingError
 
 log = logging.getLogger(__name__)
@@ -52,17 +53,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """``state.json`` of a complete checkpoint."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-
-
-def checkpoint_bytes(num_trained: int, dtype_bytes: int) -> int:
-    """Bytes of a checkpoint on disk: per trained parameter two Adam moments and a master weight in float32, and the
-    weight itself; frozen parameters are not stored.
-
-    Args:
-        num_trained: trained parameters.
-        dtype_bytes: bytes of a weight.
-    """
-    return num_trained * (12 + dtype_bytes)
 
 
 def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep: int, keep_every: int | None) -> Path:
@@ -119,7 +109,7 @@ def _superseded(checkpoints: list[Path], keep: int, keep_every: int | None) -> l
 
 
 def _refuse_full_disk(engine: Engine, folder: Path, step: int) -> None:
-    needed = checkpoint_bytes(engine.num_parameters(trained=True), engine.dtype_bytes)
+    needed = checkpoint_bytes(engine.num_parameters(trained=True), engine.dtype_bytes, engine.zero_stage)
     free = dist.broadcast_object(shutil.disk_usage(folder.parent).free if dist.is_first_rank() else None)
     if free < needed:
         raise TrainingError(

@@ -295,7 +295,8 @@ def _time(
 def _disk(recipe: TrainRecipe, shape: ModelShape, setting: Setting) -> dict[str, Any]:
     folder = recipe.output_dir.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    one, export = checkpoint_bytes(shape, setting), export_bytes(shape, setting)
+    trained = shape.count(trained=True)
+    one, export = checkpoint_bytes(trained, setting.element_bytes, setting.stage), export_bytes(shape, setting)
     # The newest is written before the oldest goes.
     kept = recipe.engine.keep_checkpoints + 1
     if recipe.engine.checkpoint_every_steps is None:

@@ -115,13 +115,17 @@ def transfer_seconds(sent: list[Transfer], gpu: Gpu) -> float:
     return sum((t.step_bytes / speeds[t.inside_node] for t in sent), start=0.0)
 
 
-def checkpoint_bytes(shape: ModelShape, setting: Setting) -> int:
+def checkpoint_bytes(num_trained: int, element_bytes: int, zero_stage: int) -> int:
     """One checkpoint over all ranks: fp32 master, momentum and variance of trained parameters; weights unless ZeRO-3.
 
     Under ZeRO-3 the weights are the master copy; frozen parameters are never written.
+
+    Args:
+        num_trained: trained parameters.
+        element_bytes: bytes of a weight.
+        zero_stage: 0 to 3.
     """
-    trained = shape.count(trained=True)
-    return 12 * trained + (0 if setting.stage == 3 else setting.element_bytes * trained)
+    return num_trained * (12 + (0 if zero_stage == 3 else element_bytes))
 
 
 def export_bytes(shape: ModelShape, setting: Setting) -> int:

@@ -16,9 +16,7 @@ from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import nn
 
 from anchor import dist
 from anchor.config.schema import TrainRecipe
@@ -33,18 +31,18 @@ from anchor.engine.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
+from anchor.engine.deepspeed import Engine
 from anchor.engine.export import export_model
+from anchor.engine.loading import load_engine
 from anchor.engine.metrics import JsonLines, Row, Sink, memory_metrics, open_sinks
 from anchor.engine.optim import learning_rate
-from anchor.engine.plan import Plan, make_objective, provenance
+from anchor.engine.plan import Plan, provenance
 from anchor.engine.progress import StepDisplay, print_summary
 from anchor.engine.resume import check_same_run
 from anchor.engine.step import NotFiniteError, StepResult, objective_of, train_step
 from anchor.engine.stop import StopRequest, Watchdog
 from anchor.engine.utilisation import Utilisation
-from anchor.errors import ModelError, TrainingError
-from anchor.models.backbone import DTYPES, load_backbone
+from anchor.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +82,7 @@ def train(
     # 2.
     with Watchdog(float(recipe.engine.timeout_seconds), stop, stacks).watching() as watchdog:
         moved = found is not None and read_state(found)["num_ranks"] != ranks.world_size
-        engine = _load_engine(plan, ranks, universal=moved and zero_stage > 0)
+        engine = load_engine(plan, ranks, universal=moved and zero_stage > 0)
         first = 0
         if found is not None:
             load_checkpoint(engine, found)
@@ -142,35 +140,6 @@ def _check_shared(folder: Path, ranks: dist.Ranks) -> None:
         raise TrainingError(f"{folder}: ranks {some} do not see it; output_dir must be on storage that all hosts share")
 
 
-def _load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
-    recipe = plan.recipe
-    init_communication()
-    torch.manual_seed(recipe.seed)
-    ds_config = complete_ds_config(plan.ds_config, recipe, ranks.world_size)
-    causal_lm = load_backbone(
-        recipe.backbone,
-        DTYPES[recipe.engine.dtype],
-        ranks.device.type,
-        work_dir=recipe.output_dir,
-        ds_config=ds_config,
-    )
-    vocabulary, anchor = causal_lm.config.vocab_size, plan.reader.index.anchor_token_id
-    if anchor >= vocabulary:
-        raise ModelError(
-            f"{recipe.backbone.path}: {vocabulary} tokens, the shards' anchor token is {anchor}; "
-            "pack with this model's tokenizer"
-        )
-    objective = make_objective(causal_lm, recipe)
-    _log_parameters(objective)
-    return Engine(objective, ds_config, recipe.optim, ranks, universal=universal)
-
-
-def _log_parameters(module: nn.Module) -> None:
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
-    trained = sum(size for size, grad in sizes if grad)
-    log.info("parameters: %s trained of %s", f"{trained:,}", f"{sum(size for size, _ in sizes):,}")
-
-
 class _Run:
     """The steps of a run: metrics, held-out evaluation and checkpoints on the way.
 
@@ -198,6 +167,7 @@ class _Run:
         self.sinks: list[Sink] = []
         self.held_out_sinks: list[Sink] = []
         self.display: StepDisplay | None = None
+        self.utilisation: Utilisation | None = None
         if dist.is_first_rank():
             self.sinks = open_sinks(plan.recipe.telemetry, folder, first, about)
             if plan.held_out is not None:
@@ -270,7 +240,7 @@ class _Run:
             "time/data_wait_seconds": start - end,
             **memory_metrics(),
         }
-        used = self.utilisation.fraction(batch, seconds)
+        used = self.utilisation.fraction(batch, seconds) if self.utilisation is not None else None
         if used is not None:
             row["speed/mfu_fraction"] = used
         for sink in self.sinks:
@@ -308,5 +278,7 @@ class _Run:
     def _write_report(self, error: NotFiniteError, step: int) -> None:
         if dist.is_first_rank():
             path = self.folder / f"not-finite-step-{step:08d}.json"
-            path.write_text(json.dumps(error.report, indent=1) + "\n", encoding="utf-8")
-            os.sync()
+            with path.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(error.report, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())

@@ -64,7 +64,8 @@ class Watchdog:
 
     Args:
         timeout_seconds: the longest that a step, a checkpoint or an export may take.
-        stop: after its signal a step may take 30 s or three times the slowest step so far, if that is less.
+        stop: after its signal a step may take 30 s or three times the slowest step so far, whichever is more, but no
+            longer than the time-out.
         stacks: where the stacks of all threads go; standard error when None.
     """
 
@@ -94,10 +95,10 @@ class Watchdog:
         thread.start()
         try:
             yield self
-        except Exception as error:
-            error.add_note(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, {self.doing}")
-            raise
         finally:
+            passing = sys.exception()
+            if passing is not None:
+                passing.add_note(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, {self.doing}")
             self._done.set()
             thread.join()
 

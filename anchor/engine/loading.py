@@ -1,0 +1,48 @@
+"""A plan -> the engine that trains it: backbone, objective, DeepSpeed."""
+
+import logging
+
+import torch
+from torch import nn
+
+from anchor import dist
+from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
+from anchor.engine.plan import Plan, make_objective
+from anchor.engine.special_tokens import check_vocabulary
+from anchor.models.backbone import DTYPES, load_backbone
+
+log = logging.getLogger(__name__)
+
+
+def load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
+    """Load the model under ZeRO, wrap the objective around it and the engine around that; every rank calls it.
+
+    Args:
+        plan: a checked recipe.
+        ranks: this process among all.
+        universal: a checkpoint of another number of ranks is loaded next.
+
+    Raises:
+        ModelError: no such model, or one with fewer tokens than the shards know.
+    """
+    recipe = plan.recipe
+    init_communication()
+    torch.manual_seed(recipe.seed)
+    ds_config = complete_ds_config(plan.ds_config, recipe, ranks.world_size)
+    causal_lm = load_backbone(
+        recipe.backbone,
+        DTYPES[recipe.engine.dtype],
+        ranks.device.type,
+        work_dir=recipe.output_dir,
+        ds_config=ds_config,
+    )
+    check_vocabulary(causal_lm, recipe.backbone.path, plan.reader.index)
+    objective = make_objective(causal_lm, recipe)
+    _log_parameters(objective)
+    return Engine(objective, ds_config, recipe.optim, ranks, universal=universal)
+
+
+def _log_parameters(module: nn.Module) -> None:
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    trained = sum(size for size, grad in sizes if grad)
+    log.info("parameters: %s trained of %s", f"{trained:,}", f"{sum(size for size, _ in sizes):,}")
