@@ -1,4 +1,4 @@
-"""``python -m eval {embed,mteb,fetch,decode,report,table}``."""
+"""``python -m eval {embed,mteb,fetch,decode,report,table,convert}``."""
 
 import argparse
 import logging
@@ -23,6 +23,7 @@ _EXAMPLES = {
     "decode": "python -m eval decode runs/quickstart/stage1/export --text 'An anchor holds a ship in place.'",
     "report": "python -m eval report runs/quickstart/stage1 runs/quickstart/stage2 --output report.html",
     "table": "python -m eval table untrained=runs/a/mteb trained=runs/b/mteb",
+    "convert": "python -m eval convert LLM2Vec-Gen-Qwen3-8B --output models/llm2vec-gen --base models/Qwen3-8B",
 }
 
 
@@ -105,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--benchmark", help="categories and averages of a benchmark instead of single tasks")
     table.add_argument("--published", action="store_true", help="with --benchmark: published rows too")
     table.add_argument("results", nargs="+", metavar="LABEL=DIR", help="folder written by `eval mteb`")
+    convert = command("convert", "Make a model folder of this project from one in LLM2Vec-Gen's published layout.")
+    convert.add_argument("model", type=Path, metavar="FOLDER", help="with encoder/, reconstruction_mlp, ...")
+    convert.add_argument("--output", type=Path, required=True, help="the new folder")
+    convert.add_argument("--base", help="where the base model lies (as run_config.yml says)")
+    convert.add_argument("--max-tokens", type=int, default=512, help="longest text, special tokens included (512)")
+    convert.add_argument("--overwrite", action="store_true", help="replace the new folder")
     return parser
 
 
@@ -276,6 +283,18 @@ def _table(arguments: argparse.Namespace) -> None:
     _show(benchmark, _labelled(arguments.results), published=arguments.published)
 
 
+def _convert(arguments: argparse.Namespace) -> None:
+    from eval.convert import convert
+
+    convert(
+        arguments.model,
+        arguments.output,
+        base=arguments.base,
+        max_tokens=arguments.max_tokens,
+        overwrite=arguments.overwrite,
+    )
+
+
 def _labelled(items: Iterable[str]) -> list[tuple[str, Path]]:
     labelled = []
     for item in items:
@@ -307,9 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     anchor_log.setup()
     with exit_on_user_error():
-        {"embed": _embed, "mteb": _mteb, "fetch": _fetch, "decode": _decode, "report": _report, "table": _table}[
-            arguments.command
-        ](arguments)
+        commands = {"embed": _embed, "mteb": _mteb, "fetch": _fetch, "decode": _decode, "report": _report}
+        {**commands, "table": _table, "convert": _convert}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

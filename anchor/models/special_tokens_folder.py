@@ -35,16 +35,31 @@ def load_special_tokens_embedder(
         ModelError: an unreadable folder, or a base that is missing or another one.
     """
     special = load_special_tokens(folder)
-    path = base or json.loads((folder / "anchor.json").read_text(encoding="utf-8"))["base"]["path"]
-    try:
-        resolve_model_path(path)
-    except ModelError as error:
-        raise ModelError(f"{folder}: needs its base model, but {error}; say where it lies by --base PATH") from error
+    about = json.loads((folder / "anchor.json").read_text(encoding="utf-8"))
+    path = find_base(folder, base or about["base"]["path"])
     causal_lm = load_causal_lm(path, dtype, attention)
     check_base(causal_lm, path, folder)
     if (folder / ADAPTER_NAME).is_dir():
         _add_adapter(causal_lm, folder / ADAPTER_NAME)
     return SpecialTokensEmbedder(causal_lm, special)
+
+
+def find_base(folder: Path, path: str) -> str:
+    """Where a folder's base model is; what is not a hub name becomes absolute.
+
+    Args:
+        folder: that needs it, for the message.
+        path: folder, GGUF file or hub name.
+
+    Raises:
+        ModelError: nothing is there.
+    """
+    try:
+        resolve_model_path(path)
+    except ModelError as error:
+        raise ModelError(f"{folder}: needs its base model, but {error}; say where it lies by --base PATH") from error
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def _add_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:

@@ -1,0 +1,142 @@
+"""``python -m eval convert``: a model in LLM2Vec-Gen's published layout -> a folder as ``anchor.train`` exports it.
+
+1. :mod:`eval.original` reads rows, projections and adapter; the base must be at hand and be the one they belong to.
+2. The tokenizer gets what the authors' code did to every text: white space at its ends goes, the special tokens come
+   behind it. Their names inside a text are ordinary text here, as everywhere in this project.
+3. The folder is written beside and renamed. Its vectors are those of the original, and so are its decoded texts.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers.normalizers import Normalizer, Sequence, Strip
+from transformers import PreTrainedModel
+
+from anchor.data.templates import Template
+from anchor.data.tokenization import load_tokenizer, prepare_tokenizer
+from anchor.errors import ConfigError, ModelError
+from anchor.models.attention import implementation
+from anchor.models.backbone import load_causal_lm, read_config
+from anchor.models.special_tokens import WEIGHTS_NAME, base_fingerprint
+from anchor.models.special_tokens_folder import ADAPTER_NAME, find_base
+from eval.original import Original, read_original
+
+log = logging.getLogger(__name__)
+
+PROMPTS = {
+    "query": "Generate a passage that best answers this question: ",
+    "document": "Summarize the following passage: ",
+}
+"""The two sentences that the paper puts before texts."""
+
+
+def convert(
+    folder: Path, output: Path, *, base: str | None = None, max_tokens: int = 512, overwrite: bool = False
+) -> None:
+    """Convert a folder.
+
+    Args:
+        folder: in the published layout.
+        output: the new folder.
+        base: where the base model lies; where ``run_config.yml`` says when None.
+        max_tokens: longest text that the new folder embeds, special tokens included.
+        overwrite: replace the new folder.
+
+    Raises:
+        ModelError: unreadable, unsupported, or with a base that is missing or another one.
+        ConfigError: the output exists.
+    """
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output}: exists; choose another --output or add --overwrite")
+    original = read_original(folder)
+    path = find_base(folder, base or original.base)
+    causal_lm = load_causal_lm(path, torch.bfloat16, implementation("segments", "cpu"))
+    _check_base(folder, original, causal_lm, path)
+    tokenizer, template, end_token_id = _tokenizer(folder, original, max_tokens)
+    beside = output.with_name(output.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    read_config(path).save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    save_file({"rows": original.rows, **original.projections}, beside / WEIGHTS_NAME, metadata={"format": "pt"})
+    about: dict[str, Any] = {
+        "objective": "self_supervised",
+        "template": template.to_json(),
+        "anchor_token_id": original.token_ids[-1],
+        "prompts": PROMPTS,
+        "max_tokens": max_tokens,
+        "base": {"path": path, "fingerprint": base_fingerprint(causal_lm)},
+        "special_tokens": {"count": len(original.names), "first_id": original.token_ids[0]},
+        "end_token_id": end_token_id,
+        "teacher": None,
+        "dimension": len(original.projections["alignment.bias"]),
+        "converted": {"from": str(folder.resolve()), "layout": "LLM2Vec-Gen", "run_config": original.run},
+    }
+    if original.lora:
+        _write_adapter(beside / ADAPTER_NAME, original, causal_lm.base_model_prefix, path)
+        about["decoder"] = "base"  # its adapter was in the encoder only
+    text = json.dumps(about, indent=1, ensure_ascii=False, default=str)
+    (beside / "anchor.json").write_text(text + "\n", encoding="utf-8")
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(beside, output)
+    log.info("%s: %d special tokens over %s, vectors of %d", output, len(original.names), path, about["dimension"])
+
+
+def _check_base(folder: Path, original: Original, causal_lm: PreTrainedModel, path: str) -> None:
+    """Refuse a base of another shape, or with other embeddings than the adapter's file repeats."""
+    for key in ("model_type", "hidden_size", "num_hidden_layers"):
+        found, expected = getattr(causal_lm.config, key), original.config.get(key)
+        if found != expected:
+            raise ModelError(f"{path}: not the base of {folder}: {key} is {found}, expected {expected}")
+    own, first = causal_lm.get_input_embeddings().weight, original.token_ids[0]
+    if len(own) < first:
+        raise ModelError(f"{path}: not the base of {folder}: {len(own)} tokens, expected at least {first}")
+    stored = original.embeddings
+    if stored is not None and not torch.equal(stored[:first].to(own.dtype), own[:first]):
+        raise ModelError(f"{path}: not the base of {folder}: the input embeddings in encoder/ are others")
+
+
+def _tokenizer(folder: Path, original: Original, max_tokens: int) -> tuple[Any, Template, int]:
+    """The tokenizer that adds the template by itself, the template, and the id of the token that ends an answer."""
+    tokenizer: Any = load_tokenizer(str(folder))
+    ids = tokenizer.convert_tokens_to_ids(original.names)
+    if ids != original.token_ids:
+        raise ModelError(
+            f"{folder}: the tokenizer's ids of {original.names[0]} … {original.names[-1]} are {ids}, those of the "
+            f"trained rows {original.token_ids}"
+        )
+    end = tokenizer.eos_token
+    if end is None:
+        raise ModelError(f"{folder}: the tokenizer has no end-of-text token, so nothing would end a decoded text")
+    bare, whole = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
+    if whole[len(whole) - len(bare) :] != bare:
+        raise ModelError(f"{folder}: the tokenizer puts tokens behind a text, where the special tokens belong")
+    prefix = "".join(tokenizer.convert_ids_to_tokens(whole[: len(whole) - len(bare)]))
+    template = Template(prefix, "".join(original.names), "{instruction}: {text}", len(original.names), end)
+    prepare_tokenizer(tokenizer, template, str(folder))
+    backend = tokenizer.backend_tokenizer
+    own: Normalizer | None = backend.normalizer
+    backend.normalizer = Strip() if own is None else Sequence([Strip(), own])
+    tokenizer.model_max_length = max_tokens
+    return tokenizer, template, tokenizer.convert_tokens_to_ids(end)
+
+
+def _write_adapter(folder: Path, original: Original, prefix: str, base: str) -> None:
+    """The LoRA adapter for the causal LM, whose backbone goes by ``prefix``, without the trained rows."""
+    folder.mkdir()
+    tensors = {f"base_model.model.{prefix}.{name}": one.contiguous() for name, one in original.lora.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    changes = {
+        "trainable_token_indices": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "task_type": "CAUSAL_LM",
+    }
+    text = json.dumps({**original.adapter, **changes}, indent=1)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
