@@ -26,6 +26,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from anchor.data.templates import Template
+from anchor.errors import DataError
 from eval.cache import VectorCache
 from eval.encoder import TextEncoder
 from eval.prompts import PromptSet
@@ -126,9 +127,13 @@ class _Results(mteb.ResultCache):
         with self._turn:
             super().save_to_cache(*args, **kwargs)
 
-    def load_task_result(self, *args: Any, **kwargs: Any) -> Any:
+    def load_task_result(self, task_name: str, model_name: Any, *args: Any, **kwargs: Any) -> Any:
         with self._turn:
-            return super().load_task_result(*args, **kwargs)
+            try:
+                return super().load_task_result(task_name, model_name, *args, **kwargs)
+            except (ValueError, KeyError, TypeError) as error:
+                file = self.get_task_result_path(task_name=task_name, model_name=model_name)
+                raise DataError(f"{file}: half-written or damaged; delete it and run the command again") from error
 
 
 def run_tasks(
@@ -152,10 +157,13 @@ def run_tasks(
 
     Returns:
         Main score of each task, by name.
+
+    Raises:
+        DataError: vectors that are not finite, or a file of an earlier run that cannot be read.
     """
     scores_file = output / SCORES
     model: Any = MtebEncoder(encoder, prompts, output / "cache" if cache else None)
-    kept = json.loads(scores_file.read_text(encoding="utf-8")) if scores_file.is_file() else {}
+    kept = _kept(scores_file)
     same = kept.get("revision") == model.revision
     about = {
         "model": str(encoder.folder),
@@ -185,6 +193,20 @@ def run_tasks(
             for one in running:  # after an error nothing new begins
                 one.cancel()
     return scores
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """What an earlier run wrote.
+
+    Raises:
+        DataError: not readable.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not readable; delete it, the scores are in results/ too") from error
 
 
 def _prompts_id(encoder: TextEncoder, prompts: PromptSet | None) -> str:

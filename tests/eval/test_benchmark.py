@@ -213,6 +213,22 @@ def test_an_error_in_one_task_ends_the_evaluation(export_dir, retrieval_folder, 
     assert not (tmp_path / "out/scores.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_half_written_results_of_a_killed_run_are_named(export_dir, retrieval_folder, tmp_path):
+    encoder = Encoder(export_dir, dtype="fp32")
+    scores = run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path)
+    for name in ("Local-small.json", "scores.json"):
+        (file,) = tmp_path.rglob(name)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DataError) as error:
+            run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path)
+        assert str(error.value).startswith(f"{file}: ")
+        assert "delete it" in str(error.value)
+        file.write_bytes(whole)
+    assert run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path) == scores
+
+
 def test_an_unreadable_cache_is_named_and_kept(export_dir, tmp_path):
     encoder = Encoder(export_dir, dtype="fp32")
     VectorCache(tmp_path, "key").encode(encoder, ["one", "two", "one"], "")

@@ -51,6 +51,27 @@ def test_a_folder_of_sentence_transformers_is_served_by_that_library(export_dir,
     np.testing.assert_allclose(encoder.encode(TEXTS[:5], "Answer it: "), ours, atol=1e-5)
 
 
+def test_an_unreadable_or_incomplete_description_is_named(export_dir, tmp_path):
+    folder = tmp_path / "export"
+    shutil.copytree(export_dir, folder)
+    (folder / "anchor.json").write_text('{"prompts": ')
+    with pytest.raises(ModelError) as error:
+        open_encoder(folder, dtype="fp32")
+    assert str(error.value).startswith(f"{folder / 'anchor.json'}: not readable: Expecting value: ")
+    (folder / "anchor.json").write_text('{"prompts": {}}')
+    with pytest.raises(ModelError) as error:
+        open_encoder(folder, dtype="fp32")
+    assert str(error.value) == f"{folder / 'anchor.json'}: no max_tokens; export again"
+
+
+def test_a_base_is_only_for_folders_that_have_none(export_dir):
+    with pytest.raises(ConfigError) as error:
+        open_encoder(export_dir, dtype="fp32", base="elsewhere")
+    assert str(error.value) == (
+        f"{export_dir}: holds a whole model, not one of objective self_supervised; leave --base out"
+    )
+
+
 def test_a_folder_of_another_kind_says_what_is_missing(tiny_model_dir):
     with pytest.raises(ModelError) as error:
         open_encoder(tiny_model_dir, dtype="fp32")
