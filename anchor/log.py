@@ -47,7 +47,7 @@ def setup(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    for name in ("anchor", "data_prep", "eval"):
+    for name in ("anchor", "data_prep", "eval", "launch"):
         logging.getLogger(name).setLevel(level)
 
 

@@ -1,0 +1,1 @@
+"""Scripts and recipes; ``launch.study`` is the one program among them that is Python."""

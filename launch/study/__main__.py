@@ -1,0 +1,111 @@
+"""``python -m launch.study SCALE``: run a study, list what is missing, or draw its tables and plots."""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from anchor import log
+from anchor.config.load import load_recipe
+from anchor.errors import ConfigError, exit_on_user_error
+from launch.study.plan import StudyPlan
+from launch.study.prepare import StudyData, prepare
+from launch.study.recipe import StudyRecipe, chosen_arms, load_arms
+from launch.study.run import commands, matched_steps, missing, run_study
+from launch.study.tables import markdown, write_tables
+
+_EXAMPLE = """examples:
+  python -m launch.study launch/recipes/study/cpu.yaml --list
+  python -m launch.study launch/recipes/study/cpu.yaml --only stage2,stage1_stage2 --seeds 0
+  python -m launch.study launch/recipes/study/cpu.yaml --tables
+"""
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.study",
+        description="Reconstruction first, then contrastive, against contrastive alone. Started again, it goes on.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("scale", help="YAML file of a scale, see launch/study/recipe.py: StudyRecipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the scale")
+    parser.add_argument("--only", metavar="ARM,...", help="these arms, and what they start from")
+    parser.add_argument("--seeds", metavar="N,...", help="these seeds instead of the scale's")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="show what is done and missing")
+    what.add_argument("--commands", action="store_true", help="print the commands of every missing cell")
+    what.add_argument("--tables", action="store_true", help="write tables.md and curves from the results alone")
+    what.add_argument("--tune", metavar="RATE,...", help="held-out loss of the one arm of --only at learning rates")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    arguments = _arguments(argv)
+    log.setup()
+    with exit_on_user_error():
+        study = load_recipe(arguments.scale, StudyRecipe, arguments.overrides)
+        arms = load_arms(study)
+        names = chosen_arms(arms, arguments.only)
+        seeds = study.seeds if arguments.seeds is None else _seeds(arguments.seeds)
+        console = Console(soft_wrap=True, markup=False, highlight=False)
+        if arguments.tables:
+            path = write_tables(study.results_dir, arms)
+            if path is None:
+                raise ConfigError(f"{study.results_dir}: holds no result; run the study first")
+            console.print(str(path))
+            return
+        study = study.model_copy(update={"seeds": tuple(dict.fromkeys((*study.seeds, *seeds)))})
+        data = StudyData(study.work_dir / "data")
+        if not (arguments.list or arguments.commands):
+            data = prepare(study)
+        plan = StudyPlan(study, arms, data, {})
+        if (data.shards / "index.json").is_file():
+            plan = StudyPlan(study, arms, data, matched_steps(plan))
+        if arguments.list or arguments.commands:
+            console.print((_listed if arguments.list else _commands)(plan, names, seeds))
+        elif arguments.tune is not None:
+            _tune(plan, names, arguments.tune, console)
+        else:
+            run_study(plan, names, seeds)
+            console.print((study.results_dir / "tables.md").read_text(encoding="utf-8"))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdigit() for number in numbers):
+        raise ConfigError(f"--seeds: got '{text}', expected numbers separated by commas, such as 0,1,2")
+    return tuple(map(int, numbers))
+
+
+def _listed(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
+    rows = []
+    for name in names:
+        for seed in (s for s in seeds if s in plan.seeds(name)):
+            cells = plan.cells(name, seed)
+            left = missing(plan, name, seed)
+            steps = "after packing" if not cells else " ".join(str(cell.step) for cell in left) or "none"
+            rows.append([name, seed, f"{len(cells) - len(left)}/{len(cells)}", steps])
+    return markdown(["arm", "seed", "cells done", "missing steps"], rows)
+
+
+def _commands(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
+    cells = [cell for seed in seeds for name in names if seed in plan.seeds(name) for cell in missing(plan, name, seed)]
+    return "\n".join(f"# {cell.name}\n" + "\n".join(commands(plan, cell)) for cell in cells)
+
+
+def _tune(plan: StudyPlan, names: list[str], rates: str, console: Console) -> None:
+    from launch.study.tuning import tune
+
+    try:
+        numbers = [float(rate) for rate in rates.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--tune: got '{rates}', expected learning rates such as 1e-4,2e-4") from error
+    if len(names) != 1:
+        raise ConfigError("--tune: needs --only with the one arm whose learning rate it is")
+    console.print(tune(plan, names[0], numbers))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,125 @@
+"""Which cells a study has, and the exact command of every run: pure functions of the recipes.
+
+A cell is an arm, a seed and a number of steps. Its run goes on from the cell before it: the learning rate's horizon is
+stated (``optim.decay_steps``), so that a run may stop at every step of the curve, be exported, and go further.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchor.config.load import load_recipe
+from anchor.config.schema import TrainRecipe
+from launch.study.prepare import StudyData, pack_recipe
+from launch.study.recipe import Arm, ArmsRecipe, StudyRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One result.
+
+    Attributes:
+        arm: name.
+        seed: of order, dropout and adapters.
+        step: steps of the arm's own run.
+        final: whether that is its last.
+    """
+
+    arm: str
+    seed: int
+    step: int
+    final: bool
+
+    @property
+    def name(self) -> str:
+        """File name of its JSON, without suffix."""
+        return f"{self.arm}-seed{self.seed}-step{self.step}"
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A scale and its arms.
+
+    Attributes:
+        study: the scale.
+        arms: what is compared.
+        data: where shards and tasks lie, or will.
+        matched_steps: steps of the arms with ``compute_of``, once their FLOPs are known.
+    """
+
+    study: StudyRecipe
+    arms: ArmsRecipe
+    data: StudyData
+    matched_steps: dict[str, int]
+
+    def arm(self, name: str) -> Arm:
+        return self.arms.arms[name]
+
+    def steps(self, name: str) -> int | None:
+        """Steps of an arm's run; None where they await the FLOPs."""
+        arm = self.arm(name)
+        if arm.compute_of:
+            return self.matched_steps.get(name)
+        return {"none": 0, "stage1": self.study.stage1_steps, "stage2": self.study.stage2_steps, None: None}[arm.steps]
+
+    def seeds(self, name: str) -> tuple[int, ...]:
+        """All of the study's; one for an arm that does not train."""
+        return self.study.seeds[:1] if self.arm(name).steps == "none" else self.study.seeds
+
+    def cells(self, name: str, seed: int) -> list[Cell]:
+        """Of an arm and a seed, in the order of steps; none while its steps are not known."""
+        last = self.steps(name)
+        if last is None:
+            return []
+        points = [step for step in self.study.curve_steps if step < last] if self.arm(name).has_curve else []
+        return [Cell(name, seed, step, final=step == last) for step in (*points, last)]
+
+    def run_folder(self, name: str, seed: int) -> Path:
+        return self.study.work_dir / "runs" / name / f"seed{seed}"
+
+    def recipe_file(self, name: str) -> Path:
+        return self.study.recipes / f"{self.arm(name).recipe}.yaml"
+
+    def overrides(self, cell: Cell) -> list[str]:
+        """What the training command of a cell replaces in its recipe."""
+        arm, last = self.arm(cell.arm), self.steps(cell.arm) or 0
+        start = self.study.base if arm.after is None else str(self.run_folder(arm.after, cell.seed) / "export")
+        schedule = [f"optim.total_steps={cell.step}", "optim.warmup_steps=0"]
+        if last:
+            warmup = max(1, round(self.study.warmup_fraction * last))
+            schedule = [f"optim.total_steps={cell.step}", f"optim.decay_steps={last}", f"optim.warmup_steps={warmup}"]
+        return [
+            *self.study.train,
+            *arm.overrides,
+            f"output_dir={self.run_folder(cell.arm, cell.seed)}",
+            f"seed={cell.seed}",
+            f"data.shards={self.data.shards}",
+            f"backbone.path={start}",
+            *schedule,
+        ]
+
+    def settings_sha256(self, cell: Cell) -> str:
+        """Of all that decides a cell's numbers but where things lie: recipes, its predecessors', data, evaluation."""
+        chain: list[dict[str, Any]] = []
+        link: Cell | None = cell
+        while link is not None:
+            recipe = load_recipe(self.recipe_file(link.arm), TrainRecipe, self.overrides(link)).model_dump(mode="json")
+            recipe["backbone"].pop("path")
+            kept = {key: recipe[key] for key in ("seed", "backbone", "objective", "optim")}
+            chain.append(kept | {"dtype": recipe["engine"]["dtype"]})
+            after = self.arm(link.arm).after
+            link = None if after is None else self.cells(after, link.seed)[-1]
+        packed = pack_recipe(self.study).model_dump(mode="json", exclude={"output_dir", "tokenizer"})
+        for source in packed["sources"]:
+            source.pop("path")
+        settings = {
+            "base": Path(self.study.base).name,
+            "chain": chain,
+            "pack": packed,
+            "heldout_pairs": self.study.heldout_pairs,
+            "retrieval_source": self.study.retrieval_source,
+            "evaluation": self.study.evaluation.model_dump(mode="json"),
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""Data of a study, made once: ``data/`` in its working folder.
+
+1. ``retrieval/``: the retrieval task, the first paragraphs of a source that is never trained on and questions on them.
+2. ``clean/``: the training pairs without those that repeat an evaluation text (``data_prep decontaminate``).
+3. ``train/``, ``heldout/``: all but the last pairs of every source, and those; ``decoded.jsonl`` of the latter.
+4. ``shards/``, ``heldout_shards/``: both packed (``data_prep pack``).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchor.config.load import load_recipe
+from anchor.config.schema import E5Source, PackRecipe
+from anchor.errors import ConfigError, DataError
+from data_prep.e5_rows import read_lines
+from data_prep.new_folder import new_folder
+from data_prep.retrieval_task import write_jsonl, write_retrieval_task
+from data_prep.sources import e5_files
+from launch.study.programs import locked, run
+from launch.study.recipe import StudyRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class StudyData:
+    """Where the data of a study lies.
+
+    Attributes:
+        folder: the working folder's ``data``.
+    """
+
+    folder: Path
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards"
+
+    @property
+    def heldout_shards(self) -> Path:
+        return self.folder / "heldout_shards"
+
+    @property
+    def retrieval(self) -> Path:
+        return self.folder / "retrieval"
+
+    @property
+    def decoded(self) -> Path:
+        return self.folder / "decoded.jsonl"
+
+
+def pack_recipe(study: StudyRecipe) -> PackRecipe:
+    """The pack recipe of a scale; folders are still the file's.
+
+    Raises:
+        ConfigError: unusable recipe, or not one source in the E5 layout that names its files.
+    """
+    path = study.recipes / "pack.yaml"
+    recipe = load_recipe(path, PackRecipe, [*study.pack, f"tokenizer={study.base}"])
+    source = recipe.sources[0]
+    if len(recipe.sources) != 1 or not isinstance(source, E5Source) or source.only is None:
+        raise ConfigError(f"{path}: sources: expected one of kind e5 that names its files in only")
+    return recipe
+
+
+def prepare(study: StudyRecipe) -> StudyData:
+    """Make what is missing.
+
+    Raises:
+        AnchorError: missing or unusable data; a command that failed.
+    """
+    data = StudyData(study.work_dir / "data")
+    with locked(data.folder):
+        recipe = pack_recipe(study)
+        if not data.retrieval.exists():
+            _retrieval_task(study, data)
+        if not (data.folder / "train").exists():
+            _split(study, data, recipe)
+        for name, shards in (("train", data.shards), ("heldout", data.heldout_shards)):
+            _pack(study, data, recipe, name, shards)
+    return data
+
+
+def _retrieval_task(study: StudyRecipe, data: StudyData) -> None:
+    files = e5_files(study.pairs, str(study.pairs))
+    if study.retrieval_source not in files:
+        raise DataError(f"{study.pairs}: no {study.retrieval_source}.jsonl[.gz]; the retrieval task is made of it")
+    section = study.evaluation
+    documents: dict[str, str] = {}
+    answerable: list[tuple[str, str]] = []
+    for row in _rows(files[study.retrieval_source]):
+        if row["positive"] not in documents and len(documents) < section.retrieval_documents:
+            documents[row["positive"]] = f"d{len(documents)}"
+        if row["positive"] in documents:
+            answerable.append((row["query"], documents[row["positive"]]))
+    chosen = answerable[:: max(1, len(answerable) // section.retrieval_queries)][: section.retrieval_queries]
+    queries = {f"q{i}": query for i, (query, _) in enumerate(chosen)}
+    relevant = {f"q{i}": document for i, (_, document) in enumerate(chosen)}
+    with new_folder(data.retrieval) as folder:
+        write_retrieval_task(folder, {i: text for text, i in documents.items()}, queries, relevant)
+
+
+def _split(study: StudyRecipe, data: StudyData, recipe: PackRecipe) -> None:
+    source = recipe.sources[0]
+    only = source.only or () if isinstance(source, E5Source) else ()
+    if study.retrieval_source in only:
+        raise ConfigError(f"{study.recipes / 'pack.yaml'}: trains on {study.retrieval_source}, the retrieval task")
+    clean = data.folder / "clean"
+    if not clean.exists():
+        tasks = sorted(path for path in (study.mteb / "mteb").glob("*") if path.is_dir())
+        command = ["python", "-m", "data_prep", "decontaminate", str(study.pairs), "--output", str(clean), "--against"]
+        run([*command, *map(str, [*tasks, data.retrieval])], study.work_dir / "logs/prepare.log")
+    files = e5_files(clean, str(clean))
+    decoded: list[dict[str, Any]] = []
+    with new_folder(data.folder / "heldout") as heldout, new_folder(data.folder / "train") as train:
+        for name in only:
+            if name not in files:
+                raise DataError(f"{study.pairs}: no {name}.jsonl[.gz]")
+            rows = _rows(files[name])
+            if len(rows) <= study.heldout_pairs:
+                raise DataError(f"{files[name]}: {len(rows)} pairs, of which {study.heldout_pairs} are held out")
+            write_jsonl(train / f"{name}.jsonl", rows[: -study.heldout_pairs])
+            write_jsonl(heldout / f"{name}.jsonl", rows[-study.heldout_pairs :])
+            decoded += _evenly(rows[-study.heldout_pairs :], -(-study.evaluation.decoded_pairs // len(only)))
+        write_jsonl(data.decoded, _evenly(decoded, study.evaluation.decoded_pairs))
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [line.row for line in read_lines(file, f"reading {file.name}") if line.row is not None]
+
+
+def _evenly(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """So many of the rows, spread over all."""
+    return [rows[i * len(rows) // number] for i in range(min(number, len(rows)))]
+
+
+def _pack(study: StudyRecipe, data: StudyData, recipe: PackRecipe, name: str, shards: Path) -> None:
+    if (shards / "index.json").is_file():
+        return
+    source = recipe.sources[0].model_dump(mode="json", exclude_defaults=True)
+    sources = json.dumps([source | {"kind": "e5", "path": str(data.folder / name)}])
+    overrides = [*study.pack, f"tokenizer={study.base}", f"output_dir={shards}", f"sources={sources}"]
+    run(
+        ["python", "-m", "data_prep", "pack", str(study.recipes / "pack.yaml"), *overrides],
+        study.work_dir / "logs/prepare.log",
+    )

@@ -1,0 +1,160 @@
+"""What a study is: arms (what is compared) and a scale (how much of it this machine can pay for)."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt, Section
+from anchor.config.load import load_recipe
+from anchor.errors import ConfigError, did_you_mean
+
+
+class Arm(Section):
+    """One training run per seed, and where it starts from."""
+
+    label: str
+    """Name in tables and plots."""
+    after: FileStem | None = None
+    """Arm of the same seed whose export this one starts from; the base model when absent."""
+    recipe: FileStem
+    """Training recipe beside the arms' file, without `.yaml`."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value` for this arm alone."""
+    steps: Literal["none", "stage1", "stage2"] | None = None
+    """How long: not at all, or the scale's `stage1_steps` or `stage2_steps`."""
+    compute_of: tuple[FileStem, ...] = ()
+    """Instead of `steps`: as many as cost the FLOPs of these arms together."""
+    decoded: bool = False
+    """Whether its embeddings are decoded: for arms that reconstruct, and those they are compared with."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Arm":
+        if (self.steps is None) == (not self.compute_of):
+            raise ValueError("give either steps or compute_of")
+        return self
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether it is evaluated on the way: contrastive arms are."""
+        return self.steps == "stage2" or bool(self.compute_of)
+
+
+class ArmsRecipe(Section):
+    """The arms of a study, in the order in which they are run and shown."""
+
+    arms: Annotated[dict[FileStem, Arm], Field(min_length=1)]
+    """By name; file names of the results begin with it."""
+    baseline: FileStem
+    """Arm that the others' differences are taken to."""
+
+    @model_validator(mode="after")
+    def _arms_exist(self) -> "ArmsRecipe":
+        seen: list[str] = []
+        for name, arm in self.arms.items():
+            for other in (*([arm.after] if arm.after else []), *arm.compute_of):
+                if other not in seen:
+                    raise ValueError(
+                        f"arms.{name} names '{other}', which is no arm above it{did_you_mean(other, seen)}"
+                    )
+            seen.append(name)
+        if self.baseline not in seen:
+            raise ValueError(f"baseline is '{self.baseline}', which is no arm{did_you_mean(self.baseline, seen)}")
+        return self
+
+
+class StudyEvaluation(Section):
+    """How every cell is scored."""
+
+    tasks: tuple[str, ...]
+    """mteb tasks, as mteb defines them."""
+    retrieval_queries: PositiveInt
+    """Questions of the retrieval task made of `retrieval_source`, evenly spaced among those it can answer."""
+    retrieval_documents: PositiveInt
+    """Paragraphs of that task, the first ones."""
+    decoded_pairs: PositiveInt
+    """Held-out pairs whose documents' embeddings are decoded into queries."""
+    dtype: Literal["bf16", "fp32"]
+    """Compute dtype of embedding and decoding."""
+
+
+class StudyRecipe(Section):
+    """A scale: what `python -m launch.study` runs."""
+
+    arms: Path
+    """File of :class:`ArmsRecipe`; the training recipes and `pack.yaml` lie beside it."""
+    base: str
+    """Model folder, hub name or `.gguf` file that all arms begin with."""
+    pairs: Path
+    """Folder of the training pairs in E5 layout, `NAME.jsonl[.gz]`."""
+    retrieval_source: FileStem
+    """Source of that folder that is never trained on: its pairs are the retrieval task."""
+    mteb: Path
+    """Offline copy of the mteb tasks' data, by hub path."""
+    work_dir: Path
+    """Folder of data, runs and logs; may be deleted when the results are there."""
+    results_dir: Path
+    """Folder of the cells' JSON, tables and plots."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    """Seeds of the batch order, of dropout and of the adapters."""
+    ranks: PositiveInt
+    """Processes of a training run on this machine; several are started by DeepSpeed's launcher."""
+    stage1_steps: PositiveInt
+    """Steps of Stage I and of its control."""
+    stage2_steps: PositiveInt
+    """Steps of Stage II."""
+    curve_steps: tuple[PositiveInt, ...] = ()
+    """Steps of Stage II, ascending, that are evaluated besides the last."""
+    warmup_fraction: Fraction
+    """Of a run's steps, at least one step; then the learning rate falls linearly to zero at its end."""
+    heldout_pairs: PositiveInt
+    """Pairs of every source, the last ones, that are not trained on: for learning rates and decoding."""
+    pack: tuple[str, ...] = ()
+    """`section.key=value` for pack.yaml."""
+    train: tuple[str, ...] = ()
+    """`section.key=value` for every training recipe; an arm's own come after."""
+    evaluation: StudyEvaluation
+    """How every cell is scored."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "StudyRecipe":
+        if list(self.curve_steps) != sorted(set(self.curve_steps)):
+            raise ValueError(f"curve_steps ({', '.join(map(str, self.curve_steps))}) must ascend")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds ({', '.join(map(str, self.seeds))}) names one twice")
+        return self
+
+    @property
+    def recipes(self) -> Path:
+        """Folder of the training recipes."""
+        return self.arms.parent
+
+
+def load_arms(study: StudyRecipe) -> ArmsRecipe:
+    """The arms that a scale names.
+
+    Raises:
+        ConfigError: missing or malformed file; a recipe that is not there.
+    """
+    arms = load_recipe(study.arms, ArmsRecipe)
+    for name, arm in arms.arms.items():
+        if not (study.recipes / f"{arm.recipe}.yaml").is_file():
+            known = (path.stem for path in study.recipes.glob("*.yaml"))
+            raise ConfigError(
+                f"{study.arms}: arms.{name}: no recipe '{arm.recipe}' in {study.recipes}"
+                f"{did_you_mean(arm.recipe, known)}"
+            )
+    return arms
+
+
+def chosen_arms(arms: ArmsRecipe, only: str | None) -> list[str]:
+    """Names from ``--only A,B``, in the arms' order; all when None.
+
+    Raises:
+        ConfigError: unknown arm.
+    """
+    wanted = list(arms.arms) if only is None else only.split(",")
+    for name in wanted:
+        if name not in arms.arms:
+            raise ConfigError(f"--only: no arm is called '{name}'{did_you_mean(name, arms.arms)}")
+    return [name for name in arms.arms if name in wanted]

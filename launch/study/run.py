@@ -1,0 +1,230 @@
+"""Run a study, cell by cell: train to the cell's step, score the export, write one small JSON.
+
+A cell is done when its JSON is there, and then never run again. Whatever is killed, the next start goes on: packing,
+training and evaluation by their own means, the study with the first cell whose JSON is missing.
+"""
+
+import json
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anchor.config.load import load_recipe
+from anchor.config.schema import TrainRecipe
+from anchor.errors import ConfigError
+from eval.vectors import write_json
+from launch.study.plan import Cell, StudyPlan
+from launch.study.programs import locked, run, shown, training
+from launch.study.tables import write_tables
+
+log = logging.getLogger(__name__)
+
+_ENDS = 10
+"""Steps whose loss is averaged, at the beginning of a run and before a cell."""
+_SHOWN = 10
+"""Decoded texts kept of each cell, the best and the worst."""
+_DECODED_TOKENS = 32
+
+
+def run_study(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Run the missing cells of some arms and seeds, seed by seed, then write tables and plots.
+
+    Raises:
+        AnchorError: a command failed; a result was made with other settings.
+    """
+    todo = [cell for seed in seeds for name in names if seed in plan.seeds(name) for cell in missing(plan, name, seed)]
+    for number, cell in enumerate(todo, start=1):
+        if not result_file(plan, cell).is_file():  # another process may have been faster
+            log.info("cell %d of %d: %s", number, len(todo), cell.name)
+            _run_cell(plan, cell)
+    write_tables(plan.study.results_dir, plan.arms)
+
+
+def result_file(plan: StudyPlan, cell: Cell) -> Path:
+    """Where a cell's result is."""
+    return plan.study.results_dir / f"{cell.name}.json"
+
+
+def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
+    """Cells of an arm and a seed without a result.
+
+    Raises:
+        ConfigError: a result was made with other settings.
+    """
+    out = []
+    for cell in plan.cells(name, seed):
+        file = result_file(plan, cell)
+        if not file.is_file():
+            out.append(cell)
+        elif json.loads(file.read_text(encoding="utf-8"))["settings_sha256"] != plan.settings_sha256(cell):
+            raise ConfigError(
+                f"{file}: made with other settings than the recipes now say; delete it, or choose another results_dir"
+            )
+    return out
+
+
+def _run_cell(plan: StudyPlan, cell: Cell) -> None:
+    export = train(plan, cell)
+    with locked(plan.run_folder(cell.arm, cell.seed)):
+        start = time.perf_counter()
+        scores = _scores(plan, cell, export)
+        seconds = time.perf_counter() - start
+        decoded = _decoded(plan, cell, export) if plan.arm(cell.arm).decoded and cell.final else None
+        plan.study.results_dir.mkdir(parents=True, exist_ok=True)
+        about = json.loads((export / "anchor.json").read_text(encoding="utf-8"))
+        arm = plan.arm(cell.arm)
+        write_json(
+            result_file(plan, cell),
+            {
+                "arm": cell.arm,
+                "label": arm.label,
+                "after": arm.after,
+                "seed": cell.seed,
+                "step": cell.step,
+                "final": cell.final,
+                "curve": arm.has_curve,
+                "scores": scores,
+                **_training_figures(plan, cell),
+                "evaluation_seconds": seconds,
+                "decoded": decoded,
+                "settings_sha256": plan.settings_sha256(cell),
+                **{key: about[key] for key in ("commit", "device", "num_ranks", "versions", "data_index_sha256")},
+                "commands": commands(plan, cell),
+            },
+        )
+    if cell.final:
+        shutil.rmtree(plan.run_folder(cell.arm, cell.seed) / "checkpoints", ignore_errors=True)
+
+
+def train(plan: StudyPlan, cell: Cell, more: Sequence[str] = ()) -> Path:
+    """Train an arm's run to a cell's step, what it starts from first; the export.
+
+    Args:
+        plan, cell: what.
+        more: further overrides, which make another run of it.
+    """
+    arm = plan.arm(cell.arm)
+    if arm.after is not None:
+        train(plan, plan.cells(arm.after, cell.seed)[-1])
+    command = training(plan.recipe_file(cell.arm), [*plan.overrides(cell), *more], plan.study.ranks)
+    recipe = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more])
+    folder = recipe.output_dir
+    with locked(folder):
+        export = folder / "export"
+        if _exported_step(export) != cell.step:
+            if any(int(path.name[5:]) > cell.step for path in (folder / "checkpoints").glob("step-*")):
+                log.info("%s: is further than step %d; trained again", folder, cell.step)
+                shutil.rmtree(folder / "checkpoints")
+            run(command, plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log")
+    return export
+
+
+def _exported_step(export: Path) -> int | None:
+    file = export / "anchor.json"
+    return json.loads(file.read_text(encoding="utf-8"))["recipe"]["optim"]["total_steps"] if file.is_file() else None
+
+
+def scoring(plan: StudyPlan, cell: Cell) -> list[str]:
+    """The command that scores a cell's export."""
+    section, folder = plan.study.evaluation, plan.run_folder(cell.arm, cell.seed)
+    tasks = ["--tasks", ",".join(section.tasks), "--data-root", str(plan.study.mteb)] if section.tasks else []
+    where = ["--retrieval", str(plan.data.retrieval), "--output", str(folder / f"scores-step{cell.step}")]
+    return ["python", "-m", "eval", "mteb", str(folder / "export"), *tasks, *where, "--dtype", section.dtype]
+
+
+def decoding(plan: StudyPlan, cell: Cell) -> list[str]:
+    """The command that decodes held-out documents' embeddings into queries."""
+    section, folder = plan.study.evaluation, plan.run_folder(cell.arm, cell.seed)
+    how = ["--direction", "document_to_query", "--max-new-tokens", str(_DECODED_TOKENS), "--dtype", section.dtype]
+    where = ["--pairs", str(plan.data.decoded), "--output", str(folder / "decoded.jsonl"), "--overwrite"]
+    return ["python", "-m", "eval", "decode", str(folder / "export"), *how, *where]
+
+
+def commands(plan: StudyPlan, cell: Cell) -> list[str]:
+    """What makes a cell by hand, in order, once the data is prepared."""
+    arm = plan.arm(cell.arm)
+    first = commands(plan, plan.cells(arm.after, cell.seed)[-1])[:1] if arm.after is not None else []
+    own = [training(plan.recipe_file(cell.arm), plan.overrides(cell), plan.study.ranks), scoring(plan, cell)]
+    own += [decoding(plan, cell)] if arm.decoded and cell.final else []
+    return [*first, *map(shown, own)]
+
+
+def _scores(plan: StudyPlan, cell: Cell, export: Path) -> dict[str, float]:
+    run(scoring(plan, cell), plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log")
+    file = export.parent / f"scores-step{cell.step}" / "scores.json"
+    return json.loads(file.read_text(encoding="utf-8"))["scores"]
+
+
+def _decoded(plan: StudyPlan, cell: Cell, export: Path) -> dict[str, Any]:
+    run(decoding(plan, cell), plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log")
+    lines = (export.parent / "decoded.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = sorted((json.loads(line) for line in lines), key=lambda row: -row["token_f1"])
+    examples = {"best": rows[:_SHOWN], "worst": rows[-_SHOWN:]}
+    return {
+        "pairs": len(rows),
+        "token_f1": statistics.fmean(row["token_f1"] for row in rows),
+        "rouge_l": statistics.fmean(row["rouge_l"] for row in rows),
+        "examples": {
+            name: [{key: row[key] for key in ("reference", "decoded", "token_f1", "rouge_l")} for row in chosen]
+            for name, chosen in examples.items()
+        },
+    }
+
+
+def _training_figures(plan: StudyPlan, cell: Cell) -> dict[str, Any]:
+    """Loss, tokens, seconds and FLOPs of the arm's own run up to the cell, and of all runs before it as well."""
+    file = plan.run_folder(cell.arm, cell.seed) / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    rows = [row for row in map(json.loads, lines) if row["step"] <= cell.step]
+    losses = [row["loss/total_nats"] for row in rows]
+    own = {
+        "steps": cell.step,
+        "pairs": sum(row["data/pairs"] for row in rows),
+        "tokens": sum(row["data/tokens"] for row in rows),
+        "training_seconds": sum(row["time/step_seconds"] for row in rows),
+        "petaflops": cell.step * flops_per_step(plan, cell.arm) / 1e15 if cell.step else 0.0,
+    }
+    after = plan.arm(cell.arm).after
+    before = {} if after is None else _training_figures(plan, plan.cells(after, cell.seed)[-1])["with_before"]
+    return {
+        "loss_nats": {"first": statistics.fmean(losses[:_ENDS]), "last": statistics.fmean(losses[-_ENDS:])}
+        if losses
+        else None,
+        "own": own,
+        "with_before": {key: value + before.get(key, 0) for key, value in own.items()},
+    }
+
+
+def flops_per_step(plan: StudyPlan, name: str) -> float:
+    """Executed FLOPs of one step of an arm, by the dry run; kept in the working folder.
+
+    Needs the shards, not the weights: the base model's configuration stands for what the arm starts from.
+    """
+    from anchor.engine.dry_run import Options, dry_run
+
+    file = plan.study.work_dir / "flops.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    more = [f"data.shards={plan.data.shards}", f"backbone.path={plan.study.base}"]
+    overrides = [*plan.study.train, *plan.arm(name).overrides, *more]
+    key = shown([plan.arm(name).recipe, *overrides])
+    if key not in kept:
+        path = plan.recipe_file(name)
+        recipe = load_recipe(path, TrainRecipe, overrides)
+        report = dry_run(recipe, str(path), Options(num_ranks=plan.study.ranks, gpu="cpu"))
+        kept[key] = report["time"]["executed_flops_per_step"]
+        write_json(file, kept)
+    return kept[key]
+
+
+def matched_steps(plan: StudyPlan) -> dict[str, int]:
+    """Steps of the arms with ``compute_of``: the FLOPs of those arms over the FLOPs of a step of their own."""
+    out = {}
+    for name, arm in plan.arms.arms.items():
+        if arm.compute_of:
+            asked = sum((plan.steps(other) or 0) * flops_per_step(plan, other) for other in arm.compute_of)
+            out[name] = max(1, round(asked / flops_per_step(plan, name)))
+    return out

@@ -1,0 +1,166 @@
+"""Tables and plots of a study, from the JSON of its cells alone: Markdown, SVG and PNG beside them."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.study.plots import Curve, draw_curves
+from launch.study.recipe import ArmsRecipe
+
+Result = dict[str, Any]
+MEAN = "mean"
+_LONGEST = 160
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All cells of a folder, in the order of their names."""
+    files = sorted(folder.glob("*-seed*-step*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation; one value has none."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def score_of(result: Result, task: str) -> float:
+    """A task's main score times 100, or the mean over the tasks."""
+    scores = result["scores"]
+    return 100 * (statistics.fmean(scores.values()) if task == MEAN else scores[task])
+
+
+def write_tables(folder: Path, arms: ArmsRecipe) -> Path | None:
+    """Write ``tables.md``, ``curves.svg`` and ``curves.png``; None where there is no result yet."""
+    results = [result for result in read_results(folder) if result["arm"] in arms.arms]
+    if not results:
+        return None
+    order = list(arms.arms)
+    results.sort(key=lambda r: (order.index(r["arm"]), r["seed"], r["step"]))
+    tasks = [*dict.fromkeys(task for result in results for task in result["scores"]), MEAN]
+    parts = [
+        "Scores x 100, mean ± standard deviation over seeds.",
+        final_table(results, tasks),
+        f"Difference to `{arms.baseline}` of the same seed: mean ± standard deviation, seeds that gained.",
+        difference_table(results, tasks, arms.baseline),
+        "Mean over the tasks by steps of Stage II.",
+        curve_table(results),
+        "Decoding of held-out documents' embeddings into queries.",
+        decoding_table(results),
+        examples(results),
+    ]
+    path = folder / "tables.md"
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    curves = {task: curves_of(results, task) for task in tasks}
+    if any(curves.values()):
+        draw_curves(curves, folder / "curves")
+    return path
+
+
+def _by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
+    out: dict[str, list[Result]] = {}
+    for result in results:
+        out.setdefault(result["arm"], []).append(result)
+    return out
+
+
+def final_table(results: Sequence[Result], tasks: Sequence[str]) -> str:
+    """One row per arm: what it cost and what its last step scores."""
+    rows = []
+    for cells in _by_arm(r for r in results if r["final"]).values():
+        cost = cells[0]["with_before"]
+        rows.append(
+            [
+                *(cells[0]["label"], len(cells), cost["steps"], f"{cost['tokens']:,}", f"{cost['petaflops']:.1f}"),
+                spread([r["with_before"]["training_seconds"] / 60 for r in cells]),
+                *(spread([score_of(r, task) for r in cells]) for task in tasks),
+            ]
+        )
+    return markdown(["arm", "seeds", "steps", "tokens", "PFLOP", "minutes", *tasks], rows)
+
+
+def difference_table(results: Sequence[Result], tasks: Sequence[str], baseline: str) -> str:
+    """Paired by seed, so that what the seeds have in common cancels."""
+    arms = _by_arm(r for r in results if r["final"])
+    base = {r["seed"]: r for r in arms.pop(baseline, [])}
+    rows = []
+    for cells in arms.values():
+        paired = [(r, base[r["seed"]]) for r in cells if r["seed"] in base]
+        if paired:
+            gains = {task: [score_of(r, task) - score_of(b, task) for r, b in paired] for task in tasks}
+            won = (f"{spread(gain)} ({sum(g > 0 for g in gain)}/{len(gain)})" for gain in gains.values())
+            rows.append([cells[0]["label"], *won])
+    return markdown(["arm", *tasks], rows) if rows else ""
+
+
+def curves_of(results: Sequence[Result], task: str) -> list[Curve]:
+    """Scores over the steps of Stage II, of the arms that are scored on the way; step 0 is what an arm starts from."""
+    arms = _by_arm(results)
+    out = []
+    for name, cells in arms.items():
+        if not cells[0]["curve"]:
+            continue
+        points: dict[int, list[float]] = {}
+        for result in [*_starts(results, cells), *cells]:
+            step = result["step"] if result["arm"] == name else 0
+            points.setdefault(step, []).append(score_of(result, task))
+        out.append(Curve(cells[0]["label"], points))
+    return out
+
+
+def _starts(results: Sequence[Result], cells: Sequence[Result]) -> list[Result]:
+    """Cells that the runs of an arm start from: of the same seeds, or the untrained model."""
+    after, seeds = cells[0]["after"], {r["seed"] for r in cells}
+    if after is None:
+        return [r for r in results if r["with_before"]["steps"] == 0]
+    return [r for r in results if r["arm"] == after and r["final"] and r["seed"] in seeds]
+
+
+def curve_table(results: Sequence[Result]) -> str:
+    """Mean over the tasks, by arm and step."""
+    curves = curves_of(results, MEAN)
+    steps = sorted({step for curve in curves for step in curve.points})
+    rows = [[curve.label, *(spread(curve.points.get(step, [])) for step in steps)] for curve in curves]
+    return markdown(["arm", *map(str, steps)], rows) if rows else ""
+
+
+def decoding_table(results: Sequence[Result]) -> str:
+    """Token F1 and ROUGE-L by arm."""
+    rows = []
+    for cells in _by_arm(r for r in results if r["decoded"]).values():
+        figures = ([100 * r["decoded"][key] for r in cells] for key in ("token_f1", "rouge_l"))
+        rows.append([cells[0]["label"], len(cells), cells[0]["decoded"]["pairs"], *map(spread, figures)])
+    return markdown(["arm", "seeds", "pairs", "token F1", "ROUGE-L"], rows) if rows else ""
+
+
+def examples(results: Sequence[Result]) -> str:
+    """The best and the worst decoded queries of the first arm that reconstructs, first seed."""
+    shown = next((r for r in results if r["decoded"] and r["with_before"]["steps"]), None)
+    if shown is None:
+        return ""
+    parts = []
+    for name in ("best", "worst"):
+        rows = [
+            [_cell(e["reference"]), _cell(e["decoded"]), f"{100 * e['token_f1']:.0f}"]
+            for e in shown["decoded"]["examples"][name]
+        ]
+        parts.append(f"The {len(rows)} {name} of {shown['decoded']['pairs']} ({shown['label']}, seed {shown['seed']}):")
+        parts.append(markdown(["query", "decoded from its document's embedding", "token F1"], rows))
+    return "\n\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    """One line that a Markdown table can hold."""
+    line = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; all columns but the first are figures."""
+    right: Callable[[int], str] = lambda i: "---:" if i else "---"  # noqa: E731
+    lines = [columns, [right(i) for i in range(len(columns))], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

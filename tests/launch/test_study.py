@@ -1,0 +1,277 @@
+"""Invariants: the shipped scales and arms are valid; a study's cells and commands follow from its recipes; tables and
+plots are made of the results alone; results of other settings are refused; user errors are one line. Slow: a tiny study
+runs from raw pairs to tables by the project's own commands, is killed, goes on, and runs nothing twice."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import english_pairs, write_jsonl
+
+from anchor.config.load import load_recipe
+from anchor.config.schema import E5Source, PackRecipe, TrainRecipe
+from launch.study.__main__ import main
+from launch.study.plan import Cell, StudyPlan
+from launch.study.prepare import StudyData, pack_recipe
+from launch.study.recipe import StudyRecipe, load_arms
+from launch.study.run import commands, missing, result_file
+from launch.study.tables import curves_of, difference_table, final_table, read_results
+
+ROOT = Path(__file__).parents[2]
+SCALES = sorted((ROOT / "launch/recipes/study").glob("[cg]pu.yaml"))
+TINY = {
+    "retrieval_source": "squad_dev",
+    "seeds": [0],
+    "ranks": 1,
+    "stage1_steps": 2,
+    "stage2_steps": 3,
+    "curve_steps": [1],
+    "warmup_fraction": 0.1,
+    "heldout_pairs": 8,
+    "pack": ["text.max_tokens=96", "batch.pairs=8", "batch.pack_tokens=1024"],
+    "train": [f"engine.deepspeed={ROOT / 'ds_configs/zero3.json'}"],
+    "evaluation": {
+        **{"tasks": [], "retrieval_queries": 12, "retrieval_documents": 16, "decoded_pairs": 7, "dtype": "fp32"},
+    },
+}
+
+
+@pytest.fixture
+def scale(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A scale of the shipped arms and recipes over seven tiny sources, in a folder of its own."""
+    recipes = Path(shutil.copytree(ROOT / "launch/recipes/study", tmp_path / "recipes"))
+    (source,) = load_recipe(recipes / "pack.yaml", PackRecipe).sources
+    assert isinstance(source, E5Source)
+    assert source.only is not None
+    for number, name in enumerate([*source.only, "squad_dev"]):
+        rows = [row | {"negative": row["negative"][0]} for row in english_pairs(40, seed=number)]
+        for row in rows:
+            row["query"] = f"{name} {row['query']}"
+        write_jsonl(tmp_path / "pairs" / f"{name}.jsonl", rows)
+    where = {"pairs": tmp_path / "pairs", "mteb": tmp_path / "none", "base": tiny_model_dir}
+    where |= {"work_dir": tmp_path / "work", "results_dir": tmp_path / "results", "arms": recipes / "arms.yaml"}
+    path = recipes / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {key: str(value) for key, value in where.items()}))
+    return path
+
+
+def plan_of(scale: Path, **matched: int) -> StudyPlan:
+    study = load_recipe(scale, StudyRecipe)
+    return StudyPlan(study, load_arms(study), StudyData(study.work_dir / "data"), matched)
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
+def test_the_shipped_scales_name_arms_and_recipes_that_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = plan_of(path, stage2_long=60, stage2_full_long=50)
+    assert len(SCALES) == 2
+    assert {"untrained", "stage1", "stage2", "stage1_stage2", "language_model_stage2"} <= set(plan.arms.arms)
+    assert pack_recipe(plan.study).text.hard_negatives == 1
+    for name in plan.arms.arms:
+        for cell in plan.cells(name, 0):
+            recipe = load_recipe(plan.recipe_file(name), TrainRecipe, plan.overrides(cell))
+            assert recipe.optim.total_steps == cell.step
+            assert (ROOT / recipe.engine.deepspeed).is_file()
+    # Stage II is the same run in every arm but for what it starts from.
+    pair = [plan.cells(name, 0)[-1] for name in ("stage2", "stage1_stage2")]
+    first, second = (load_recipe(plan.recipe_file(c.arm), TrainRecipe, plan.overrides(c)) for c in pair)
+    backbone = second.backbone.model_copy(update={"path": first.backbone.path})
+    assert second.model_copy(update={"backbone": backbone, "output_dir": first.output_dir}) == first
+    assert first.backbone.path == plan.study.base
+    assert second.backbone.path == str(plan.run_folder("stage1", 0) / "export")
+
+
+def test_the_horizon_of_a_curve_is_its_last_step(scale: Path) -> None:
+    plan = plan_of(scale)
+    cells = plan.cells("stage2", 0)
+    assert cells == [Cell("stage2", 0, 1, final=False), Cell("stage2", 0, 3, final=True)]
+    optims = [load_recipe(plan.recipe_file("stage2"), TrainRecipe, plan.overrides(cell)).optim for cell in cells]
+    assert [(o.total_steps, o.decay_steps, o.warmup_steps) for o in optims] == [(1, 3, 1), (3, 3, 1)]
+    assert [cell.step for cell in plan.cells("untrained", 0)] == [0]
+    assert plan.seeds("untrained") == (0,)
+
+
+def test_arms_of_equal_compute_await_their_flops(scale: Path) -> None:
+    assert plan_of(scale).cells("stage2_long", 0) == []
+    assert [cell.step for cell in plan_of(scale, stage2_long=5).cells("stage2_long", 0)] == [1, 5]
+
+
+def test_the_commands_of_a_row_are_whole(scale: Path) -> None:
+    plan = plan_of(scale)
+    stage1, stage2, score = commands(plan, plan.cells("stage1_stage2", 0)[-1])
+    assert [shlex.split(line)[2] for line in (stage1, stage2, score)] == ["anchor.train", "anchor.train", "eval"]
+    assert f"output_dir={plan.run_folder('stage1', 0)}" in shlex.split(stage1)
+    assert f"backbone.path={plan.run_folder('stage1', 0) / 'export'}" in shlex.split(stage2)
+    assert str(plan.run_folder("stage1_stage2", 0) / "export") in shlex.split(score)
+
+
+def write_result(plan: StudyPlan, cell: Cell, score: float, **changes: Any) -> Path:
+    cost = {"steps": cell.step, "pairs": 8, "tokens": 1000, "training_seconds": 60.0, "petaflops": 2.0}
+    arm = plan.arm(cell.arm)
+    result = {
+        **{"arm": cell.arm, "label": arm.label, "after": arm.after, "seed": cell.seed, "step": cell.step},
+        **{"final": cell.final, "curve": arm.has_curve, "scores": {"A": score, "B": score / 2}},
+        **{"own": cost, "with_before": cost, "decoded": None, "settings_sha256": plan.settings_sha256(cell)},
+    }
+    file = result_file(plan, cell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result | changes))
+    return file
+
+
+@pytest.fixture
+def scored(scale: Path) -> StudyPlan:
+    """Results of three arms: two seeds of two arms, one of the third."""
+    plan = plan_of(scale)
+    write_result(plan, plan.cells("untrained", 0)[0], 0.1)
+    write_result(plan, plan.cells("stage1", 0)[0], 0.2)
+    for seed in (0, 1):
+        for name, gain in (("stage2", 0.0), ("stage1_stage2", 0.1 - 0.3 * seed)):
+            for cell in plan.cells(name, seed):
+                write_result(plan, cell, 0.3 + 0.1 * cell.step + gain)
+    return plan
+
+
+def test_tables_say_mean_spread_and_paired_differences(scored: StudyPlan) -> None:
+    results = read_results(scored.study.results_dir)
+    assert len(results) == 10
+    final = final_table(results, ["A", "mean"])
+    assert "| Stage II only (LoRA) | 2 | 3 | 1,000 | 2.0 | 1.00 ± 0.00 | 60.00 ± 0.00 | 45.00 ± 0.00 |" in final
+    # 0.3 + 0.3 + 0.1 and 0.3 + 0.3 - 0.2: mean 55, standard deviation 30 / sqrt(2).
+    assert "| 55.00 ± 21.21 |" in final
+    assert "| Stage I + II | -5.00 ± 21.21 (1/2) |" in difference_table(results, ["A"], "stage2")
+
+
+def test_a_curve_begins_with_what_the_arm_starts_from(scored: StudyPlan) -> None:
+    curves = {curve.label: curve.points for curve in curves_of(read_results(scored.study.results_dir), "A")}
+    assert set(curves) == {"Stage II only (LoRA)", "Stage I + II"}
+    assert curves["Stage II only (LoRA)"][0] == pytest.approx([10.0])
+    assert curves["Stage I + II"][0] == pytest.approx([20.0])
+    assert curves["Stage I + II"][3] == pytest.approx([70.0, 40.0])
+
+
+def test_tables_and_plots_are_made_of_the_results_alone(scored: StudyPlan, scale: Path, capsys) -> None:
+    folder = scored.study.results_dir
+    main([str(scale), "--tables"])
+    assert capsys.readouterr().out == f"{folder / 'tables.md'}\n"
+    assert "Stage I + II" in (folder / "tables.md").read_text()
+    first = (folder / "curves.svg").read_bytes()
+    assert b"Stage I + II" in first
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    main([str(scale), "--tables"])
+    assert (folder / "curves.svg").read_bytes() == first
+    assert not scored.study.work_dir.exists()
+
+
+def test_the_list_counts_what_is_missing(scored: StudyPlan, scale: Path, capsys) -> None:
+    result_file(scored, scored.cells("stage1_stage2", 0)[-1]).unlink()
+    main([str(scale), "--list", "--only", "stage2,stage1_stage2,stage2_long", "--seeds", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| stage2 | 0 | 2/2 | none |",
+        "| stage1_stage2 | 0 | 1/2 | 3 |",
+        "| stage2_long | 0 | 0/0 | after packing |",
+    ]
+
+
+def test_a_result_of_other_settings_is_refused(scored: StudyPlan, scale: Path, capsys) -> None:
+    file = write_result(scored, scored.cells("stage2", 0)[0], 0.5, settings_sha256="other")
+    with pytest.raises(SystemExit) as exit_:
+        main([str(scale), "--list"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {file}: made with other settings than the recipes now say; delete it, or choose another results_dir"
+    )
+
+
+def test_settings_do_not_depend_on_where_things_lie_but_on_what_is_done(scale: Path) -> None:
+    cell = plan_of(scale).cells("stage1_stage2", 0)[-1]
+    before = plan_of(scale).settings_sha256(cell)
+    raw = yaml.safe_load(scale.read_text())
+    scale.write_text(yaml.safe_dump(raw | {"work_dir": "elsewhere", "pairs": "there", "ranks": 2}))
+    assert plan_of(scale).settings_sha256(cell) == before
+    arms = scale.parent / "arms.yaml"
+    shipped = "label: Stage I only, recipe: stage1,"
+    assert shipped in arms.read_text()
+    arms.write_text(arms.read_text().replace(shipped, shipped + " overrides: [optim.lr=1e-5],"))
+    assert plan_of(scale).settings_sha256(cell) != before  # Stage I is part of I + II
+    alone = plan_of(scale).cells("stage2", 0)[-1]
+    assert plan_of(scale).settings_sha256(alone) != before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--only", "stage3"], "--only: no arm is called 'stage3'; did you mean 'stage2'?"),
+        (["--seeds", "a"], "--seeds: got 'a', expected numbers separated by commas, such as 0,1,2"),
+        (["--tables"], "{results}: holds no result; run the study first"),
+        (["curve_steps=[3,1]"], "{scale}: curve_steps (3, 1) must ascend"),
+    ],
+)
+def test_a_wrong_call_is_one_line(argv: list[str], message: str, scale: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(scale), *(argv if "--tables" in argv else [*argv, "--list"])])
+    assert exit_.value.code == 2
+    expected = message.format(results=scale.parents[1] / "results", scale=scale)
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {expected}"
+
+
+def test_an_arm_that_names_no_arm_above_it_is_refused(scale: Path) -> None:
+    arms = scale.parent / "arms.yaml"
+    arms.write_text(arms.read_text().replace("after: stage1,", "after: stage9,"))
+    with pytest.raises(Exception, match=r"arms\.stage1_stage2 names 'stage9', which is no arm above it"):
+        plan_of(scale)
+
+
+def start(scale: Path, *argv: str) -> subprocess.Popen:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch.study", str(scale), *argv]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_runs_nothing_twice(scale: Path) -> None:
+    plan = plan_of(scale)
+    arms = ("--only", "untrained,stage1,stage1_stage2")
+    killed = start(scale, *arms)
+    deadline = time.monotonic() + 400
+    first = result_file(plan, plan.cells("stage1", 0)[0])
+    while not first.is_file() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGINT)
+    _, errors = killed.communicate(timeout=120)
+    assert first.is_file(), errors
+    assert killed.returncode != 0
+    kept = {file: file.stat().st_mtime_ns for file in plan.study.results_dir.glob("*.json")}
+    assert missing(plan, "stage1_stage2", 0) != []
+    out, errors = (done := start(scale, *arms)).communicate(timeout=400)
+    assert done.returncode == 0, errors
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert "| Stage I + II | 1 | 5 |" in out  # two steps of Stage I, three of Stage II
+    result = json.loads(result_file(plan, plan.cells("stage1_stage2", 0)[-1]).read_text())
+    assert result["own"]["pairs"] == 3 * 8
+    assert result["with_before"]["pairs"] == 5 * 8
+    assert 0 < result["own"]["petaflops"] < result["with_before"]["petaflops"]
+    assert set(result["scores"]) == {"Local-retrieval"}
+    decoded = json.loads(first.read_text())["decoded"]
+    assert decoded["pairs"] == 7
+    assert 0 <= decoded["token_f1"] <= 1
+    # By hand: the printed commands make the same cell.
+    before = result["scores"]
+    shutil.rmtree(plan.study.work_dir / "runs")
+    for line in result["commands"]:
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+        subprocess.run(shlex.split(line), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
+    folder = plan.run_folder("stage1_stage2", 0)
+    assert json.loads((folder / "scores-step3/scores.json").read_text())["scores"] == before
