@@ -1,7 +1,8 @@
 """``python -m eval mteb``: real mteb tasks, scored by mteb itself.
 
-1. The texts of a task get the instruction of the prompt file; for tasks that it does not know, that of mteb's own task;
-   else the prompt of the model folder that mteb's order of names finds. What was used stands in ``scores.json``.
+1. The texts of a task get the instruction of the prompt file; for tasks that it does not know, its general one for
+   queries or that of mteb's own task; else the prompt of the model folder that mteb's order of names finds. What was
+   used stands in ``scores.json``.
 2. All ranks embed; rank 0 scores (:mod:`eval.ranks`). Two tasks run in threads of rank 0 that take turns to embed:
    while one is scored, the ranks embed for the other. Vectors are kept on disk until the task's result is saved.
 3. Results are in mteb's own layout. The revision names weights, dtype and prompts: a result of other prompts is never
@@ -88,7 +89,8 @@ class MtebEncoder(AbsEncoder):
                 return self._joined(self._set.document)
             own: Any = task.prompt
             of_mteb = own.get("query") if isinstance(own, dict) else own
-            instruction = self._set.tasks.get(task.name, of_mteb)
+            general = self._set.query if prompt_type == PromptType.query else None
+            instruction = self._set.tasks.get(task.name, general or of_mteb)
             if instruction is not None:
                 return self._joined(instruction)
         name = self.get_prompt_name(task, prompt_type)
@@ -213,5 +215,6 @@ def _prompts_id(encoder: TextEncoder, prompts: PromptSet | None) -> str:
     parts: list[Any] = [encoder.prompts, encoder.about.get("template"), encoder.max_tokens]
     if prompts is not None:
         parts += [prompts.tasks, prompts.document, prompts.instruction_format]
+        parts += [] if prompts.query is None else [prompts.query]
     name = prompts.name if prompts is not None else "folder"
     return f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())[:8]}"

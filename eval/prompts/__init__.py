@@ -1,8 +1,9 @@
 """Instructions per mteb task, as files that ship with the project.
 
 A file holds ``tasks`` (instruction -> names of tasks, as published), ``same_as`` (task -> task of the file whose
-instruction it takes), ``ours`` (instruction -> tasks, not published), ``document`` (instruction of documents, or null)
-and ``instruction_format`` (how an instruction joins its text; null: as the model folder's template says).
+instruction it takes), ``ours`` (instruction -> tasks, not published), ``query`` (instruction of queries of tasks that
+the file does not know, or null), ``document`` (instruction of documents, or null) and ``instruction_format`` (how an
+instruction joins its text; null: as the model folder's template says).
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import yaml
 from anchor.errors import ConfigError, did_you_mean
 
 _FOLDER = Path(__file__).parent
-_KEYS = {"tasks", "same_as", "ours", "document", "instruction_format"}
+_KEYS = {"tasks", "same_as", "ours", "query", "document", "instruction_format"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +26,14 @@ class PromptSet:
     Attributes:
         name: of the file.
         tasks: task name -> instruction of queries and of symmetric texts.
+        query: instruction of queries of other retrieval tasks, or None for that of mteb's own task.
         document: instruction of documents, or None.
         instruction_format: format string that ends in ``{text}``, or None for that of the model folder.
     """
 
     name: str
     tasks: dict[str, str]
+    query: str | None
     document: str | None
     instruction_format: str | None
 
@@ -60,7 +63,8 @@ def load_prompts(name: str) -> PromptSet:
         if task in tasks:
             raise ConfigError(f"{path}: the task {task} is given twice")
         tasks[task] = instruction
-    return PromptSet(path.stem, tasks, content.get("document"), content.get("instruction_format"))
+    rest = (content.get(key) for key in ("query", "document", "instruction_format"))
+    return PromptSet(path.stem, tasks, *rest)
 
 
 def _pairs(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str]]:

@@ -255,6 +255,8 @@ def test_documents_get_what_the_prompt_file_says(export_dir):
     assert ours.prompt(task.metadata, PromptType.document) == ""
     assert generative.prompt(task.metadata, PromptType.document) == "Summarize the following passage: "
     assert ours.prompt(bright.metadata, PromptType.query).startswith(bright.metadata.prompt["query"][:20])
+    general = "Generate a passage that best answers this question: "
+    assert generative.prompt(bright.metadata, PromptType.query) == general
     assert MtebEncoder(encoder).prompt(task.metadata, PromptType.query) == "Answer it: "
 
 

@@ -31,6 +31,8 @@ def test_the_published_lists_are_whole_and_documents_are_as_published():
     assert set(anchor.tasks) >= tasks_of("MTEB(eng, v1)")
     assert anchor.document is None
     assert anchor.instruction_format is None
+    assert anchor.query is None
+    assert generative.query == "Generate a passage that best answers this question"
     assert generative.document == "Summarize the following passage"
     assert all(
         text.strip() == text and not text.endswith(":") for one in (anchor, generative) for text in one.tasks.values()
@@ -42,7 +44,10 @@ def test_the_published_lists_are_whole_and_documents_are_as_published():
     [
         ({"tasks": {"do it": ["A"], "do that": ["A"]}}, "the task A is given twice"),
         ({"tasks": {"do it": ["A"]}, "same_as": {"B": "a"}}, "same_as.B: no task 'a'; known are A"),
-        ({"task": {}}, "expected the keys document, instruction_format, ours, same_as, tasks; 'tasks' is required"),
+        (
+            {"task": {}},
+            "expected the keys document, instruction_format, ours, query, same_as, tasks; 'tasks' is required",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, content, message):
