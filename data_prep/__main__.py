@@ -96,6 +96,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     mine.add_argument("--seed", type=_count, default=0, help="seed of the draw (%(default)s)")
     mine.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+    respond = _command(
+        commands.add_parser("respond", help="a language model's own answers to questions"),
+        "Let a language model answer questions, for self-supervised training; run again, it continues.",
+        "python -m data_prep respond models/Qwen3-0.6B --questions data/questions.jsonl --output data/answers",
+    )
+    respond.add_argument("model", metavar="MODEL", help="model folder, hub name or .gguf file")
+    respond.add_argument("--questions", type=Path, nargs="+", required=True, metavar="FILE", help="files or folders")
+    respond.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for answers/ and rejects/")
+    respond.add_argument("--column", default="question", metavar="NAME", help="field of the question (%(default)s)")
+    respond.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="only part I (from 0) of N")
+    respond.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="(%(default)s)")
+    respond.add_argument("--batch-tokens", type=_positive, metavar="N", help="of a batch, prompts and answers")
+    respond.add_argument("--max-new-tokens", type=_positive, default=500, metavar="N", help="(%(default)s)")
+    respond.add_argument("--max-input-tokens", type=_positive, default=1024, metavar="N", help="(%(default)s)")
+    respond.add_argument("--seed", type=_count, default=0, help="of the sampling (%(default)s)")
+    respond.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model (%(default)s)")
+    respond.add_argument("--device", default="cpu", help="of the engine transformers (%(default)s)")
+    respond.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+    teach = _command(
+        commands.add_parser("teach", help="a teacher's embeddings of the positives of packed shards"),
+        "Write shards anew with a teacher's embedding of every positive, as training will see its text.",
+        "python -m data_prep teach data/answers-packed --teacher models/all-mpnet-base-v2 --output data/taught",
+    )
+    teach.add_argument("shards", type=Path, metavar="SHARDS", help="folder written by pack")
+    teach.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder of shards")
+    teach.add_argument("--teacher", type=Path, metavar="DIR", help="sentence-transformers folder; MiniLM if absent")
+    teach.add_argument("--prompt", metavar="TEXT", help="before every text; the teacher's for documents if absent")
+    teach.add_argument("--normalize", action="store_true", help="make the vectors unit vectors")
+    teach.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="texts at once (%(default)s)")
+    teach.add_argument("--part", type=_part, metavar="I/N", help="only embed part I (from 0) of N; then run without")
+    teach.add_argument("--device", default="cpu", help="of the teacher (%(default)s)")
     return parser
 
 
@@ -131,6 +164,12 @@ def _ranks(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected two ranks such as 3-50, got '{text}'")
     return int(first), int(last)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number, at least 1, got '{text}'")
+    return int(text)
 
 
 def _count(text: str) -> int:
@@ -182,6 +221,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 relative_margin=args.relative_margin,
             )
             mine(args.pairs, args.output, window, as_json=args.json, model=args.model, device=args.device)
+        elif args.command == "respond":
+            from data_prep.respond import Options, respond
+
+            given = {name: value for name, value in vars(args).items() if name not in ("command", "json", "questions")}
+            respond(Options(questions=tuple(args.questions), **given), as_json=args.json)
+        elif args.command == "teach":
+            from data_prep.teach import teach
+
+            teach(
+                args.shards,
+                args.output,
+                teacher=args.teacher,
+                prompt=args.prompt,
+                normalize=args.normalize,
+                batch_size=args.batch_size,
+                part=args.part,
+                device=args.device,
+            )
         else:
             from data_prep.docs import write_docs
 

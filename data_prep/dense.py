@@ -23,14 +23,14 @@ _BLOCK_SCORES = 1 << 26
 _MAX_BLOCK_QUERIES = 1024
 
 
-def load_model(folder: Path, device: str) -> Any:
+def load_model(folder: Path, device: str, option: str = "--model") -> Any:
     """Load a sentence-transformers model from a local folder.
 
     Raises:
         ConfigError: no such folder, no model in it, or no such device.
     """
     if not (folder / "modules.json").is_file():
-        raise ConfigError(f"--model {folder}: not a sentence-transformers folder, it has no modules.json")
+        raise ConfigError(f"{option} {folder}: not a sentence-transformers folder, it has no modules.json")
     # Torch is imported only here: other data preparation runs without.
     import torch
     from sentence_transformers import SentenceTransformer
@@ -41,7 +41,7 @@ def load_model(folder: Path, device: str) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device}: cannot be used: {str(error).splitlines()[0]}") from error
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--model {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{option} {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 class Dense:

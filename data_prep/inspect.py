@@ -95,6 +95,9 @@ def summarise(reader: ShardReader) -> dict[str, Any]:
         "segment_tokens": _percentiles(everything),
         "segments_by_tokens": {name: bins(one) for name, one in counts.items()},
         "balance": {"mean": float(np.mean(balance)), "max": float(np.max(balance))},
+        "special_tokens": index.template.get("special_tokens", 0),
+        "end_token": index.template.get("end"),
+        "teacher": index.teacher,
     }
 
 
@@ -199,12 +202,30 @@ def _print_tables(report: dict[str, Any]) -> None:
             "balance",
             f"largest pack / mean pack of a batch: {balance['mean']:.3f} on average, {balance['max']:.3f} at most",
         ),
+        *_self_supervised(report),
         ("verified", "yes" if report["verified"] else "no; add --verify"),
     )
     sys.stdout.write("\n")
     print_table(("", report["folder"]), facts)
     sys.stdout.write("\nsegments by tokens\n")
     sys.stdout.writelines(f"{line}\n" for line in bars(report["segments_by_tokens"]))
+
+
+def _self_supervised(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What only shards with trained special tokens have."""
+    facts = []
+    if report["special_tokens"]:
+        facts += [
+            ("special tokens", f"{report['special_tokens']} behind every segment"),
+            ("end of an answer", report["end_token"]),
+            ("teacher", "none; add one with `python -m data_prep teach`"),
+        ]
+    if report["teacher"] is not None:
+        teacher = report["teacher"]
+        kind = "unit vectors" if teacher["normalized"] else "not normalised"
+        prompt = f", prompt {teacher['prompt']!r}" if teacher["prompt"] else ""
+        facts[-1:] = [("teacher", f"{teacher['model']}, {teacher['dimension']} dimensions, {kind}{prompt}")]
+    return facts
 
 
 def _named(values: dict[str, int]) -> str:

@@ -67,7 +67,7 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
         if isinstance(section, E5Source):
             sources += _e5_sources(section, here)
         elif isinstance(section, FilesSource):
-            files = tuple(_files(section.path, TABLE_SUFFIXES, here))
+            files = tuple(input_files(section.path, TABLE_SUFFIXES, here))
             sources.append(_named(section, _reader(files, section.max_rows), files))
         else:
             sources.append(_named(section, lambda _, section=section: islice(_hub_rows(section), section.max_rows), ()))
@@ -142,7 +142,7 @@ def e5_files(path: Path, where: str) -> dict[str, Path]:
         ConfigError: no such path, no JSON-lines file there, or two files of one source.
     """
     by_name: dict[str, Path] = {}
-    for file in _files(path, JSON_SUFFIXES, where):
+    for file in input_files(path, JSON_SUFFIXES, where):
         name = file.name.split(".jsonl")[0]
         if name in by_name:
             raise ConfigError(f"{where}: {path}: both {by_name[name].name} and {file.name} are '{name}'; remove one")
@@ -150,7 +150,12 @@ def e5_files(path: Path, where: str) -> dict[str, Path]:
     return by_name
 
 
-def _files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]:
+def input_files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]:
+    """A file, or those of a folder, whose names end as they should.
+
+    Raises:
+        ConfigError: no such path, or no such file there.
+    """
     if path.is_file():
         if not path.name.endswith(suffixes):
             raise ConfigError(f"{where}: {path}: expected a file ending in {', '.join(suffixes)}")

@@ -2,7 +2,8 @@
 
 1. The index: what was read is what was kept and dropped; the batches are those of the passes and epochs it tells of.
 2. Files: sizes, sha256, the tokenizer.
-3. Batches: checksums, number of pairs and packs, spans, anchor tokens, order of segments, target counts.
+3. Batches: checksums, number of pairs and packs, spans, anchor or special tokens, order of segments, target counts, the
+   teacher's vectors.
 4. Coverage: no pair is in an epoch more often than there are passes in it, and none that was kept is left out but the
    remainder of a pass: with one epoch of a proportional mixture every pair is in exactly one batch.
 """
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from anchor.data.records import FIRST_NEGATIVE, QUERY
 from anchor.data.shards import Batch, Pack, ShardReader, make_batch
-from anchor.data.tokenization import tokenizer_fingerprint
+from anchor.data.templates import Template, special_token_names
+from anchor.data.tokenization import end_token_id, tokenizer_fingerprint
 from anchor.errors import ShardError
 from data_prep.progress import tracked
 
@@ -23,6 +26,10 @@ def batches_of(reader: ShardReader, description: str) -> Iterator[tuple[int, Bat
     """(number, batch) of all batches, with progress."""
     for number in tracked(range(len(reader)), description, len(reader), unit=" batches"):
         yield number, reader.read(number)
+
+
+UNIT_TOLERANCE = 1e-2
+"""How far the length of a unit vector in float16 may be from 1."""
 
 
 class _Coverage:
@@ -89,6 +96,7 @@ def verify(reader: ShardReader) -> None:
     if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
         raise ShardError(f"{tokenizer}: missing or not the tokenizer that the shards were made with; pack again")
     _check_counts(reader)
+    special = _special_ids(reader)
     reader.verify_files()
     pairs = index.recipe["batch"]["pairs"]
     coverage = {source["name"]: _Coverage(source, pairs, index.num_epochs) for source in index.sources}
@@ -96,7 +104,7 @@ def verify(reader: ShardReader) -> None:
         if number % index.batches_per_epoch == 0:
             for source in coverage.values():
                 source.next_epoch()
-        problem = _broken_promise(batch, reader, coverage, number // index.batches_per_epoch)
+        problem = _broken_promise(batch, reader, coverage, number // index.batches_per_epoch, special)
         if problem is not None:
             raise ShardError(f"{reader.where(number)}: {problem}; pack again into an empty folder")
     for name, source in coverage.items():
@@ -122,7 +130,31 @@ def _check_counts(reader: ShardReader) -> None:
             )
 
 
-def _broken_promise(batch: Batch, reader: ShardReader, coverage: dict[str, _Coverage], epoch: int) -> str | None:
+def _special_ids(reader: ShardReader) -> np.ndarray:
+    """Ids that every segment ends in: the trained special tokens, or the anchor token alone.
+
+    Raises:
+        ShardError: the end token, or the number of special tokens, is not what the tokenizer says.
+    """
+    index = reader.index
+    template = Template(**index.template)
+    if not template.special_tokens:
+        return np.asarray([index.anchor_token_id])
+    backend = Tokenizer.from_file(str(reader.folder / "tokenizer" / "tokenizer.json"))
+    found = [backend.token_to_id(name) for name in special_token_names(template.special_tokens)]
+    first = index.anchor_token_id - template.special_tokens + 1
+    if found != list(range(first, index.anchor_token_id + 1)):
+        raise ShardError(f"{reader.folder}/index.json: special tokens are {found} in the tokenizer; pack again")
+    if (end := end_token_id(backend, template, str(reader.folder))) != index.end_token_id:
+        raise ShardError(
+            f"{reader.folder}/index.json: end_token_id is {index.end_token_id}, {template.end!r} is {end}; pack again"
+        )
+    return np.asarray(found)
+
+
+def _broken_promise(
+    batch: Batch, reader: ShardReader, coverage: dict[str, _Coverage], epoch: int, special: np.ndarray
+) -> str | None:
     shape, limits = reader.index.recipe["batch"], reader.index.recipe["text"]
     if batch.source not in coverage:
         return f"source '{batch.source}' is not in the index"
@@ -131,7 +163,9 @@ def _broken_promise(batch: Batch, reader: ShardReader, coverage: dict[str, _Cove
     if len(batch.packs) % shape["pack_multiple"]:
         return f"{len(batch.packs)} packs are no multiple of pack_multiple ({shape['pack_multiple']})"
     for number, pack in enumerate(batch.packs):
-        problem = _broken_pack(pack, shape["pack_tokens"], limits, reader.index.anchor_token_id)
+        problem = _broken_pack(pack, shape["pack_tokens"], limits, special) or _broken_teacher(
+            pack, reader.index.teacher
+        )
         if problem is not None:
             return f"pack {number}: {problem}"
     problem = coverage[batch.source].take(batch.packs, epoch)
@@ -144,7 +178,20 @@ def _broken_promise(batch: Batch, reader: ShardReader, coverage: dict[str, _Cove
     return None
 
 
-def _broken_pack(pack: Pack, pack_tokens: int, limits: dict[str, int], anchor_token_id: int) -> str | None:
+def _broken_teacher(pack: Pack, teacher: dict[str, Any] | None) -> str | None:
+    if teacher is None or pack.teacher is None:
+        return None
+    if len(pack.teacher) != pack.num_pairs:
+        return f"{len(pack.teacher)} vectors of the teacher for {pack.num_pairs} pairs"
+    norms = np.linalg.norm(pack.teacher.astype(np.float32), axis=1)
+    if not np.isfinite(norms).all():
+        return f"the teacher's vector of pair {int(np.argmin(np.isfinite(norms)))} is not finite"
+    if teacher["normalized"] and (np.abs(norms - 1.0) > UNIT_TOLERANCE).any():
+        return f"the teacher's vector of pair {int(np.argmax(np.abs(norms - 1.0)))} is no unit vector"
+    return None
+
+
+def _broken_pack(pack: Pack, pack_tokens: int, limits: dict[str, int], special: np.ndarray) -> str | None:
     lengths = pack.segment_lengths
     per_pair = FIRST_NEGATIVE + limits["hard_negatives"]
     if len(lengths) == 0 or lengths.min() < 1 or lengths.sum() != pack.num_tokens:
@@ -154,12 +201,16 @@ def _broken_pack(pack: Pack, pack_tokens: int, limits: dict[str, int], anchor_to
     if lengths.max() > limits["max_tokens"]:
         return f"a segment of {lengths.max()} tokens, more than text.max_tokens ({limits['max_tokens']})"
     ends = np.cumsum(lengths) - 1
-    if (pack.input_ids[ends] != anchor_token_id).any():
-        return f"segment {int(np.argmax(pack.input_ids[ends] != anchor_token_id))} does not end in the anchor token"
+    if (pack.input_ids[ends] != special[-1]).any():
+        return f"segment {int(np.argmax(pack.input_ids[ends] != special[-1]))} does not end in the anchor token"
     # The anchor token is behind the body, so a body ends before the segment's last token.
     inside = (pack.body_starts >= 0) & (pack.body_starts < pack.body_ends) & (pack.body_ends < lengths)
     if not inside.all():
         return f"the body of segment {int(np.argmin(inside))} is empty or not inside the segment"
+    # So are all special tokens, where there are several.
+    behind = lengths - pack.body_ends >= len(special)
+    if not behind.all() or (pack.input_ids[ends[:, None] - np.arange(len(special))[::-1]] != special).any():
+        return f"a segment does not end in its {len(special)} special tokens"
     if len(lengths) % per_pair or (pack.roles.reshape(-1, per_pair) != np.arange(per_pair)).any():
         return "a pair's segments do not stand together as query, positive, hard negatives"
     if (np.ptp(pack.pair_ids.reshape(-1, per_pair), axis=1) != 0).any():

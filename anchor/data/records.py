@@ -11,6 +11,7 @@ from anchor.errors import DataError, did_you_mean
 QUERY, POSITIVE, FIRST_NEGATIVE = 0, 1, 2
 """Roles of segments: 0 query, 1 positive, 2... hard negatives."""
 
+_SKIP = "; remove the row or use on_bad_row: skip"
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 """Unicode categories of control and formatting characters and of spaces."""
 
@@ -70,15 +71,15 @@ def pair_from_row(
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    query = _text(row, columns.query, where)
-    positive = _text(row, columns.positive, where)
+    query = text_field(row, columns.query, where, _SKIP)
+    positive = text_field(row, columns.positive, where, _SKIP)
     negatives: list[str] = []
     if hard_negatives:
         for column in columns.negatives:
             value = _field(row, column, where)
             texts = value if isinstance(value, list | tuple) else [value]
             # A table has as many columns as its longest row has negatives, and nulls in the others.
-            negatives += [_checked(text, column, where) for text in texts if text is not None]
+            negatives += [_checked(text, column, where, _SKIP) for text in texts if text is not None]
         if len(negatives) < hard_negatives:
             raise DataError(
                 f"{where}: {len(negatives)} hard negatives, the recipe keeps {hard_negatives}; "
@@ -94,15 +95,26 @@ def _field(row: Mapping[str, Any], column: str, where: str) -> Any:
     return row[column]
 
 
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    return _checked(_field(row, column, where), column, where)
+def text_field(row: Mapping[str, Any], column: str, where: str, mend: str = "") -> str:
+    """A field that holds a text that can be used.
+
+    Args:
+        row: the parsed row.
+        column: name of the field.
+        where: ``file:line``, the beginning of every message.
+        mend: what to do about an empty text, the end of such a message.
+
+    Raises:
+        DataError: no such field, no text, an empty one, or one that is no UTF-8.
+    """
+    return _checked(_field(row, column, where), column, where, mend)
 
 
-def _checked(value: Any, column: str, where: str) -> str:
+def _checked(value: Any, column: str, where: str, mend: str) -> str:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: field '{column}' is {type(value).__name__}, expected text")
     if value is None or not value.strip():
-        raise DataError(f"{where}: field '{column}' is empty; remove the row or use on_bad_row: skip")
+        raise DataError(f"{where}: field '{column}' is empty{mend}")
     try:
         value.encode()  # JSON can spell half a surrogate pair, which is no character
     except UnicodeEncodeError as error:
@@ -113,7 +125,5 @@ def _checked(value: Any, column: str, where: str) -> str:
         raise DataError(f"{where}: field '{column}' has a NUL character at character {value.index(chr(0)) + 1}")
     # Stops at the first visible character, which is nearly always the first of all.
     if all(unicodedata.category(character) in _INVISIBLE for character in value):
-        raise DataError(
-            f"{where}: field '{column}' holds only control characters; remove the row or use on_bad_row: skip"
-        )
+        raise DataError(f"{where}: field '{column}' holds only control characters{mend}")
     return value

@@ -99,8 +99,22 @@ def resolve_template(
         return Template(prefix, suffix.replace("{eos}", tokenizer.eos_token or ""), section.instruction_format)
     if not tokenizer.chat_template:
         raise ConfigError(f"{where}: the tokenizer has no chat template; use a template of kind preset or custom")
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False)
-    prefix, found, suffix = rendered.partition(_SENTINEL)
-    if not found:
+    frame = chat_frame(tokenizer)
+    if frame is None:
         raise ConfigError(f"{where}: the chat template does not repeat the user's text; use a preset or custom one")
-    return Template(prefix, suffix.rstrip(), section.instruction_format)
+    return Template(frame[0], frame[1].rstrip(), section.instruction_format)
+
+
+def chat_frame(tokenizer: Any, **variables: Any) -> tuple[str, str] | None:
+    """What a tokenizer's chat template puts before and behind the text of a user's turn.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        variables: of the template, such as ``add_generation_prompt``.
+
+    Returns:
+        Text with special tokens by name, or None where the template does not repeat the user's text.
+    """
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False, **variables)
+    before, found, behind = rendered.partition(_SENTINEL)
+    return (before, behind) if found else None

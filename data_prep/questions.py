@@ -1,0 +1,158 @@
+"""Questions -> prompts in batches: the plan of ``data_prep respond``, a pure function of files, tokenizer and settings.
+
+1. Read every row's ``id`` and question; a row that cannot be used is put aside with its reason.
+2. Put the question between what the model's chat template has before and behind a user's text. The name of a special
+   token inside a question is ordinary text. A prompt above the limit is put aside.
+3. Longest prompts first, cut into batches whose prompts, padded, and answers fit a token budget.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from anchor.data.records import text_field
+from anchor.data.shards import text_id
+from anchor.data.templates import Template
+from anchor.data.tokenization import SegmentTokenizer
+from anchor.errors import ConfigError, DataError
+from data_prep.readers import TABLE_SUFFIXES, read_rows
+from data_prep.sources import input_files
+
+_TEXTS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A row.
+
+    Attributes:
+        number: position among all rows, from 0.
+        id: the row's own, else ``number``.
+        text: without spaces around it.
+    """
+
+    number: int
+    id: Any
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that is left out, and why."""
+
+    number: int
+    id: Any
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"row": self.number, "id": self.id, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What is to be answered.
+
+    Attributes:
+        questions: with their prompts' token ids, longest prompt first.
+        batches: how many of them each batch has, in order.
+        rejects: rows put aside.
+        fingerprint: xxh3 of all questions, ids and prompts in order, and of the batches.
+    """
+
+    questions: list[tuple[Question, list[int]]]
+    batches: list[int]
+    rejects: list[Reject]
+    fingerprint: str
+
+
+def read_questions(files: Sequence[Path], column: str) -> tuple[list[Question], list[Reject]]:
+    """All rows of some files or folders, in order.
+
+    Raises:
+        ConfigError: a missing path.
+        DataError: a file that cannot be read, or no row that can be used.
+    """
+    questions: list[Question] = []
+    rejects: list[Reject] = []
+    number = 0
+    for path in files:
+        for file in input_files(path, TABLE_SUFFIXES, "--questions"):
+            for row in read_rows(file):
+                given = row.value.get("id") if isinstance(row.value, dict) else None
+                key = number if given is None else given
+                try:
+                    if row.problem is not None:
+                        raise DataError(f"{row.place}: {row.problem}")
+                    if not isinstance(row.value, dict):
+                        raise DataError(f"{row.place}: expected a JSON object, got {type(row.value).__name__}")
+                    text = text_field(row.value, column, str(row.place))
+                    questions.append(Question(number, key, text.strip()))
+                except DataError as error:
+                    rejects.append(Reject(number, key, str(error)))
+                number += 1
+    if not questions:
+        first = f": {rejects[0].reason}" if rejects else ""
+        raise DataError(f"--questions: none of {number} rows can be used{first}; name the field with --column")
+    return questions, rejects
+
+
+def plan_prompts(
+    questions: Sequence[Question],
+    rejects: Sequence[Reject],
+    tokenizer: Any,
+    frame: tuple[str, str],
+    *,
+    max_input_tokens: int,
+    max_new_tokens: int,
+    batch_tokens: int,
+) -> Prompts:
+    """Tokenise and cut into batches.
+
+    Args:
+        questions, rejects: of :func:`read_questions`.
+        tokenizer: transformers tokenizer of the model; changed.
+        frame: text before and behind a question, special tokens by name.
+        max_input_tokens: longest prompt.
+        max_new_tokens: longest answer.
+        batch_tokens: of a batch: its prompts, padded to the longest, and answers of full length.
+
+    Raises:
+        ConfigError: the limit leaves no room for a question.
+        DataError: no question fits.
+    """
+    try:
+        segmenter = SegmentTokenizer(tokenizer, Template(*frame, "{text}"), max_input_tokens)
+    except DataError as error:
+        raise ConfigError(
+            f"--max-input-tokens {max_input_tokens}: the chat template alone takes as many; raise it"
+        ) from error
+    kept: list[tuple[Question, list[int]]] = []
+    aside = list(rejects)
+    for start in range(0, len(questions), _TEXTS_AT_ONCE):
+        some = questions[start : start + _TEXTS_AT_ONCE]
+        found = segmenter.encode([(question.text, 0) for question in some])
+        rows = np.split(found.input_ids, np.cumsum(found.lengths)[:-1])
+        for question, ids, cut in zip(some, rows, found.truncated, strict=True):
+            if cut:
+                reason = f"the prompt has more than {max_input_tokens} tokens"
+                aside.append(Reject(question.number, question.id, reason))
+            else:
+                kept.append((question, ids.tolist()))
+    if not kept:
+        raise DataError(f"--questions: all prompts have more than {max_input_tokens} tokens; raise --max-input-tokens")
+    kept.sort(key=lambda one: (-len(one[1]), one[0].number))
+    batches, position = [], 0
+    while position < len(kept):
+        # The first prompt of a batch is its longest.
+        size = max(1, batch_tokens // (len(kept[position][1]) + max_new_tokens))
+        batches.append(min(size, len(kept) - position))
+        position += batches[-1]
+    digest = xxhash.xxh3_64(json.dumps(batches).encode())
+    for question, ids in kept:
+        digest.update(json.dumps([question.number, question.id, text_id(question.text), ids]).encode())
+    return Prompts(kept, batches, sorted(aside, key=lambda one: one.number), digest.hexdigest())

@@ -1,0 +1,279 @@
+"""``python -m data_prep respond``: a language model's own answers to questions (LLM2Vec-Gen, arXiv:2603.10913).
+
+1. Plan all batches (:mod:`data_prep.questions`); with ``--part i/n`` every n-th of them is this part's.
+2. Answer batch by batch (:mod:`data_prep.answering`). Each finished batch is one line, appended at once to
+   ``work/PART.jsonl``: a run that was killed keeps all but the batch at hand.
+3. In the order of the questions: ``answers/PART.jsonl`` (``{"id", "question", "answer"}``, as `pack` reads it),
+   ``rejects/PART.jsonl`` (rows that could not be used, and empty answers), and last the report ``PART.json``.
+
+A batch is the same whatever was interrupted and however many parts there are, and so is its computation: on one kind of
+machine the answers of all parts together are those of one run.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from anchor.data.templates import chat_frame
+from anchor.data.tokenization import load_tokenizer
+from anchor.errors import DataError, ModelError
+from anchor.models.generation import Answer, Sampling, read_sampling
+from data_prep.answering import BATCH_TOKENS, choose_engine, open_engine
+from data_prep.progress import tracked
+from data_prep.questions import Prompts, Question, Reject, plan_prompts, read_questions
+from data_prep.spool import read_json, write_json
+from data_prep.tables import print_table
+
+log = logging.getLogger(__name__)
+
+ANSWERS, REJECTS, WORK = "answers", "rejects", "work"
+_THOUGHT = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is asked for.
+
+    Attributes:
+        model: folder, hub name or GGUF file.
+        questions: files or folders.
+        column: field of the question.
+        output: folder for the answers.
+        part: (number from 0, how many parts there are).
+        engine: ``auto``, ``vllm`` or ``transformers``.
+        batch_tokens: of a batch; the engine's own when None.
+        max_new_tokens: longest answer.
+        max_input_tokens: longest prompt.
+        seed: of the sampling.
+        dtype: ``bf16`` or ``fp32``.
+        device: as torch names it.
+    """
+
+    model: str
+    questions: tuple[Path, ...]
+    output: Path
+    column: str = "question"
+    part: tuple[int, int] = (0, 1)
+    engine: str = "auto"
+    batch_tokens: int | None = None
+    max_new_tokens: int = 500
+    max_input_tokens: int = 1024
+    seed: int = 0
+    dtype: str = "bf16"
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"{self.part[0]:05d}-of-{self.part[1]:05d}"
+
+
+def respond(options: Options, *, as_json: bool) -> dict[str, Any]:
+    """Run the whole command and write its report to stdout.
+
+    Args:
+        options: what is asked for.
+        as_json: one JSON object instead of a table.
+
+    Returns:
+        The report.
+
+    Raises:
+        AnchorError: a missing model, file or field; a tokenizer without chat template; a folder with other answers.
+    """
+    engine = choose_engine(options.engine, options.model)
+    budget = options.batch_tokens or BATCH_TOKENS[engine]
+    tokenizer = load_tokenizer(options.model)
+    sampling = read_sampling(options.model, tokenizer)
+    frame = _stored_frame(options) or _frame(tokenizer, options.model)
+    questions, rejects = read_questions(options.questions, options.column)
+    prompts = plan_prompts(
+        questions,
+        rejects,
+        tokenizer,
+        frame,
+        max_input_tokens=options.max_input_tokens,
+        max_new_tokens=options.max_new_tokens,
+        batch_tokens=budget,
+    )
+    settings = {
+        "model": options.model,
+        "engine": engine,
+        "dtype": options.dtype,
+        "sampling": sampling.to_json(),
+        "seed": options.seed,
+        "max_new_tokens": options.max_new_tokens,
+        "max_input_tokens": options.max_input_tokens,
+        "batch_tokens": budget,
+        "prompt": list(frame),
+        "questions_xxh3": prompts.fingerprint,
+    }
+    done = options.output / f"{options.name}.json"
+    _open(options, settings)
+    if done.is_file():
+        log.info("%s: already complete", done)
+        return _show(read_json(done), as_json)
+    journal = _Journal(options.output / WORK / f"{options.name}.jsonl")
+    _answer_missing(options, engine, sampling, tokenizer, prompts, journal)
+    return _show(_finish(options, settings, prompts, journal), as_json)
+
+
+def _answer_missing(
+    options: Options, engine: str, sampling: Sampling, tokenizer: Any, prompts: Prompts, journal: "_Journal"
+) -> None:
+    missing = [i for i in range(options.part[0], len(prompts.batches), options.part[1]) if i not in journal.batches]
+    if not missing:
+        return
+    model = open_engine(
+        engine,
+        options.model,
+        sampling,
+        dtype=options.dtype,
+        device=options.device,
+        seed=options.seed,
+        limits=(options.max_input_tokens, options.max_new_tokens),
+    )
+    ends = list(accumulate(prompts.batches))
+    sizes = {i: prompts.batches[i] for i in missing}
+    for i in tracked(missing, "answering", sum(sizes.values()), unit=" questions", amount=sizes.__getitem__):
+        batch = prompts.questions[ends[i] - sizes[i] : ends[i]]
+        answers = model.answer([(question.text, ids) for question, ids in batch])
+        texts = tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
+        journal.append(i, [_row(q, text, answer) for (q, _), text, answer in zip(batch, texts, answers, strict=True)])
+
+
+def _frame(tokenizer: Any, model: str) -> tuple[str, str]:
+    if not tokenizer.chat_template:
+        raise ModelError(f"{model}: the tokenizer has no chat template; an instruct model is needed to answer")
+    # A model that thinks is asked not to; other templates do not know the variable.
+    thinking = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+    frame = chat_frame(tokenizer, add_generation_prompt=True, **thinking)
+    if frame is None:
+        raise ModelError(f"{model}: the chat template does not repeat the user's text; nothing can be asked")
+    return frame
+
+
+def _stored_frame(options: Options) -> tuple[str, str] | None:
+    """The frame that a part of this run was begun with: some chat templates name the day."""
+    for file in sorted((options.output / WORK).glob("*.settings.json")):
+        return tuple(read_json(file)["prompt"])
+    return None
+
+
+def _open(options: Options, settings: dict[str, Any]) -> None:
+    """Make the folder, or check that it is of this run."""
+    work = options.output / WORK
+    if options.output.exists() and not work.is_dir():
+        raise DataError(f"{options.output}: already exists and is no run of respond; choose another --output")
+    for file in sorted(work.glob("*.settings.json")):
+        other, parts = read_json(file), int(file.name.split(".")[0].rpartition("-")[2])
+        differing = [key for key, value in settings.items() if other.get(key) != value]
+        if differing:
+            raise DataError(
+                f"{options.output}: holds answers of another run: {differing[0]} was {other.get(differing[0])!r}, is "
+                f"{settings[differing[0]]!r}; choose another --output"
+            )
+        if parts != options.part[1]:
+            raise DataError(
+                f"{options.output}: holds a run in {parts} parts, this one is part {options.part[0]} of "
+                f"{options.part[1]}; give the same number of parts or choose another --output"
+            )
+    for folder in (work, options.output / ANSWERS, options.output / REJECTS):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(work / f"{options.name}.settings.json", settings)
+
+
+def _row(question: Question, text: str, answer: Answer) -> dict[str, Any]:
+    """What the journal keeps of an answer."""
+    bare = _THOUGHT.sub("", text, count=1) if text.lstrip().startswith("<think>") else text
+    return {
+        "row": question.number,
+        "id": question.id,
+        "question": question.text,
+        "answer": bare.strip(),
+        "tokens": len(answer.ids),
+        "cut": answer.cut,
+        "thought": bare != text,
+    }
+
+
+class _Journal:
+    """Finished batches, one line each; a last line that an interruption cut short is none.
+
+    Args:
+        file: need not exist.
+
+    Attributes:
+        batches: numbers of the batches that are there.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.batches: set[int] = set()
+        self.rows: list[dict[str, Any]] = []
+        file.touch()
+        whole = 0
+        for line in file.read_bytes().split(b"\n")[:-1]:
+            try:
+                found = json.loads(line)
+            except ValueError:  # after a loss of power
+                break
+            self._take(found["batch"], found["rows"])
+            whole += len(line) + 1
+        os.truncate(file, whole)
+
+    def _take(self, batch: int, rows: list[dict[str, Any]]) -> None:
+        self.batches.add(batch)
+        self.rows += rows
+
+    def append(self, batch: int, rows: list[dict[str, Any]]) -> None:
+        line = json.dumps({"batch": batch, "rows": rows}, ensure_ascii=False) + "\n"
+        with self._file.open("ab") as out:
+            out.write(line.encode())
+            out.flush()
+            os.fsync(out.fileno())
+        self._take(batch, rows)
+
+
+def _finish(options: Options, settings: dict[str, Any], prompts: Prompts, journal: _Journal) -> dict[str, Any]:
+    rows = sorted(journal.rows, key=lambda row: row["row"])
+    empty = [Reject(row["row"], row["id"], "the answer is empty") for row in rows if not row["answer"]]
+    kept = [{name: row[name] for name in ("id", "question", "answer")} for row in rows if row["answer"]]
+    # Rows that cannot be used belong to the first part.
+    unusable = prompts.rejects if options.part[0] == 0 else []
+    aside: list[Reject] = sorted(empty + unusable, key=lambda one: one.number)
+    _write_lines(options.output / ANSWERS / f"{options.name}.jsonl", kept)
+    _write_lines(options.output / REJECTS / f"{options.name}.jsonl", [one.to_json() for one in aside])
+    report = {
+        **settings,
+        "part": list(options.part),
+        "answered": len(kept),
+        "empty": len(empty),
+        "cut_at_limit": sum(row["cut"] for row in rows),
+        "thinking_removed": sum(row["thought"] for row in rows),
+        "unusable_questions": len(unusable),
+        "answer_tokens": sum(row["tokens"] for row in rows),
+    }
+    write_json(options.output / f"{options.name}.json", report)
+    (options.output / WORK / f"{options.name}.jsonl").unlink()
+    return report
+
+
+def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(beside, file)
+
+
+def _show(report: dict[str, Any], as_json: bool) -> dict[str, Any]:
+    if as_json:
+        sys.stdout.write(json.dumps(report) + "\n")
+        return report
+    names = ("answered", "empty", "cut_at_limit", "thinking_removed", "unusable_questions", "answer_tokens")
+    print_table(("answers", report["model"]), [(name.replace("_", " "), f"{report[name]:,}") for name in names])
+    return report

