@@ -2,10 +2,10 @@
 
 The folder holds the whole causal LM with its head (LoRA merged in float32; ``adapter/`` beside it), the tokenizer
 with the template in its post-processor, the sentence-transformers modules (last-token pooling, normalisation),
-``anchor.json`` (what it is and where it comes from) and a model card. It is written beside and renamed.
+``anchor.json`` (what it is and where it comes from) and a model card. It is written beside and renamed. Trained special
+tokens are stored without the causal LM, see :mod:`anchor.engine.export_special_tokens`.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +19,12 @@ from transformers import PreTrainedModel
 from anchor import dist
 from anchor.config.schema import LoraTraining, TrainRecipe
 from anchor.data.shards import Index
+from anchor.engine import export_special_tokens
 from anchor.engine.deepspeed import Engine
+from anchor.engine.folder_files import prompts_and_limit, write_json_files
 from anchor.models.backbone import DTYPES, lora_config
 from anchor.models.embedder import Embedder
+from anchor.models.special_tokens import SpecialTokens
 
 _MERGED = ".base_layer.weight"
 
@@ -39,15 +42,19 @@ def export_model(
         shards: their folder; its tokenizer goes along.
         provenance: what ``anchor.json`` records about the run.
     """
-    causal_lm = next(m.causal_lm for m in engine.objective.modules() if isinstance(m, Embedder))
-    weights, adapter = _collect(engine, causal_lm, recipe)
+    modules = list(engine.objective.modules())
+    causal_lm = next(m.causal_lm for m in modules if isinstance(m, Embedder))
+    special = next((m for m in modules if isinstance(m, SpecialTokens)), None)
+    if special is None:
+        weights, adapter = _collect(engine, causal_lm, recipe)
+        alone = None
+    else:
+        weights, adapter = {}, _adapter(engine, causal_lm)
+        alone = export_special_tokens.collect(engine, causal_lm, special)
     if dist.is_first_rank():
         beside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        _write_weights(beside, causal_lm, weights, adapter, recipe)
-        shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
-        write_consumer_files(beside, causal_lm.config.hidden_size, index)
         about = {
             "objective": recipe.objective.kind,
             "template": index.template,
@@ -56,11 +63,26 @@ def export_model(
             "max_tokens": index.recipe["text"]["max_tokens"],
             **provenance,
         }
-        (beside / "anchor.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (beside / "README.md").write_text(_model_card(recipe, index), encoding="utf-8")
+        shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
+        if special is None or alone is None:
+            _write_weights(beside, causal_lm, weights, recipe)
+            write_consumer_files(beside, causal_lm.config.hidden_size, index)
+            card = _model_card(recipe, index)
+        else:
+            export_special_tokens.write(beside, alone, causal_lm, index)
+            about |= export_special_tokens.about(alone, special, recipe, index)
+            card = export_special_tokens.model_card(recipe, special, index)
+        _write_adapter(beside, adapter, recipe)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        write_json_files(beside, {"anchor.json": about})
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     dist.barrier()
+
+
+def _adapter(engine: Engine, causal_lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Whole parameters of the adapters; every rank calls it, rank 0 has them."""
+    return {name: engine.gathered(p) for name, p in causal_lm.named_parameters() if "lora_" in name}
 
 
 def _collect(
@@ -92,18 +114,15 @@ def _merge(base: Tensor, whole: dict[str, Tensor], stem: str, recipe: TrainRecip
     return (base.float() + section.alpha / section.r * (b @ a)).to(DTYPES[recipe.engine.dtype])
 
 
-def _write_weights(
-    folder: Path,
-    causal_lm: PreTrainedModel,
-    weights: dict[str, Tensor],
-    adapter: dict[str, Tensor],
-    recipe: TrainRecipe,
-) -> None:
+def _write_weights(folder: Path, causal_lm: PreTrainedModel, weights: dict[str, Tensor], recipe: TrainRecipe) -> None:
     with torch.device("meta"):
         shell = type(causal_lm)(causal_lm.config)
     shell.config.dtype = DTYPES[recipe.engine.dtype]
     shell.generation_config = causal_lm.generation_config
     shell.save_pretrained(folder, state_dict=dict(_with_ties(shell, weights)))
+
+
+def _write_adapter(folder: Path, adapter: dict[str, Tensor], recipe: TrainRecipe) -> None:
     if adapter and isinstance(recipe.backbone.trained, LoraTraining):
         (folder / "adapter").mkdir()
         named = {f"base_model.model.{k.replace('.default.', '.')}": v.contiguous() for k, v in adapter.items()}
@@ -138,24 +157,14 @@ def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     flags = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes}
     pooling = {"word_embedding_dimension": hidden_size, **flags, "include_prompt": True}
-    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokenizer_config["model_max_length"] = index.recipe["text"]["max_tokens"]
     files = {
         "modules.json": listed,
         "1_Pooling/config.json": pooling,
         "2_Normalize/config.json": {},
         "sentence_bert_config.json": {"max_seq_length": index.recipe["text"]["max_tokens"], "do_lower_case": False},
-        "config_sentence_transformers.json": {
-            "prompts": index.prompts,
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-        "tokenizer_config.json": tokenizer_config,
+        **prompts_and_limit(folder, index),
     }
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json_files(folder, files)
 
 
 def _model_card(recipe: TrainRecipe, index: Index) -> str:

@@ -20,6 +20,7 @@ from anchor import dist
 from anchor.config.model_path import resolve_model_path
 from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
 from anchor.errors import ConfigError, ModelError, did_you_mean
+from anchor.models.adapters import checkpoint_contexts
 from anchor.models.attention import implementation
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def load_backbone(
     _set_direction(model, section)
     choose_trained(model, section)
     if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False, "context_fn": checkpoint_contexts(model)}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if not isinstance(section.trained, FrozenTraining):
             # With frozen input embeddings nothing would ask the first checkpointed layer for a gradient otherwise. Of a
             # frozen model, only the special tokens' rows need one, and they ask for it themselves.

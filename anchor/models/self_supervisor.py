@@ -3,7 +3,7 @@
 1. Encode pass over the queries (with a contrastive term over all texts): the special tokens' states give P soft prompts
    and one embedding per text, see :mod:`anchor.models.special_tokens`.
 2. Decode rows ``[p_1 ... p_P, x[body]]`` of all answers form one packed sequence again; a second pass of the same
-   model. Adapters, where there are any, are in both passes.
+   frozen model. Adapters, where there are any, belong to the encode pass alone: the decoder is the base.
 3. The head runs on the last body + 1 positions of each row only; they predict ``[ids[body], end token]``.
 """
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from anchor.data.batches import PackTensors, to_tensors
 from anchor.data.packing import answer_decode_plan, cu_seqlens, position_ids
 from anchor.data.records import QUERY
+from anchor.models.adapters import without_adapter
 from anchor.models.head import Head
 from anchor.models.special_tokens import SpecialTokens, SpecialTokensEmbedder
 
@@ -81,12 +82,13 @@ class SelfSupervisor(nn.Module):
         )
         # 2. Decode.
         rows = torch.cat([prompts.flatten(0, 1).to(inputs.dtype), inputs])[torch.from_numpy(plan.gather).to(device)]
-        hidden = self.embedder.embedder.hidden_states(
-            rows,
-            torch.from_numpy(position_ids(plan.lengths)).to(device),
-            torch.from_numpy(cu_seqlens(plan.lengths)).to(device),
-            int(plan.lengths.max()),
-        )
+        with without_adapter(self.embedder.embedder.causal_lm):
+            hidden = self.embedder.embedder.hidden_states(
+                rows,
+                torch.from_numpy(position_ids(plan.lengths)).to(device),
+                torch.from_numpy(cu_seqlens(plan.lengths)).to(device),
+                int(plan.lengths.max()),
+            )
         # 3. Head.
         weight = torch.full((len(plan.targets),), token_weight, device=device)
         targets = torch.from_numpy(plan.targets).to(device)

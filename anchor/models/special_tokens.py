@@ -183,7 +183,7 @@ def _shape(sizes: tuple[int, ...] | None) -> str:
     return "missing" if sizes is None else " x ".join(map(str, sizes))
 
 
-def fingerprinted(causal_lm: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+def fingerprinted(causal_lm: PreTrainedModel) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """The parameters that :func:`fingerprint` takes: final norm, input embeddings, queries of the last layer.
 
     The last tells a model from one with an adapter merged into it, which leaves the others alone.
