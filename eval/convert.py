@@ -6,7 +6,6 @@
 3. The folder is written beside and renamed. Its vectors are those of the original, and so are its decoded texts.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -20,10 +19,11 @@ from transformers import PreTrainedModel
 
 from anchor.data.templates import Template
 from anchor.data.tokenization import load_tokenizer, prepare_tokenizer
+from anchor.engine.folder_files import write_json_files, write_special_tokens_files
 from anchor.errors import ConfigError, ModelError
 from anchor.models.attention import implementation
 from anchor.models.backbone import load_causal_lm, read_config
-from anchor.models.special_tokens import WEIGHTS_NAME, base_fingerprint
+from anchor.models.special_tokens import base_fingerprint
 from anchor.models.special_tokens_folder import ADAPTER_NAME, find_base
 from eval.original import Original, read_original
 
@@ -34,6 +34,24 @@ PROMPTS = {
     "document": "Summarize the following passage: ",
 }
 """The two sentences that the paper puts before texts."""
+_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction]
+base_model: {base}
+---
+# Text embedder (LLM2Vec-Gen, converted)
+
+{count} special tokens and two projections over `{base}`, whose weights are not in this folder; vectors of {dimension}.
+Converted from `{origin}`, see `anchor.json`. `python -m eval` reads it without running code that it holds; or
+
+```python
+from sentence_transformers import SentenceTransformer
+
+# The folder has code of its own: `anchor_encoder.py`. model_kwargs={{"base": PATH}} where the base lies elsewhere.
+model = SentenceTransformer("THIS_FOLDER", trust_remote_code=True)
+```
+"""
 
 
 def convert(
@@ -62,9 +80,9 @@ def convert(
     beside = output.with_name(output.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    read_config(path).save_pretrained(beside)
     tokenizer.save_pretrained(beside)
-    save_file({"rows": original.rows, **original.projections}, beside / WEIGHTS_NAME, metadata={"format": "pt"})
+    weights = {"rows": original.rows, **original.projections}
+    write_special_tokens_files(beside, weights, read_config(path), PROMPTS, max_tokens)
     about: dict[str, Any] = {
         "objective": "self_supervised",
         "template": template.to_json(),
@@ -74,15 +92,16 @@ def convert(
         "base": {"path": path, "fingerprint": base_fingerprint(causal_lm)},
         "special_tokens": {"count": len(original.names), "first_id": original.token_ids[0]},
         "end_token_id": end_token_id,
+        "decoder": "base",
         "teacher": None,
         "dimension": len(original.projections["alignment.bias"]),
         "converted": {"from": str(folder.resolve()), "layout": "LLM2Vec-Gen", "run_config": original.run},
     }
     if original.lora:
         _write_adapter(beside / ADAPTER_NAME, original, causal_lm.base_model_prefix, path)
-        about["decoder"] = "base"  # its adapter was in the encoder only
-    text = json.dumps(about, indent=1, ensure_ascii=False, default=str)
-    (beside / "anchor.json").write_text(text + "\n", encoding="utf-8")
+    card = _CARD.format(base=path, count=len(original.names), dimension=about["dimension"], origin=folder.name)
+    (beside / "README.md").write_text(card, encoding="utf-8")
+    write_json_files(beside, {"anchor.json": about})
     shutil.rmtree(output, ignore_errors=True)
     os.replace(beside, output)
     log.info("%s: %d special tokens over %s, vectors of %d", output, len(original.names), path, about["dimension"])
@@ -123,7 +142,6 @@ def _tokenizer(folder: Path, original: Original, max_tokens: int) -> tuple[Any, 
     backend = tokenizer.backend_tokenizer
     own: Normalizer | None = backend.normalizer
     backend.normalizer = Strip() if own is None else Sequence([Strip(), own])
-    tokenizer.model_max_length = max_tokens
     return tokenizer, template, tokenizer.convert_tokens_to_ids(end)
 
 
@@ -138,5 +156,4 @@ def _write_adapter(folder: Path, original: Original, prefix: str, base: str) -> 
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM",
     }
-    text = json.dumps({**original.adapter, **changes}, indent=1)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    write_json_files(folder, {"adapter_config.json": {**original.adapter, **changes}})

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +22,8 @@ from jaxtyping import Float
 from rouge_score.rouge_scorer import RougeScorer
 
 from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
+from anchor.models.adapters import without_adapter
 from anchor.models.reconstructor import generate_from_prefixes
-from anchor.models.special_tokens_folder import without_adapter
 from eval.encoder import PackedEncoder, TextEncoder
 from eval.opening import SELF_SUPERVISED
 from eval.vectors import read_folder
@@ -84,8 +83,6 @@ class Decoder:
         self._length = max_new_tokens
         self._beams = num_beams
         self._soft_prompts = objective == SELF_SUPERVISED
-        # Of a converted folder: its decoder was the base as it is.
-        self._plain_decoder = encoder.about.get("decoder") == "base"
         named = ("end_token_id", "anchor_token_id")
         ends = [encoder.about[name] for name in named if encoder.about.get(name) is not None]
         self._end: int = ends[0] if ends else encoder.backend.encode("").ids[-1]
@@ -94,7 +91,7 @@ class Decoder:
         """Texts of the vectors that the decoder was trained to continue from."""
         out: list[str] = []
         for batch in prefixes.split(BATCH):
-            with without_adapter(self.encoder.causal_lm) if self._plain_decoder else nullcontext():
+            with without_adapter(self.encoder.causal_lm):  # soft prompts were made for the base
                 ids = generate_from_prefixes(
                     self.encoder.causal_lm,
                     batch.to(self.encoder.device),

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +214,15 @@ def export_dir(
     write_consumer_files(folder, 32, index)
     (folder / "anchor.json").write_text(json.dumps({"prompts": index.prompts, "max_tokens": 48}), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a single rank, which the command would otherwise leave in this process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")

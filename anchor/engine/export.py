@@ -21,7 +21,7 @@ from anchor.config.schema import LoraTraining, TrainRecipe
 from anchor.data.shards import Index
 from anchor.engine import export_special_tokens
 from anchor.engine.deepspeed import Engine
-from anchor.engine.folder_files import prompts_and_limit, write_json_files
+from anchor.engine.folder_files import config_for_all, prompts_and_limit, write_json_files
 from anchor.models.backbone import DTYPES, lora_config
 from anchor.models.embedder import Embedder
 from anchor.models.special_tokens import SpecialTokens
@@ -140,10 +140,10 @@ def _with_ties(shell: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[s
 
 
 def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
-    """What sentence-transformers reads, and the limit that every consumer's tokenizer applies.
+    """What sentence-transformers and servers read, and the limit that every consumer's tokenizer applies.
 
     Args:
-        folder: a model folder that already holds the tokenizer.
+        folder: a model folder that already holds ``config.json`` and the tokenizer.
         hidden_size: dimension of the embeddings.
         index: index of the shards trained on.
     """
@@ -162,7 +162,8 @@ def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
         "1_Pooling/config.json": pooling,
         "2_Normalize/config.json": {},
         "sentence_bert_config.json": {"max_seq_length": index.recipe["text"]["max_tokens"], "do_lower_case": False},
-        **prompts_and_limit(folder, index),
+        "config.json": config_for_all(folder),
+        **prompts_and_limit(folder, index.prompts, index.recipe["text"]["max_tokens"]),
     }
     write_json_files(folder, files)
 

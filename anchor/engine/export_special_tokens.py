@@ -4,12 +4,10 @@
 names the base and its fingerprint, and ``anchor_encoder.py`` lets sentence-transformers put them together.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,11 +15,8 @@ from anchor import dist
 from anchor.config.schema import TrainRecipe
 from anchor.data.shards import Index
 from anchor.engine.deepspeed import Engine
-from anchor.engine.folder_files import prompts_and_limit, write_json_files
-from anchor.models import special_tokens
-from anchor.models.special_tokens import WEIGHTS_NAME, SpecialTokens, fingerprint, fingerprinted
-
-_ENCODER = "anchor_encoder"
+from anchor.engine.folder_files import write_special_tokens_files
+from anchor.models.special_tokens import SpecialTokens, fingerprint, fingerprinted
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +41,8 @@ def collect(engine: Engine, causal_lm: PreTrainedModel, special: SpecialTokens) 
 
 def write(folder: Path, collected: Collected, causal_lm: PreTrainedModel, index: Index) -> None:
     """Everything but ``anchor.json`` and the model card, into a folder that already holds the tokenizer."""
-    weights = {name: tensor.contiguous() for name, tensor in collected.weights.items()}
-    save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    causal_lm.config.save_pretrained(folder)
-    # Not imported here: it needs sentence-transformers.
-    shutil.copy(Path(str(special_tokens.__file__)).with_name(f"{_ENCODER}.py"), folder)
-    modules = [
-        ("", f"{_ENCODER}.AnchorEncoder"),
-        ("2_Normalize", "sentence_transformers.sentence_transformer.modules.Normalize"),
-    ]
-    listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
-    write_json_files(
-        folder, {"modules.json": listed, "2_Normalize/config.json": {}, **prompts_and_limit(folder, index)}
-    )
+    max_tokens = index.recipe["text"]["max_tokens"]
+    write_special_tokens_files(folder, collected.weights, causal_lm.config, index.prompts, max_tokens)
 
 
 def about(collected: Collected, special: SpecialTokens, recipe: TrainRecipe, index: Index) -> dict[str, Any]:
@@ -107,7 +91,7 @@ from the states of the special tokens, which the tokenizer's post-processor appe
 ```python
 from sentence_transformers import SentenceTransformer
 
-# The folder has code of its own: `{_ENCODER}.py`. model_kwargs={{"base": PATH}} where the base lies elsewhere.
+# The folder has code of its own: `anchor_encoder.py`. model_kwargs={{"base": PATH}} where the base lies elsewhere.
 model = SentenceTransformer("THIS_FOLDER", trust_remote_code=True)
 queries = model.encode(["what is an anchor?"], prompt_name="query")
 documents = model.encode(["An anchor holds a ship in place."], prompt_name="document")

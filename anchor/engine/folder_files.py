@@ -1,10 +1,16 @@
-"""Small files that every exported folder has."""
+"""Files of exported folders beside weights and tokenizer. Without deepspeed, so that evaluation can write them too."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from anchor.data.shards import Index
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anchor.models import special_tokens
+
+_ENCODER = "anchor_encoder"
 
 
 def write_json_files(folder: Path, files: dict[str, Any]) -> None:
@@ -15,20 +21,64 @@ def write_json_files(folder: Path, files: dict[str, Any]) -> None:
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prompts_and_limit(folder: Path, index: Index) -> dict[str, Any]:
+def prompts_and_limit(folder: Path, prompts: dict[str, str], max_tokens: int) -> dict[str, Any]:
     """Prompts as sentence-transformers reads them, and the tokenizer's own limit.
 
     Args:
         folder: a model folder that already holds the tokenizer.
-        index: index of the shards trained on.
+        prompts: by name.
+        max_tokens: longest text.
     """
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    tokenizer_config["model_max_length"] = index.recipe["text"]["max_tokens"]
+    tokenizer_config["model_max_length"] = max_tokens
     return {
         "config_sentence_transformers.json": {
-            "prompts": index.prompts,
+            "prompts": prompts,
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
         "tokenizer_config.json": tokenizer_config,
     }
+
+
+def config_for_all(folder: Path) -> dict[str, Any]:
+    """``config.json`` with the rotary embedding said twice: as transformers 5 writes it, and as readers before it look.
+
+    Without ``rope_theta`` at the top, transformers 4 and what is built on it take 10,000 without a word, and
+    text-embeddings-inference refuses the folder.
+
+    Args:
+        folder: a model folder that already holds ``config.json``.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = dict(config.get("rope_parameters") or {})
+    theta, kind = rope.pop("rope_theta", None), rope.get("rope_type", "default")
+    if theta is None:
+        return config
+    return {**config, "rope_theta": theta, **({} if kind == "default" else {"rope_scaling": rope})}
+
+
+def write_special_tokens_files(
+    folder: Path, weights: dict[str, Tensor], config: Any, prompts: dict[str, str], max_tokens: int
+) -> None:
+    """Weights and modules of a folder of trained special tokens that already holds the tokenizer.
+
+    Args:
+        folder: the folder.
+        weights: the special tokens' parameters by name, float32.
+        config: of the base, as transformers holds it.
+        prompts: by name.
+        max_tokens: longest text.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / special_tokens.WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    # Not imported here: it needs sentence-transformers.
+    shutil.copy(Path(str(special_tokens.__file__)).with_name(f"{_ENCODER}.py"), folder)
+    modules = [
+        ("", f"{_ENCODER}.AnchorEncoder"),
+        ("2_Normalize", "sentence_transformers.sentence_transformer.modules.Normalize"),
+    ]
+    listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
+    files = {"modules.json": listed, "2_Normalize/config.json": {}, **prompts_and_limit(folder, prompts, max_tokens)}
+    write_json_files(folder, files)

@@ -1,13 +1,10 @@
 """Load a folder that holds special tokens alone: its base, its adapter if it has one, and the special tokens."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from anchor.config.model_path import resolve_model_path
@@ -73,16 +70,3 @@ def _add_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: the adapter could not be loaded: {str(error).strip().splitlines()[0]}") from error
     causal_lm.requires_grad_(False)
-
-
-@contextmanager
-def without_adapter(causal_lm: PreTrainedModel) -> Iterator[None]:
-    """The model as it was before its adapter, if it has one, was added."""
-    layers = [module for module in causal_lm.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import english_pairs
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -115,6 +116,8 @@ def test_vectors_and_texts_are_those_of_the_original(original, tiny_untied_model
         more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
         (ids,) = decoder.generate(inputs_embeds=one[None], attention_mask=mask, **more).tolist()
         said.append(encoder.backend.decode(ids, skip_special_tokens=True))
+    theirs = SentenceTransformer(str(tmp_path / "ours"), trust_remote_code=True, device="cpu")
+    assert (theirs.encode(TEXTS) * expected).sum(axis=1).min() > 0.9999
     ours = [one.decoded for one in Decoder(encoder, max_new_tokens=8).texts(TEXTS)]
     assert ours == said
     assert len(set(said)) > 1

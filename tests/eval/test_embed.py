@@ -2,7 +2,6 @@
 are the same in every format; nothing is overwritten unasked; bad input is one line."""
 
 import io
-import socket
 
 import numpy as np
 import pyarrow as pa
@@ -177,18 +176,6 @@ def test_bad_input_files_are_refused_by_line(tmp_path, content, message):
     with pytest.raises(DataError) as error:
         read_texts(Source(path))
     assert str(error.value) == f"{path}{message}"
-
-
-@pytest.fixture
-def one_rank(monkeypatch):
-    """The environment of a single rank, which the command would otherwise leave in this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 def test_the_command_reads_standard_input_and_answers_errors_with_one_line(

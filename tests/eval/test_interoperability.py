@@ -10,6 +10,7 @@ import torch
 from conftest import english_pairs
 from tokenizers import Tokenizer
 
+from anchor.engine.folder_files import config_for_all
 from eval.encoder import Encoder
 
 TEXTS = [row["positive"] for row in english_pairs(6)]
@@ -51,9 +52,26 @@ def test_the_bare_tokenizer_file_appends_the_anchor_token(export_dir):
         assert bare.encode(text).tokens[-1] == "<|im_end|>"
 
 
+def test_a_scaled_rotary_embedding_is_said_twice_and_read_once(export_dir, tmp_path):
+    """Written by transformers 5, it was only in `rope_parameters`: readers before it took 10,000 without a word."""
+    from transformers import AutoConfig
+
+    rope = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 4.0}
+    config = AutoConfig.from_pretrained(export_dir)
+    config.rope_parameters = rope
+    config.save_pretrained(tmp_path)
+    assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
+    said = config_for_all(tmp_path)
+    assert (said["rope_theta"], said["rope_scaling"]) == (500000.0, {"rope_type": "linear", "factor": 4.0})
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
+
+
 def test_the_fields_that_servers_read(export_dir):
-    """vLLM (`get_pooling_config`, `get_sentence_transformer_tokenizer_config`): the two module types by name, the one
-    pooling flag that is true, max_seq_length. text-embeddings-inference: every pooling flag, a known model_type."""
+    """vLLM (`get_pooling_config`, `get_sentence_transformer_tokenizer_config`): the two module types by name, the first
+    pooling key that is true, max_seq_length and do_lower_case, and in config.json architectures and is_causal (causal
+    where it is absent). text-embeddings-inference (`ModelConfig`, `PoolConfig`): every pooling flag, and in config.json
+    architectures, a known model_type, numbers where it expects some, rope_theta at the top."""
     modules = json.loads((export_dir / "modules.json").read_text())
     kinds = {module["type"]: module["path"] for module in modules}
     assert kinds["sentence_transformers.models.Pooling"] == "1_Pooling"
@@ -62,10 +80,17 @@ def test_the_fields_that_servers_read(export_dir):
     modes = {key: value for key, value in pooling.items() if key.startswith("pooling_mode_")}
     assert {key for key, value in modes.items() if value} == {"pooling_mode_lasttoken"}
     assert {"pooling_mode_cls_token", "pooling_mode_mean_tokens"} <= set(modes)
+    assert next(key for key, value in pooling.items() if value is True) == "pooling_mode_lasttoken"
     config = json.loads((export_dir / "config.json").read_text())
     assert pooling["word_embedding_dimension"] == config["hidden_size"]
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["model_type"] == "llama"
+    assert config.get("is_causal", True) is True
+    assert all(isinstance(config[key], int) for key in ("max_position_embeddings", "pad_token_id", "vocab_size"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    prompts = json.loads((export_dir / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts
+    assert all(isinstance(text, str) for text in prompts.values())
     assert json.loads((export_dir / "sentence_bert_config.json").read_text()) == {
         "max_seq_length": 48,
         "do_lower_case": False,
