@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from anchor import dist
@@ -91,9 +91,11 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
         ModelError: no such model, unreadable, or of an unsupported architecture.
     """
     location, config = resolve_model_path(path), read_config(path)
+    # Of a GGUF file plain weights, not kernels over packed ones.
+    packed = {} if location.gguf_file is None else {"quantization_config": GgufConfig(dequantize=True)}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            location.name, **location.kwargs(), config=config, dtype=dtype, attn_implementation=attention
+            location.name, **location.kwargs(), **packed, config=config, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: the model could not be loaded: {_first_line(error)}") from error

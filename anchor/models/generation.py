@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -77,10 +78,10 @@ def read_sampling(path: str, tokenizer: Any) -> Sampling:
         ModelError: no such model, a way of sampling that is not built here, or no token that ends an answer.
     """
     location, config = resolve_model_path(path), read_config(path)
-    try:
-        found = GenerationConfig.from_pretrained(location.name)
-    except OSError:  # a GGUF file, and many folders, have none
-        found = GenerationConfig.from_model_config(config)
+    found = GenerationConfig.from_model_config(config)  # of a GGUF file, and of a folder that has no other
+    if location.gguf_file is None:
+        with suppress(OSError):
+            found = GenerationConfig.from_pretrained(location.name)
     for name, neutral in _NEUTRAL.items():
         if getattr(found, name, None) not in neutral:
             raise ModelError(
