@@ -10,11 +10,12 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from tokenizers.normalizers import Normalizer, Sequence, Strip
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from anchor.data.templates import Template
@@ -113,7 +114,7 @@ def _check_base(folder: Path, original: Original, causal_lm: PreTrainedModel, pa
         found, expected = getattr(causal_lm.config, key), original.config.get(key)
         if found != expected:
             raise ModelError(f"{path}: not the base of {folder}: {key} is {found}, expected {expected}")
-    own, first = causal_lm.get_input_embeddings().weight, original.token_ids[0]
+    own, first = cast(Tensor, causal_lm.get_input_embeddings().weight), original.token_ids[0]
     if len(own) < first:
         raise ModelError(f"{path}: not the base of {folder}: {len(own)} tokens, expected at least {first}")
     stored = original.embeddings
