@@ -32,15 +32,16 @@ class StepShape:
     Attributes:
         num_pairs: over all ranks.
         num_packs: over all ranks, on average.
-        pack_tokens: T of the pack that memory is estimated for.
+        pack_tokens: T, encoded, of the pack that memory is estimated for.
         decode_tokens: R of that pack; 0 without a decode pass.
         step_tokens: tokens of all encode passes.
         step_decode_tokens: tokens of all decode passes, which are also the head's rows.
         squared_lengths: sum over all segments of both passes of their squared length.
         step_segments: texts encoded, over all ranks.
         pooled: whether the loss needs the embeddings of all packs.
-        predicted_tokens, step_predicted_tokens: rows of the head without a decode pass (language model), of that pack
-            and over all ranks.
+        predicted_tokens, step_predicted_tokens: rows of the head beyond those of the decode pass, of that pack and over
+            all ranks: positive without a decode pass (language model), negative where the decode pass has positions
+            that predict nothing (soft prompts but the last).
     """
 
     num_pairs: int
@@ -67,9 +68,10 @@ class Setting:
         zero: the ``zero_optimization`` section of the ds_configs file.
         kernel: ``backbone.attention``.
         checkpointing: ``backbone.gradient_checkpointing``.
-        lora_rank: r, or None for full fine-tuning.
+        lora_rank: r, or None without adapters.
         lora_dropout: whether adapters drop out.
         device: ``cpu`` or ``cuda``: decides the size of chunks, and of what is allocated but never touched.
+        frozen: whether nothing of the model is trained, only special tokens and projections beside it.
     """
 
     num_ranks: int
@@ -81,6 +83,12 @@ class Setting:
     lora_rank: int | None
     lora_dropout: bool
     device: Literal["cpu", "cuda"]
+    frozen: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Whether all of the model is trained."""
+        return self.lora_rank is None and not self.frozen
 
     @property
     def stage(self) -> int:
@@ -106,7 +114,7 @@ def layer_bytes_per_token(shape: ModelShape, setting: Setting) -> int:
         shape.query_size,
         shape.key_value_size,
     )
-    full = setting.lora_rank is None
+    full = setting.full
     norms, normed_rows = 2 * h, 2
     if shape.model_type == "qwen3":
         norms, normed_rows = norms + a + k, normed_rows + shape.num_heads * (a + k) // a
@@ -116,7 +124,7 @@ def layer_bytes_per_token(shape: ModelShape, setting: Setting) -> int:
     elif setting.lora_dropout:
         mask = e if setting.device == "cpu" else 1
         total += sum((e + mask) * i + e * (setting.lora_rank or 0) for i in shape.adapter_inputs)
-    else:
+    elif not setting.frozen:
         inputs = 2 * h + f + (a if setting.kernel == "segments" else 0)
         total += e * inputs + sum(e * (setting.lora_rank or 0) for _ in shape.adapter_inputs)
     keys_and_values = 2 * k if setting.kernel == "flash" else 2 * a
@@ -149,7 +157,7 @@ def head_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:
     if not predicted:
         return 0
     rows = min(predicted, max(64, _HEAD_CHUNK[setting.device] // shape.vocabulary_size))
-    weight = shape.vocabulary_size * shape.hidden_size if setting.lora_rank is None else 0
+    weight = shape.vocabulary_size * shape.hidden_size if setting.full else 0
     e = setting.element_bytes
     chunk = rows * shape.vocabulary_size * 8
     return chunk + (4 + (e if e < 4 else 0)) * weight + 2 * e * shape.hidden_size * predicted

@@ -1,21 +1,26 @@
 """Special tokens for a run: checked against shards and backbone, and made before the engine wraps them."""
 
 import json
-from typing import cast
+import logging
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from anchor.config import schema
-from anchor.config.schema import TrainRecipe
+from anchor.config.schema import PackRecipe, TrainRecipe
 from anchor.data.shards import Index
 from anchor.data.templates import special_token_names
 from anchor.engine.deepspeed import whole
-from anchor.errors import ModelError, ShardError
+from anchor.errors import ConfigError, ModelError, ShardError
+from anchor.models.shape import SPECIAL_TOKENS, ModelShape, ParameterSize
 from anchor.models.special_tokens import SpecialTokens
 from anchor.objectives.base import Objective
 from anchor.objectives.self_supervised import JointSelfSupervisedObjective, SelfSupervisedObjective
+
+log = logging.getLogger(__name__)
 
 
 def first_special_id(index: Index) -> int:
@@ -127,3 +132,30 @@ def new_special_tokens(
         with whole(embeddings):
             special.initialise(embeddings, seed)
     return special
+
+
+def special_tokens_shape(
+    shape: ModelShape, recipe: TrainRecipe, packing: PackRecipe, teacher: dict[str, Any] | None
+) -> ModelShape:
+    """A backbone's shape with the special tokens and projections that the objective adds; else as it is.
+
+    Args:
+        shape: of the backbone.
+        recipe: the training recipe.
+        packing: how its shards are or will be packed.
+        teacher: of the shards; None before they are packed: the teacher is taken to have the backbone's hidden size.
+
+    Raises:
+        ConfigError: the pack recipe's template has no special tokens.
+    """
+    if not isinstance(recipe.objective, schema.SelfSupervisedObjective):
+        return shape
+    if not isinstance(packing.template, schema.SpecialTokensTemplate):
+        raise ConfigError("--pack: objective.kind is self_supervised, but template.kind is not special_tokens")
+    if teacher is None:
+        log.info("the teacher is not known yet: estimated with %d dimensions, the model's own", shape.hidden_size)
+    with torch.device("meta"):
+        dimension = shape.hidden_size if teacher is None else teacher["dimension"]
+        special = SpecialTokens(packing.template.tokens, shape.hidden_size, dimension, 0)
+    added = tuple(ParameterSize(SPECIAL_TOKENS, p.numel(), True) for p in special.parameters())
+    return replace(shape, parameters=(*shape.parameters, *added))

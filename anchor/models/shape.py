@@ -15,6 +15,7 @@ from anchor.config.schema import BackboneSection
 from anchor.models.backbone import choose_trained, read_config
 
 ADAPTERS = "LoRA adapters"
+SPECIAL_TOKENS = "special tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class ParameterSize:
     """One parameter; a tied one is counted once.
 
     Attributes:
-        group: ``input embeddings``, ``attention``, ``mlp``, ``norms``, ``output head`` or ``LoRA adapters``.
+        group: ``input embeddings``, ``attention``, ``mlp``, ``norms``, ``output head``, ``LoRA adapters`` or ``special
+            tokens`` (with their projections).
         size: number of elements.
         trained: whether it gets gradients.
     """
