@@ -63,8 +63,7 @@ END
 answers() {
   OMP_NUM_THREADS=2 python -m data_prep respond "$run/model.gguf" --questions "$2" --column "$3" \
     --output "$run/$1/responses" --max-new-tokens 80 --batch-tokens 4096
-  python -m data_prep pack "$recipes/pack_self_supervised.yaml" "output_dir=$run/$1/packed" \
-    "sources.0.path=$run/$1/responses/answers"
+  python -m data_prep pack "$recipes/$4"
   OMP_NUM_THREADS=2 python -m data_prep teach "$run/$1/packed" --output "$run/$1/shards"
 }
 
@@ -78,8 +77,8 @@ self_supervised() {
     --max-pairs 320
 
   say "the model's own answers, packed, with the teacher's embeddings"
-  answers training "$run/docs/pairs" query
-  answers heldout "$run/docs/heldout/queries.jsonl" text
+  answers training "$run/docs/pairs" query pack_self_supervised.yaml
+  answers heldout "$run/docs/heldout/queries.jsonl" text pack_self_supervised_heldout.yaml
 
   say "the untrained special tokens"
   [ -d "$run/untrained/export" ] || train "$recipes/self_supervised.yaml" "output_dir=$run/untrained" \
