@@ -43,6 +43,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     dry.add_argument(
         "--gpu", default="h100-80gb", help="h100-80gb, h200, a100-80gb, a100-40gb, l40s, cpu ... (h100-80gb)"
     )
+    dry.add_argument("--network", type=float, default=50.0, metavar="GB/S", help="of each GPU's network adapter (50)")
     dry.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak FLOP/s (0.4)")
     dry.add_argument(
         "--pack", metavar="PACK_RECIPE", help="before packing: the batch from this recipe, as an upper bound"
@@ -79,7 +80,9 @@ def _dry_run(recipe: TrainRecipe, arguments: argparse.Namespace) -> None:
     from anchor.engine.dry_run import Options, dry_run, write_report
     from anchor.engine.estimate_tables import print_report
 
-    options = Options(arguments.ranks, arguments.ranks_per_node, arguments.gpu, arguments.mfu, arguments.pack)
+    options = Options(
+        arguments.ranks, arguments.ranks_per_node, arguments.gpu, arguments.mfu, arguments.pack, arguments.network * 1e9
+    )
     report = dry_run(recipe, arguments.recipe, options)
     print_report(report, Console())
     if arguments.json is not None:

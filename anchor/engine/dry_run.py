@@ -15,28 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from anchor.config import schema
 from anchor.config.load import load_recipe
-from anchor.config.schema import LoraTraining, PackRecipe, TrainRecipe
+from anchor.config.schema import FrozenTraining, LoraTraining, PackRecipe, TrainRecipe
 from anchor.data.batches import check_ranks
-from anchor.data.records import POSITIVE, QUERY
-from anchor.data.shards import Batch, ShardReader
+from anchor.data.shards import ShardReader
 from anchor.engine.deepspeed import complete_ds_config, read_ds_config
 from anchor.engine.estimate import Setting, StepShape, memory
+from anchor.engine.estimate_traffic import links_of, moving_seconds, transfers, waiting_seconds
 from anchor.engine.estimate_work import (
     checkpoint_bytes,
     export_bytes,
     step_seconds,
-    transfer_seconds,
-    transfers,
     work,
 )
-from anchor.engine.gpus import Gpu, find_gpu
+from anchor.engine.gpus import ADAPTER_BYTES_PER_SECOND, Gpu, find_gpu
 from anchor.engine.plan import make_objective, make_plan
+from anchor.engine.special_tokens import special_tokens_shape
+from anchor.engine.step_shape import bounded_step, sampled_step
 from anchor.errors import ConfigError, ModelError, ShardError
 from anchor.models.shape import ModelShape, meta_model, shape_of
-from anchor.objectives.base import Objective, PooledObjective
-from anchor.objectives.language_model import LanguageModelObjective
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +52,7 @@ class Options:
         gpu: name of the accelerator.
         mfu: share of the peak FLOP/s that is reached, work done twice included.
         pack_recipe: pack recipe that stands in for shards that do not exist yet.
+        adapter_bytes_per_second: of one GPU's network adapter, one direction.
     """
 
     num_ranks: int = 1
@@ -62,6 +60,7 @@ class Options:
     gpu: str = "h100-80gb"
     mfu: float = 0.4
     pack_recipe: str | None = None
+    adapter_bytes_per_second: float = ADAPTER_BYTES_PER_SECOND
 
 
 def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str, Any]:
@@ -80,6 +79,8 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     """
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu: got {options.mfu}, expected a share of the peak above 0 and at most 1, such as 0.4")
+    if options.adapter_bytes_per_second <= 0:
+        raise ConfigError(f"--network: got {options.adapter_bytes_per_second / 1e9:g}, expected GB/s above 0")
     gpu = find_gpu(options.gpu, options.num_ranks)
     ds_config = read_ds_config(recipe.engine.deepspeed)
     complete_ds_config(ds_config, recipe, options.num_ranks)
@@ -97,7 +98,8 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
             f"{recipe_path}: backbone.path: {error}; a dry run reads the configuration only: give any folder with this "
             "model's config.json, as backbone.path=FOLDER"
         ) from error
-    shape = shape_of(model)
+    teacher = None if reader is None else reader.index.teacher
+    shape = special_tokens_shape(shape_of(model), recipe, packing, teacher)
     if reader is not None:
         objective = make_objective(model, recipe)
         sample = [reader.read(int(i)) for i in np.linspace(0, len(reader) - 1, min(len(reader), SAMPLED_BATCHES))]
@@ -139,82 +141,8 @@ def setting_of(recipe: TrainRecipe, zero: dict[str, Any], options: Options) -> S
         checkpointing=recipe.backbone.gradient_checkpointing,
         lora_rank=None if lora is None else lora.r,
         lora_dropout=lora is not None and lora.dropout > 0,
+        frozen=isinstance(trained, FrozenTraining),
         device="cpu" if options.gpu == "cpu" else "cuda",
-    )
-
-
-def _decoded_roles(recipe: TrainRecipe) -> tuple[int, ...]:
-    section = recipe.objective
-    if not isinstance(section, schema.ReconstructionObjective):
-        return ()
-    return tuple(role for role, weight in ((QUERY, 1 - section.alpha), (POSITIVE, section.alpha)) if weight)
-
-
-def sampled_step(
-    objective: Objective, recipe: TrainRecipe, packing: PackRecipe, sample: list[Batch]
-) -> tuple[StepShape, StepShape]:
-    """Means over a sample of batches, with a full pack for the memory; and the same with the largest pack seen.
-
-    Args:
-        objective: decides which segments are read; may live on the meta device.
-        recipe: the training recipe.
-        packing: how the shards were packed.
-        sample: some of their batches.
-    """
-    roles, totals, packs = _decoded_roles(recipe), np.zeros(4), []
-    for batch in sample:
-        for pack in (objective.prepare(p) for p in batch.packs):
-            decoded = np.zeros(0, dtype=np.int64)
-            if roles:
-                reconstructor: Any = objective.reconstructor
-                lengths = pack.body_ends - reconstructor.target_starts(pack) + 1
-                decoded = lengths[np.isin(pack.roles, roles)].astype(np.int64)
-            squared = (pack.segment_lengths.astype(np.int64) ** 2).sum() + (decoded**2).sum()
-            packs.append((pack.num_tokens, int(decoded.sum())))
-            totals += (pack.num_tokens, decoded.sum(), squared, len(pack.segment_lengths))
-    tokens, decode_tokens, squared_lengths, segments = (float(total) / len(sample) for total in totals)
-    predicted = 0.0
-    if isinstance(objective, LanguageModelObjective):
-        predicted = sum(sum(objective.target_tokens(batch)) for batch in sample) / len(sample)
-    longest = max(packs)
-    mean = StepShape(
-        num_pairs=packing.batch.pairs,
-        num_packs=len(packs) / len(sample),
-        pack_tokens=packing.batch.pack_tokens,
-        decode_tokens=round(packing.batch.pack_tokens * decode_tokens / tokens),
-        step_tokens=tokens,
-        step_decode_tokens=decode_tokens,
-        squared_lengths=squared_lengths,
-        step_segments=segments,
-        pooled=isinstance(objective, PooledObjective),
-        predicted_tokens=round(packing.batch.pack_tokens * predicted / tokens),
-        step_predicted_tokens=predicted,
-    )
-    return mean, replace(mean, pack_tokens=longest[0], decode_tokens=longest[1])
-
-
-def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
-    """The largest step that a pack recipe allows: every text has ``text.max_tokens`` tokens."""
-    section, longest, batch = recipe.objective, packing.text.max_tokens, packing.batch
-    joint = isinstance(section, schema.ReconstructionObjective) and section.contrastive is not None
-    pooled = joint or isinstance(section, schema.ContrastiveObjective)
-    predicted = 2 * batch.pairs * longest if isinstance(section, schema.LanguageModelObjective) else 0
-    segments = batch.pairs * (2 + (packing.text.hard_negatives if pooled else 0))
-    tokens, roles = segments * longest, _decoded_roles(recipe)
-    decoded = len(roles) * batch.pairs
-    packed_tokens = batch.pairs * (2 + packing.text.hard_negatives) * longest
-    return StepShape(
-        num_pairs=batch.pairs,
-        num_packs=float(batch.pack_multiple * max(1, -(-packed_tokens // (batch.pack_tokens * batch.pack_multiple)))),
-        pack_tokens=batch.pack_tokens,
-        decode_tokens=round(batch.pack_tokens * decoded / segments),
-        step_tokens=float(tokens),
-        step_decode_tokens=float(decoded * longest),
-        squared_lengths=float((segments + decoded) * longest**2),
-        step_segments=float(segments),
-        pooled=pooled,
-        predicted_tokens=batch.pack_tokens if predicted else 0,
-        step_predicted_tokens=float(predicted),
     )
 
 
@@ -277,6 +205,7 @@ def _time(
     recipe: TrainRecipe, shape: ModelShape, setting: Setting, step: StepShape, gpu: Gpu, options: Options
 ) -> dict[str, Any]:
     done, sent = work(shape, setting, step), transfers(shape, setting, step)
+    links = links_of(gpu, options.adapter_bytes_per_second, options.ranks_per_node)
     seconds = step_seconds(done, gpu, options.num_ranks, options.mfu)
     steps = recipe.optim.total_steps
     return {
@@ -286,9 +215,12 @@ def _time(
         "seconds_per_step": seconds,
         "hours": None if seconds is None else seconds * steps / 3600,
         "gpu_hours": None if seconds is None else seconds * steps / 3600 * options.num_ranks,
-        "communication": [asdict(t) for t in sent],
-        "communication_seconds_per_step": transfer_seconds(sent, gpu),
-        "node_bytes_per_second": gpu.link_bytes_per_second,
+        "communication": [
+            asdict(t) | {"moving_seconds": moving_seconds(t, links), "waiting_seconds": waiting_seconds(t, links)}
+            for t in sent
+        ],
+        "node_bytes_per_second": links.node_bytes_per_second,
+        "network_bytes_per_second": links.network_bytes_per_second,
     }
 
 

@@ -6,8 +6,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from anchor.engine.gpus import INTER_NODE_BYTES_PER_SECOND
-
 _MEMORY_ROWS = {
     "weights": "weights",
     "master": "master weights, fp32",
@@ -123,8 +121,10 @@ def _time(report: dict[str, Any]) -> Table:
         where = "in the node" if transfer["inside_node"] else "between nodes"
         table.add_row(f"{transfer['what']}, {where}, GiB", gib(transfer["step_bytes"]))
     if time["communication"]:
-        links = f"{time['node_bytes_per_second'] / 1e9:,.0f} and {INTER_NODE_BYTES_PER_SECOND / 1e9:,.0f} GB/s"
-        table.add_row(f"seconds if nothing overlaps, at {links}", f"{time['communication_seconds_per_step']:,.3g}")
+        speeds = f"{time['node_bytes_per_second'] / 1e9:,.0f} and {time['network_bytes_per_second'] / 1e9:,.0f} GB/s"
+        moving, waiting = (sum(t[f"{what}_seconds"] for t in time["communication"]) for what in ("moving", "waiting"))
+        table.add_row(f"seconds on the links, at {speeds}", f"{moving:,.3g}")
+        table.add_row("seconds waiting for rings, at least", f"{waiting:,.3g}")
     return table
 
 

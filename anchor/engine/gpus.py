@@ -1,8 +1,8 @@
 """What a dry run knows of an accelerator: memory, peak speed, links; and of the machine it runs on.
 
 Peaks are the vendors' dense bfloat16 figures without sparsity; memory is the total that ``nvidia-smi`` reports; links
-are one direction of NVLink (PCIe where there is none). Between nodes 50 GB/s per GPU are assumed: one 400 Gb/s adapter
-each.
+are one direction of NVLink (PCIe where there is none). Between nodes 50 GB/s per GPU are assumed unless said otherwise:
+one 400 Gb/s adapter each.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from anchor.errors import ConfigError, did_you_mean
 
-INTER_NODE_BYTES_PER_SECOND = 50e9
+ADAPTER_BYTES_PER_SECOND = 50e9
 
 
 @dataclass(frozen=True, slots=True)

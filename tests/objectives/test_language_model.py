@@ -150,7 +150,7 @@ def test_a_step_on_two_ranks_has_the_loss_and_gradient_norm_of_plain_transformer
 
 def test_a_dry_run_counts_the_head_of_a_language_model(tiny_model_dir, make_shards):
     from anchor.config.schema import PackRecipe
-    from anchor.engine.dry_run import bounded_step, sampled_step
+    from anchor.engine.step_shape import bounded_step, sampled_step
 
     shards = make_shards(pairs=8, pack_multiple=2, num_rows=8)
     reader, objective = ShardReader(shards), objective_of(tiny_model_dir)

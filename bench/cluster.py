@@ -1,0 +1,134 @@
+"""What a step sends over the links of a cluster, and how long that takes beside its computing: arithmetic, no GPU.
+
+    python bench/cluster.py [--gpu h100-80gb] [--network 50] [--mfu 0.4] [--packs 2] [--json PATH]
+
+The functions are those of ``anchor.train --dry-run``; `tests/engine/test_traffic.py` holds their volumes against the
+bytes of real collectives. Stage I (full fine-tuning, two passes) and Stage II (LoRA) of Llama-3.2-1B's and
+Llama-3.1-8B's shapes with packs of 8,192 tokens, so many per GPU and step, on 8, 64 and 512 GPUs, 8 a node, under every
+file of ds_configs/ but offloading. ``--reuse`` replaces ``stage3_max_reuse_distance`` (elements).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from anchor.config.schema import BackboneSection
+from anchor.engine.deepspeed import read_ds_config
+from anchor.engine.dry_run import USABLE_FRACTION
+from anchor.engine.estimate import Setting, StepShape, memory
+from anchor.engine.estimate_traffic import links_of, moving_seconds, transfers, waiting_seconds
+from anchor.engine.estimate_work import step_seconds, work
+from anchor.engine.gpus import find_gpu
+from anchor.models.backbone import choose_trained
+from anchor.models.shape import ModelShape, shape_of
+from bench.harness import arguments
+
+ROOT = Path(__file__).parents[1]
+PACK_TOKENS, TEXT_TOKENS, PER_NODE = 8192, 256, 8
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MODELS = {
+    "1B": dict(zip(NAMES, (2048, 8192, 16, 32, 8), strict=True)) | {"head_dim": 64, "tie_word_embeddings": True},
+    "8B": dict(zip(NAMES, (4096, 14336, 32, 32, 8), strict=True)) | {"head_dim": 128, "tie_word_embeddings": False},
+}
+LORA = {"kind": "lora", "r": 16, "alpha": 32, "dropout": 0.05}
+STAGES = {"I": {"kind": "full"}, "II": LORA}
+
+
+def shape(model: str, trained: dict[str, Any]) -> ModelShape:
+    """A Llama of that size on the meta device, adapters included."""
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128_256, **MODELS[model]))
+        causal_lm.tie_weights()
+        section = {"path": "none", "trained": trained, "attention": "flash"}
+        choose_trained(causal_lm, BackboneSection.model_validate(section))
+    return shape_of(causal_lm)
+
+
+def step_of(stage: str, packs: int, num_ranks: int) -> StepShape:
+    """So many full packs per rank: pairs of two texts (Stage I), or of three (Stage II)."""
+    tokens, texts = packs * PACK_TOKENS * num_ranks, 2 if stage == "I" else 3
+    decode = tokens if stage == "I" else 0
+    return StepShape(
+        num_pairs=tokens // TEXT_TOKENS // texts,
+        num_packs=float(packs * num_ranks),
+        pack_tokens=PACK_TOKENS,
+        decode_tokens=PACK_TOKENS if stage == "I" else 0,
+        step_tokens=float(tokens),
+        step_decode_tokens=float(decode),
+        squared_lengths=float((tokens + decode) * TEXT_TOKENS),
+        step_segments=float(tokens // TEXT_TOKENS),
+        pooled=stage == "II",
+    )
+
+
+def row(model: str, stage: str, file: str, num_ranks: int, options: Any) -> dict[str, Any]:
+    """One run: volume and time of its communication beside the time of its computing, and whether it fits."""
+    zero = dict(read_ds_config(ROOT / "ds_configs" / f"{file}.json")["zero_optimization"])
+    if options.reuse and zero["stage"] == 3:
+        zero["stage3_max_reuse_distance"] = options.reuse
+    gpu, lora = find_gpu(options.gpu), stage == "II"
+    setting = Setting(
+        num_ranks=num_ranks,
+        ranks_per_node=PER_NODE,
+        element_bytes=2,
+        zero=zero,
+        kernel="flash",
+        checkpointing=model == "8B",
+        lora_rank=LORA["r"] if lora else None,
+        lora_dropout=lora,
+        device="cuda",
+    )
+    dimensions, step = shape(model, STAGES[stage]), step_of(stage, options.packs, num_ranks)
+    sent, links = transfers(dimensions, setting, step), links_of(gpu, options.network * 1e9, PER_NODE)
+    peak = memory(dimensions, setting, step).peak
+    return {
+        "model": model,
+        "stage": stage,
+        "file": file,
+        "gpus": num_ranks,
+        "in_node_gb": sum(t.step_bytes for t in sent if t.inside_node) / 1e9,
+        "between_gb": sum(t.step_bytes for t in sent if not t.inside_node) / 1e9,
+        "moving_seconds": sum(moving_seconds(t, links) for t in sent),
+        "waiting_seconds": sum(waiting_seconds(t, links) for t in sent),
+        "computing_seconds": step_seconds(work(dimensions, setting, step), gpu, num_ranks, options.mfu),
+        "peak_gib": peak / 2**30,
+        "fits": peak <= USABLE_FRACTION * gpu.memory_bytes,
+    }
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", gpu="h100-80gb", network=50.0, mfu=0.4, packs=2, reuse=0)
+    rows = [
+        row(model, stage, file, num_ranks, options)
+        for model in MODELS
+        for stage in STAGES
+        for num_ranks in (8, 64, 512)
+        for file in ("zero3", "zero3_hpz", "zero2")
+    ]
+    gpu = find_gpu(options.gpu)
+    links = f"{gpu.link_bytes_per_second / 1e9:,.0f} GB/s in the node, {options.network:g} GB/s a GPU between nodes"
+    title = f"{options.gpu}: {links}; {options.packs} packs of {PACK_TOKENS:,} tokens a GPU; {options.mfu:.0%} MFU"
+    table = Table("model", "stage", "ds_configs", "GPUs", title=title)
+    for column in ("GB in node", "GB between", "s on links", "s waiting", "s computing", "GiB", "fits"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        figures = ("in_node_gb", "between_gb", "moving_seconds", "waiting_seconds", "computing_seconds", "peak_gib")
+        cells = (r["model"], r["stage"], r["file"], str(r["gpus"]), *(f"{r[key]:,.3g}" for key in figures))
+        table.add_row(*cells, "yes" if r["fits"] else "no")
+    Console(width=140).print(table)
+    if options.json is not None:
+        settings = {k: str(v) for k, v in vars(options).items() if k not in ("json", "turns")}
+        result = {"name": "cluster", "hardware": "none: arithmetic", "settings": settings, "rows": rows, "ratios": {}}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
