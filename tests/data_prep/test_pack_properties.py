@@ -1,6 +1,6 @@
 """Invariants, for any texts and any shape of batches: every kept pair is in exactly one batch or counted as remainder,
 whole and in one pack; packs are within the budget and balanced; every segment ends in the anchor token; the batches are
-a permutation of those cut from the shuffled pairs.
+a permutation of those cut from the shuffled pairs; any number of workers writes the same bytes.
 """
 
 import shutil
@@ -12,10 +12,14 @@ import pytest
 from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import MakeRecipe, files_source, packed
+from packs import MakeRecipe, files_source, folder_bytes, packed
 
 import data_prep.units as units_module
+import data_prep.writing as writing_module
+from anchor.data.records import text_field
+from anchor.errors import DataError
 from data_prep.mixture import pass_order
+from data_prep.pack import pack
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200),
@@ -48,11 +52,8 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 
 def usable(row: dict[str, Any], negatives: int) -> bool:
     def visible(text: str) -> bool:
-        from anchor.data.records import _checked
-        from anchor.errors import DataError
-
         try:
-            return bool(_checked(text, "", ""))
+            return bool(text_field({"text": text}, "text", ""))
         except DataError:
             return False
 
@@ -104,3 +105,32 @@ def test_every_pair_is_in_one_batch_or_counted(
     assert sorted(batches) == sorted(map(sorted, cut))
     shutil.rmtree(folder)
     shutil.rmtree(recipe.parent)
+
+
+@pytest.mark.slow
+@settings(max_examples=6)
+@given(ROWS, shapes())
+def test_one_two_and_five_workers_write_the_same_bytes(
+    make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], shape: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("workers")
+    certain = [{"query": f"q{i}", "positive": f"p{i}", "negative": ["n", "m"]} for i in range(8)]
+    sources = [files_source(write_jsonl(folder / f"{n}.jsonl", part), name=n) for n, part in cut(rows, certain)]
+    recipe = make_recipe(sources, on_bad_row="skip", max_skipped_fraction=1.0, **shape)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units_module, "UNIT_ROWS", 5)
+        patch.setattr(writing_module, "BATCHES_PER_SHARD", 2)
+        for workers in (1, 2, 5):
+            pack(str(recipe), [], workers)
+            found.append(folder_bytes(recipe.parent / "shards"))
+            shutil.rmtree(recipe.parent / "shards")
+    assert "00000.arrow" in found[0]
+    assert found[0] == found[1] == found[2]
+    shutil.rmtree(folder)
+    shutil.rmtree(recipe.parent)
+
+
+def cut(rows: list[dict[str, Any]], certain: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Two sources of unequal size, each with rows that make a batch."""
+    return [("a", rows[: len(rows) // 3] + certain), ("b", certain + rows[len(rows) // 3 :])]
