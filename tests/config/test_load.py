@@ -106,7 +106,7 @@ def test_malformed_yaml_and_duplicate_keys_are_refused(recipe: Path, old: str, n
         ("seed: 0", "seed: -1", "x.yaml: seed: got -1, input should be greater than or equal to 0"),
         ("dtype: bf16", "dtype: fp16", "x.yaml: engine.dtype: got 'fp16', input should be 'bf16' or 'fp32'"),
         ("kind: lora", "kind: qlora", "x.yaml: backbone.trained: input tag 'qlora' found using 'kind' does not "
-                                      "match any of the expected tags: 'full', 'lora'"),
+                                      "match any of the expected tags: 'full', 'lora', 'frozen'"),
         ("kind: contrastive, ", "", "x.yaml: objective: unable to extract tag using discriminator 'kind'"),
         ("warmup_steps: 3", "warmup_steps: 3, decay_steps: 5",
          "x.yaml: optim: decay_steps (5) is less than total_steps (10)"),
