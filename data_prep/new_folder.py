@@ -1,28 +1,54 @@
 """Folders that appear whole or not at all."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from anchor.errors import DataError
+
+_LOCK = ".lock"
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` to write into, renamed to it at the end and removed after an error.
 
+    Its writer holds a lock in it, which ends with the process: what a killed run left is emptied and written again.
+
     Raises:
-        DataError: ``output`` exists, or what a killed run left beside it.
+        DataError: ``output`` exists; what lies beside it is being written or is no such folder.
     """
     beside = output.with_name(output.name + ".unfinished")
     for path in (output, beside):
-        if path.exists():
+        if path.exists() and not (path == beside and (beside / _LOCK).is_file()):
             raise DataError(f"{path}: already exists and is not written over; delete it or choose another --output")
-    beside.mkdir(parents=True)
+    beside.mkdir(parents=True, exist_ok=True)
+    with (beside / _LOCK).open("a") as lock:
+        _take(lock, beside)
+        try:
+            yield beside
+            os.replace(beside, output)
+            (output / _LOCK).unlink()
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)  # there only after an error
+
+
+def _take(lock: IO[str], beside: Path) -> None:
+    """Lock and empty the folder."""
     try:
-        yield beside
-        os.replace(beside, output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # there only after an error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its writer may have renamed or removed the folder in between.
+        held = os.path.samestat(os.fstat(lock.fileno()), (beside / _LOCK).stat())
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    if not held:
+        raise DataError(f"{beside}: another process is writing it; wait for it or choose another --output")
+    for path in beside.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
