@@ -70,14 +70,14 @@ def prepare(study: StudyRecipe) -> StudyData:
         AnchorError: missing or unusable data; a command that failed.
     """
     data = StudyData(study.work_dir / "data")
-    with locked(data.folder):
+    with locked(data.folder) as lock:
         recipe = pack_recipe(study)
         if not data.retrieval.exists():
             _retrieval_task(study, data)
         if not (data.folder / "train").exists():
-            _split(study, data, recipe)
+            _split(study, data, recipe, lock)
         for name, shards in (("train", data.shards), ("heldout", data.heldout_shards)):
-            _pack(study, data, recipe, name, shards)
+            _pack(study, data, recipe, name, shards, lock)
     return data
 
 
@@ -100,7 +100,7 @@ def _retrieval_task(study: StudyRecipe, data: StudyData) -> None:
         write_retrieval_task(folder, {i: text for text, i in documents.items()}, queries, relevant)
 
 
-def _split(study: StudyRecipe, data: StudyData, recipe: PackRecipe) -> None:
+def _split(study: StudyRecipe, data: StudyData, recipe: PackRecipe, lock: int) -> None:
     source = recipe.sources[0]
     only = source.only or () if isinstance(source, E5Source) else ()
     if study.retrieval_source in only:
@@ -109,7 +109,7 @@ def _split(study: StudyRecipe, data: StudyData, recipe: PackRecipe) -> None:
     if not clean.exists():
         tasks = sorted(path for path in (study.mteb / "mteb").glob("*") if path.is_dir())
         command = ["python", "-m", "data_prep", "decontaminate", str(study.pairs), "--output", str(clean), "--against"]
-        run([*command, *map(str, [*tasks, data.retrieval])], study.work_dir / "logs/prepare.log")
+        run([*command, *map(str, [*tasks, data.retrieval])], study.work_dir / "logs/prepare.log", lock)
     files = e5_files(clean, str(clean))
     decoded: list[dict[str, Any]] = []
     with new_folder(data.folder / "heldout") as heldout, new_folder(data.folder / "train") as train:
@@ -134,7 +134,7 @@ def _evenly(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
     return [rows[i * len(rows) // number] for i in range(min(number, len(rows)))]
 
 
-def _pack(study: StudyRecipe, data: StudyData, recipe: PackRecipe, name: str, shards: Path) -> None:
+def _pack(study: StudyRecipe, data: StudyData, recipe: PackRecipe, name: str, shards: Path, lock: int) -> None:
     if (shards / "index.json").is_file():
         return
     source = recipe.sources[0].model_dump(mode="json", exclude_defaults=True)
@@ -143,4 +143,5 @@ def _pack(study: StudyRecipe, data: StudyData, recipe: PackRecipe, name: str, sh
     run(
         ["python", "-m", "data_prep", "pack", str(study.recipes / "pack.yaml"), *overrides],
         study.work_dir / "logs/prepare.log",
+        lock,
     )

@@ -29,8 +29,13 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def run(command: Sequence[str], log_file: Path) -> None:
+def run(command: Sequence[str], log_file: Path, lock: int) -> None:
     """Run a command from the project's root; what it prints goes to the end of ``log_file``.
+
+    Args:
+        command, log_file: what and where.
+        lock: from :func:`locked`. The command holds it as well: should this process be killed, the next one waits until
+            the command has ended.
 
     Raises:
         TrainingError: it failed or was stopped; the message holds its last line.
@@ -42,7 +47,9 @@ def run(command: Sequence[str], log_file: Path) -> None:
     with log_file.open("a", encoding="utf-8") as file:
         file.write(f"$ {shown(command)}\n")
         file.flush()
-        done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, cwd=Path.cwd(), check=False, env=_env())
+        done = subprocess.run(
+            words, stdout=file, stderr=subprocess.STDOUT, cwd=Path.cwd(), check=False, env=_env(), pass_fds=[lock]
+        )
     if done.returncode:
         tail = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
         last = next((line for line in reversed(tail) if line.strip()), "it printed nothing")
@@ -55,13 +62,17 @@ def _env() -> dict[str, str]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Nobody else does what is done inside, on this file system; waits for whoever does."""
+def locked(folder: Path) -> Iterator[int]:
+    """Nobody else does what is done inside, on this file system; waits for whoever does.
+
+    Yields:
+        The lock's descriptor, for :func:`run`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("%s: another study is at it; waiting", folder)
+            log.info("%s: another study, or what it started, is at it; waiting", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()

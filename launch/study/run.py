@@ -38,9 +38,8 @@ def run_study(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> No
     """
     todo = [cell for seed in seeds for name in names if seed in plan.seeds(name) for cell in missing(plan, name, seed)]
     for number, cell in enumerate(todo, start=1):
-        if not result_file(plan, cell).is_file():  # another process may have been faster
-            log.info("cell %d of %d: %s", number, len(todo), cell.name)
-            _run_cell(plan, cell)
+        log.info("cell %d of %d: %s", number, len(todo), cell.name)
+        _run_cell(plan, cell)
     write_tables(plan.study.results_dir, plan.arms)
 
 
@@ -68,12 +67,15 @@ def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
 
 
 def _run_cell(plan: StudyPlan, cell: Cell) -> None:
-    export = train(plan, cell)
-    with locked(plan.run_folder(cell.arm, cell.seed)):
+    # One lock from the first step to the result: the export that is scored is the one that was trained.
+    with locked(plan.run_folder(cell.arm, cell.seed)) as lock:
+        if cell not in missing(plan, cell.arm, cell.seed):  # another process was faster
+            return
+        export = _train(plan, cell, lock)
         start = time.perf_counter()
-        scores = _scores(plan, cell, export)
+        scores = _scores(plan, cell, export, lock)
         seconds = time.perf_counter() - start
-        decoded = _decoded(plan, cell, export) if plan.arm(cell.arm).decoded and cell.final else None
+        decoded = _decoded(plan, cell, export, lock) if plan.arm(cell.arm).decoded and cell.final else None
         plan.study.results_dir.mkdir(parents=True, exist_ok=True)
         about = json.loads((export / "anchor.json").read_text(encoding="utf-8"))
         arm = plan.arm(cell.arm)
@@ -96,31 +98,35 @@ def _run_cell(plan: StudyPlan, cell: Cell) -> None:
                 "commands": commands(plan, cell),
             },
         )
-    if cell.final:
-        shutil.rmtree(plan.run_folder(cell.arm, cell.seed) / "checkpoints", ignore_errors=True)
+        if cell.final:
+            shutil.rmtree(plan.run_folder(cell.arm, cell.seed) / "checkpoints", ignore_errors=True)
 
 
-def train(plan: StudyPlan, cell: Cell, more: Sequence[str] = ()) -> Path:
-    """Train an arm's run to a cell's step, what it starts from first; the export.
+def train(plan: StudyPlan, cell: Cell, more: Sequence[str] = ()) -> None:
+    """Train an arm's run to a cell's step, what it starts from first.
 
     Args:
         plan, cell: what.
         more: further overrides, which make another run of it.
     """
+    recipe = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more])
+    with locked(recipe.output_dir) as lock:
+        _train(plan, cell, lock, more)
+
+
+def _train(plan: StudyPlan, cell: Cell, lock: int, more: Sequence[str] = ()) -> Path:
+    """The export, under the lock of its run."""
     arm = plan.arm(cell.arm)
     if arm.after is not None:
         train(plan, plan.cells(arm.after, cell.seed)[-1])
     command = training(plan.recipe_file(cell.arm), [*plan.overrides(cell), *more], plan.study.ranks)
-    recipe = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more])
-    folder = recipe.output_dir
-    with locked(folder):
-        export = folder / "export"
-        if _exported_step(export) != cell.step:
-            if any(int(path.name[5:]) > cell.step for path in (folder / "checkpoints").glob("step-*")):
-                log.info("%s: is further than step %d; trained again", folder, cell.step)
-                shutil.rmtree(folder / "checkpoints")
-            run(command, plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log")
-    return export
+    folder = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more]).output_dir
+    if _exported_step(folder / "export") != cell.step:
+        if any(int(path.name[5:]) > cell.step for path in (folder / "checkpoints").glob("step-*")):
+            log.info("%s: is further than step %d; trained again", folder, cell.step)
+            shutil.rmtree(folder / "checkpoints")
+        run(command, plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log", lock)
+    return folder / "export"
 
 
 def _exported_step(export: Path) -> int | None:
@@ -153,14 +159,14 @@ def commands(plan: StudyPlan, cell: Cell) -> list[str]:
     return [*first, *map(shown, own)]
 
 
-def _scores(plan: StudyPlan, cell: Cell, export: Path) -> dict[str, float]:
-    run(scoring(plan, cell), plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log")
+def _scores(plan: StudyPlan, cell: Cell, export: Path, lock: int) -> dict[str, float]:
+    run(scoring(plan, cell), plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log", lock)
     file = export.parent / f"scores-step{cell.step}" / "scores.json"
     return json.loads(file.read_text(encoding="utf-8"))["scores"]
 
 
-def _decoded(plan: StudyPlan, cell: Cell, export: Path) -> dict[str, Any]:
-    run(decoding(plan, cell), plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log")
+def _decoded(plan: StudyPlan, cell: Cell, export: Path, lock: int) -> dict[str, Any]:
+    run(decoding(plan, cell), plan.study.work_dir / "logs" / f"{cell.arm}-seed{cell.seed}.log", lock)
     lines = (export.parent / "decoded.jsonl").read_text(encoding="utf-8").splitlines()
     rows = sorted((json.loads(line) for line in lines), key=lambda row: -row["token_f1"])
     examples = {"best": rows[:_SHOWN], "worst": rows[-_SHOWN:]}

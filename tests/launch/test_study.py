@@ -2,6 +2,7 @@
 plots are made of the results alone; results of other settings are refused; user errors are one line. Slow: a tiny study
 runs from raw pairs to tables by the project's own commands, is killed, goes on, and runs nothing twice."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from conftest import english_pairs, write_jsonl
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import E5Source, PackRecipe, TrainRecipe
+from launch.study import run as study_run
 from launch.study.__main__ import main
 from launch.study.plan import Cell, StudyPlan
 from launch.study.prepare import StudyData, pack_recipe
+from launch.study.programs import locked
 from launch.study.recipe import StudyRecipe, load_arms
 from launch.study.run import commands, missing, result_file
 from launch.study.tables import curves_of, difference_table, final_table, read_results
@@ -230,6 +235,92 @@ def test_an_arm_that_names_no_arm_above_it_is_refused(scale: Path) -> None:
     arms.write_text(arms.read_text().replace("after: stage1,", "after: stage9,"))
     with pytest.raises(Exception, match=r"arms\.stage1_stage2 names 'stage9', which is no arm above it"):
         plan_of(scale)
+
+
+# Runs without training: commands are recorded and leave what the next step reads.
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a study locks and runs, in order."""
+    happened: list[str] = []
+
+    def run(command: list[str], log_file: Path, lock: int) -> None:
+        given = dict(word.split("=", 1) for word in command if "=" in word)
+        if "anchor.train" in command:
+            happened.append(f"train {given['output_dir']} to {given['optim.total_steps']}")
+            about = dict.fromkeys(("commit", "device", "num_ranks", "versions"))
+            recipe = {"optim": {"total_steps": int(given["optim.total_steps"])}}
+            export = Path(given["output_dir"]) / "export"
+            export.mkdir(parents=True, exist_ok=True)
+            (export / "anchor.json").write_text(json.dumps(about | {"recipe": recipe, "data_index_sha256": "a"}))
+        else:
+            happened.append(f"{command[3]} {command[4]}")
+            output = Path(command[command.index("--output") + 1])
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "scores.json").write_text(json.dumps({"scores": {"A": 0.5}}))
+
+    @contextmanager
+    def locked(folder: Path) -> Iterator[int]:
+        happened.append(f"lock {folder}")
+        yield 0
+        happened.append(f"unlock {folder}")
+
+    monkeypatch.setattr(study_run, "run", run)
+    monkeypatch.setattr(study_run, "locked", locked)
+    monkeypatch.setattr(study_run, "flops_per_step", lambda plan, name: 1e12)
+    return happened
+
+
+def test_a_cell_is_trained_and_scored_under_one_lock(scale: Path, events: list[str]) -> None:
+    plan = plan_of(scale)
+    study_run.run_study(plan, ["stage1_stage2"], [0])
+    own, before = plan.run_folder("stage1_stage2", 0), plan.run_folder("stage1", 0)
+    start_ = [f"lock {own}", f"lock {before}"]
+    first = [*start_, f"train {before} to 2", f"unlock {before}", f"train {own} to 1"]
+    second = [*start_, f"unlock {before}", f"train {own} to 3"]
+    scored = [f"mteb {own / 'export'}", f"unlock {own}"]
+    assert events == [*first, *scored, *second, *scored]
+
+
+def test_a_cell_that_another_process_finished_meanwhile_is_not_run(
+    scale: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(scale)
+
+    @contextmanager
+    def waited(folder: Path) -> Iterator[int]:
+        for cell in plan.cells("stage2", 0):
+            write_result(plan, cell, 0.5)
+        yield 0
+
+    monkeypatch.setattr(study_run, "locked", waited)
+    study_run.run_study(plan, ["stage2"], [0])
+    assert events == []
+    assert missing(plan, "stage2", 0) == []
+
+
+def test_what_a_killed_study_started_still_holds_its_lock(tmp_path: Path) -> None:
+    child = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(300)"
+    parent = (
+        "import os, sys; from pathlib import Path; from launch.study.programs import locked, run\n"
+        "with locked(Path(sys.argv[1])) as lock:\n"
+        f"    run(['python', '-c', {child!r}, sys.argv[1] + '/started'], Path(sys.argv[1]) / 'log', lock)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = tmp_path / "started"
+    with subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)], cwd=ROOT, env=environment) as study:
+        while not started.exists() and study.poll() is None:
+            time.sleep(0.05)
+        (orphan,) = Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()
+        study.kill()
+    try:
+        with (tmp_path / ".lock").open("a") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(int(orphan), signal.SIGKILL)
+    with locked(tmp_path):
+        pass
 
 
 def start(scale: Path, *argv: str) -> subprocess.Popen:
