@@ -24,17 +24,18 @@ ADVBENCH = "AdvBench-IR"
 PASSAGE_WORDS = 100
 
 
-def own_metadata(name: str, path: str, **changes: Any) -> TaskMetadata:
+def own_metadata(name: str, path: str, revision: str = "local", **changes: Any) -> TaskMetadata:
     """mteb's description of a retrieval task that is not its own.
 
     Args:
         name: of the task.
         path: where its data is.
+        revision: of the data.
         changes: replace fields.
     """
     fields: dict[str, Any] = {
         "name": name,
-        "dataset": {"path": path, "revision": "local"},
+        "dataset": {"path": path, "revision": revision},
         "description": "A retrieval task from a local folder.",
         "type": "Retrieval",
         "category": "t2t",

@@ -5,8 +5,8 @@
    used stands in ``scores.json``.
 2. All ranks embed; rank 0 scores (:mod:`eval.ranks`). Two tasks run in threads of rank 0 that take turns to embed:
    while one is scored, the ranks embed for the other. Vectors are kept on disk until the task's result is saved.
-3. Results are in mteb's own layout. The revision names weights, dtype and prompts: a result of other prompts is never
-   taken for this one's.
+3. Results are in mteb's own layout. The model's revision names weights, dtype and prompts and that of a local data set
+   its :func:`eval.local_data.data_hash`: a result of other prompts or other data is never taken for this one's.
 """
 
 import json
@@ -137,6 +137,15 @@ class _Results(mteb.ResultCache):
                 file = self.get_task_result_path(task_name=task_name, model_name=model_name)
                 raise DataError(f"{file}: half-written or damaged; delete it and run the command again") from error
 
+    def holds(self, task: AbsTask, model: ModelMeta) -> bool:
+        """Whether a task's result is there; those of other data, of it or of its parts, are deleted."""
+        for one in (task, *parts_of(task)):
+            found = self.load_task_result(one.metadata.name, model)
+            if found is not None and found.dataset_revision != one.metadata.revision:
+                log.info("%s: the data has changed, it is scored again", one.metadata.name)
+                self.get_task_result_path(one.metadata.name, model).unlink()
+        return self.load_task_result(task.metadata.name, model) is not None
+
 
 def run_tasks(
     encoder: TextEncoder,
@@ -147,7 +156,7 @@ def run_tasks(
     cache: bool = True,
     at_once: int = 2,
 ) -> dict[str, float]:
-    """Score the tasks; those already scored with the same weights, dtype and prompts are not run again.
+    """Score the tasks; those already scored with the same weights, dtype, prompts and data are not run again.
 
     Args:
         encoder: the model folder.
@@ -175,6 +184,9 @@ def run_tasks(
         "prompts_used": dict(kept.get("prompts_used", {})) if same else {},
     }
     results, scores = _Results(output), dict[str, float]()
+    gone = [task.metadata.name for task in tasks if not results.holds(task, model.mteb_model_meta)]
+    if [about["scores"].pop(name) for name in gone if name in about["scores"]]:
+        write_json(scores_file, about)
 
     def run(task: AbsTask) -> tuple[AbsTask, float]:
         result = mteb.evaluate(model, [task], cache=results, show_progress_bar=False)

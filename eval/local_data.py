@@ -12,8 +12,18 @@ import datasets.config
 import xxhash
 
 
+def data_hash(folder: Path) -> str:
+    """A hash of the folder's path and of its files' names, sizes and times."""
+    folder = folder.resolve()
+    digest = xxhash.xxh3_64(str(folder).encode())
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        about = file.stat()
+        digest.update(f"{file.relative_to(folder)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
 def distinct_path(folder: Path) -> Path:
-    """A link to the folder whose name ends in a hash of its path and of its files' names, sizes and times.
+    """A link to the folder whose name ends in its :func:`data_hash`.
 
     The link is made in the library's cache, where the prepared copy goes too.
 
@@ -21,13 +31,9 @@ def distinct_path(folder: Path) -> Path:
         folder: holds data.
     """
     folder = folder.resolve()
-    digest = xxhash.xxh3_64(str(folder).encode())
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        about = file.stat()
-        digest.update(f"{file.relative_to(folder)} {about.st_size} {about.st_mtime_ns}\n".encode())
     links = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / ".anchor-folders"
     links.mkdir(parents=True, exist_ok=True)
-    link = links / f"{folder.name}-{digest.hexdigest()}"
+    link = links / f"{folder.name}-{data_hash(folder)}"
     with suppress(FileExistsError):  # made by an earlier run, or by another rank just now
         link.symlink_to(folder, target_is_directory=True)
     return link

@@ -4,11 +4,13 @@ With a data root, an offline copy by hub path (``DIR/mteb/scifact``; see :mod:`e
 and tasks whose data is missing are known before anything is embedded.
 """
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 import mteb
+import xxhash
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
@@ -16,7 +18,7 @@ from mteb.benchmarks.benchmark import Benchmark
 
 from anchor.errors import ConfigError, DataError
 from eval.advbench import ADVBENCH, AdvBenchIR, own_metadata
-from eval.local_data import distinct_path
+from eval.local_data import data_hash, distinct_path
 
 LITE_TASKS = (
     *("ArguAna", "ClimateFEVERHardNegatives", "AskUbuntuDupQuestions", "ArXivHierarchicalClusteringP2P"),
@@ -77,7 +79,8 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
     """The tasks whose data is there, and ``name (folder)`` of the others.
 
     Args:
-        tasks: their data's path is changed to the folder under ``data_root``.
+        tasks: their data's path is changed to the folder under ``data_root``, and the revision, which goes into the
+            results, gets the folder's hash.
         data_root: None: everything is left to mteb and the hub, except AdvBench-IR, which only exists offline.
     """
     there: list[AbsTask] = []
@@ -90,14 +93,25 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
         if absent:
             missing.append(f"{task.metadata.name} ({', '.join(map(str, absent))})")
             continue
+        if isinstance(task, AbsTaskAggregate):  # mteb makes its parts once, for all who ask
+            own = [copy.copy(part) for part in parts_of(task)]
+            task.metadata = task.metadata.model_copy(update={"tasks": own})
         for part in parts_of(task):
             folder = data_root / part.metadata.dataset["path"]
+            hashes = [data_hash(data_root / path) for path, _ in hub_datasets(part)]
             # AdvBench-IR finds its second folder beside the first, and reads both by such names itself.
             path = folder.resolve() if isinstance(part, AdvBenchIR) else distinct_path(folder)
-            dataset = {**part.metadata.dataset, "path": str(path)}
-            part.metadata = part.metadata.model_copy(update={"dataset": dataset})
+            _set_dataset(part, path=str(path), revision="-".join([part.metadata.revision, *hashes]))
+        if isinstance(task, AbsTaskAggregate):
+            revisions = " ".join(part.metadata.revision for part in parts_of(task))
+            digest = xxhash.xxh3_64_hexdigest(revisions.encode())
+            _set_dataset(task, revision=f"{task.metadata.revision}-{digest}")
         there.append(task)
     return there, missing
+
+
+def _set_dataset(task: AbsTask, **changes: str) -> None:
+    task.metadata = task.metadata.model_copy(update={"dataset": {**task.metadata.dataset, **changes}})
 
 
 def hub_datasets(task: AbsTask) -> list[tuple[str, str | None]]:
@@ -127,6 +141,8 @@ def local_retrieval_task(folder: Path) -> AbsTask:
             raise DataError(f"{folder}: no {name}; expected a retrieval task in MTEB's folder layout")
 
     class LocalRetrieval(AbsTaskRetrieval):
-        metadata = own_metadata(f"Local-{folder.resolve().name}", str(distinct_path(folder)))
+        metadata = own_metadata(
+            f"Local-{folder.resolve().name}", str(distinct_path(folder)), f"local-{data_hash(folder)}"
+        )
 
     return LocalRetrieval()

@@ -22,7 +22,7 @@ from eval.encoder import Encoder
 from eval.prompts import load_prompts
 from eval.ranks import RankedEncoder
 from eval.table import main_scores
-from eval.tasks import local_retrieval_task, tasks_by_name, with_data
+from eval.tasks import hub_datasets, local_retrieval_task, tasks_by_name, with_data
 from eval.texts import Source
 from eval.vectors import read_folder
 
@@ -201,6 +201,41 @@ def test_a_killed_evaluation_embeds_nothing_twice(export_dir, retrieval_folder, 
     assert len(asked) == 40
     run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path / "out", load_prompts("llm2vec_gen"))
     assert len(asked) > 40
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_whose_local_data_changed_is_scored_again(export_dir, tmp_path):
+    """mteb looks only at the name: another folder, or new judgements, got the score of what was there before."""
+    encoder, out = Encoder(export_dir, dtype="fp32"), tmp_path / "out"
+    folders = [write_retrieval(tmp_path / place / "small", seed, pairs=12) for seed, place in enumerate("ab")]
+    other = write_retrieval(tmp_path / "other", seed=3, pairs=12)
+
+    def score(folder: Path) -> float:
+        return run_tasks(encoder, [local_retrieval_task(folder)], out)[f"Local-{folder.name}"]
+
+    kept, first, second = score(other), score(folders[0]), score(folders[1])
+    assert second == run_tasks(encoder, [local_retrieval_task(folders[1])], tmp_path / "alone")["Local-small"] != first
+    wrong = [{"query-id": f"q{i}", "corpus-id": f"d{11 - i}", "score": 1} for i in range(10)]
+    write_jsonl(folders[1] / "qrels/test.jsonl", wrong)
+    encoder.embedder.causal_lm.get_input_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(DataError, match="not finite"):
+        score(folders[1])
+    assert main_scores(out) == {"Local-other": kept}  # an old score does not outlive its data
+    assert score(other) == kept
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_part_of_a_task_of_tasks_counts_as_its_data(tmp_path):
+    def revision() -> str:
+        (task,) = with_data(mteb.get_tasks(tasks=["CQADupstackRetrieval"]), tmp_path)[0]
+        return task.metadata.revision
+
+    for path, _ in hub_datasets(mteb.get_task("CQADupstackRetrieval")):
+        write_jsonl(tmp_path / path / "corpus.jsonl", [{}])
+    before = revision()
+    assert revision() == before
+    write_jsonl(tmp_path / path / "corpus.jsonl", [{}, {}])
+    assert revision() != before
 
 
 @pytest.mark.filterwarnings("ignore")
