@@ -11,6 +11,7 @@
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -79,7 +80,7 @@ class MtebEncoder(AbsEncoder):
             if self._cache is None:
                 return self._encoder.encode(texts, prompt)
             if name not in self._open:
-                self._open[name] = VectorCache(self._cache / self.revision / name.replace("/", "_"), self.revision)
+                self._open[name] = VectorCache(self._folder(self._cache, name), self.revision)
             return self._open[name].encode(self._encoder, texts, prompt)
 
     def prompt(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
@@ -103,12 +104,15 @@ class MtebEncoder(AbsEncoder):
             return {name: dict(self._used[name]) for name in names if name in self._used}
 
     def forget(self, task: AbsTask) -> None:
-        """Delete a task's vectors; call it when its result is saved."""
+        """Delete a task's vectors, also those that a killed run left; call it when its result is saved."""
         with self._turn:
             for part in parts_of(task):
-                cache = self._open.pop(part.metadata.name, None)
-                if cache is not None:
-                    cache.remove()
+                self._open.pop(part.metadata.name, None)
+                if self._cache is not None:
+                    shutil.rmtree(self._folder(self._cache, part.metadata.name), ignore_errors=True)
+
+    def _folder(self, cache: Path, task: str) -> Path:
+        return cache / self.revision / task.replace("/", "_")
 
     def _joined(self, instruction: str | None) -> str:
         if instruction is None:

@@ -5,7 +5,6 @@ renamed; blocks go when the task's result is saved. Equal texts of a task are em
 """
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,11 +53,6 @@ class VectorCache:
             vectors = encoder.encode([new[name] for name in block], prompt)
             self._write(Part(block, vectors, np.ones(len(block), dtype=np.float32)))
         return self._read(names, encoder.dimension)
-
-    def remove(self) -> None:
-        """Delete the blocks."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._where.clear()
 
     def _write(self, part: Part) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

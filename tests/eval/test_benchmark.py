@@ -204,6 +204,24 @@ def test_a_killed_evaluation_embeds_nothing_twice(export_dir, retrieval_folder, 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_vectors_that_a_kill_left_behind_a_saved_result_are_deleted(
+    export_dir, retrieval_folder, tmp_path, monkeypatch
+):
+    def killed(*_):
+        raise Killed
+
+    encoder, out = Encoder(export_dir, dtype="fp32"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(MtebEncoder, "forget", killed)
+        with pytest.raises(Killed):
+            run_tasks(encoder, [local_retrieval_task(retrieval_folder)], out)
+    assert list(out.rglob("Local-small.json"))
+    assert list(out.rglob("block-*.safetensors"))
+    run_tasks(encoder, [local_retrieval_task(retrieval_folder)], out)
+    assert not list((out / "cache").rglob("block-*.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_task_whose_local_data_changed_is_scored_again(export_dir, tmp_path):
     """mteb looks only at the name: another folder, or new judgements, got the score of what was there before."""
     encoder, out = Encoder(export_dir, dtype="fp32"), tmp_path / "out"
