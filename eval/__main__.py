@@ -224,10 +224,12 @@ def _embed(arguments: argparse.Namespace) -> None:
 def _decode(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from eval.decode import Decoder, means, read_pairs, write_decoded
+    from eval.decode import Decoder, check_output, means, read_pairs, write_decoded
     from eval.opening import open_encoder
     from eval.texts import Source, read_texts
 
+    if arguments.output is not None:
+        check_output(arguments.output, overwrite=arguments.overwrite)
     encoder = open_encoder(
         arguments.model, dtype=arguments.dtype, pack_tokens=arguments.pack_tokens, base=arguments.base
     )

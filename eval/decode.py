@@ -11,6 +11,7 @@ which they cannot be had back, so stored vectors are not decoded.
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -212,15 +213,23 @@ def means(decoded: Sequence[Decoded]) -> dict[str, tuple[float, float, int]]:
 
 
 def write_decoded(path: Path, decoded: Sequence[Decoded], *, overwrite: bool) -> None:
-    """One JSON line per decoded embedding.
+    """One JSON line per decoded embedding, beside and renamed; errors as :func:`check_output`."""
+    check_output(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(_lines(decoded)), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that may not be written; call it before the work too.
 
     Raises:
         ConfigError: the file exists.
     """
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path}: exists; choose another --output or add --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(_lines(decoded)), encoding="utf-8")
+    if path.exists() and not (overwrite and path.is_file()):
+        what = "exists; choose another --output or add --overwrite" if path.is_file() else "a folder; name a file"
+        raise ConfigError(f"{path}: {what}")
 
 
 def _lines(decoded: Sequence[Decoded]) -> Iterator[str]:

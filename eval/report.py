@@ -16,6 +16,7 @@ from markupsafe import Markup
 from mteb.benchmarks.benchmark import Benchmark
 
 from anchor.errors import ConfigError
+from eval.decode import check_output
 from eval.encoder import TextEncoder
 from eval.plots import curves
 from eval.report_data import Run, commit_of, final_values, look_at_labels, look_at_pairs, read_decoded
@@ -68,8 +69,7 @@ def write_report(
     Raises:
         ConfigError: the file exists, or two runs have one label.
     """
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output}: exists; choose another --output or add --overwrite")
+    check_output(output, overwrite=overwrite)
     labels = [run.label for run in runs]
     for label in labels:
         if labels.count(label) > 1:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import english_pairs, write_jsonl
 
-from anchor.errors import DataError, ModelError
+from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.reconstructor import generate_from_prefixes
 from eval.__main__ import main
-from eval.decode import Decoder, means, overlap, read_pairs
+from eval.decode import Decoded, Decoder, means, overlap, read_pairs, write_decoded
 from eval.embed import Options, embed
 from eval.encoder import Encoder
 from eval.texts import Source
@@ -88,7 +88,7 @@ def test_overlap_is_the_f1_of_words_and_of_their_longest_common_subsequence():
     assert overlap("a", "b") == (0.0, 0.0)
 
 
-def test_pairs_are_decoded_both_ways_and_scored(encoder, tmp_path, capsys):
+def test_pairs_are_decoded_both_ways_and_scored(encoder, tmp_path, monkeypatch, capsys):
     path = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
     out = tmp_path / "decoded.jsonl"
     command = ["decode", str(encoder.folder), "--pairs", str(path), "--max-new-tokens", "5", "--output", str(out)]
@@ -98,9 +98,28 @@ def test_pairs_are_decoded_both_ways_and_scored(encoder, tmp_path, capsys):
     assert rows[0]["source"] == rows[5]["reference"] == PAIRS[0]["positive"]
     assert rows[0]["reference"] == rows[5]["source"] == PAIRS[0]["query"]
     assert "over 5 pairs" in capsys.readouterr().out
+    # A file that exists is refused before anything is decoded.
+    monkeypatch.setattr(Decoder, "texts", lambda *_: pytest.fail("decoded"))
     with pytest.raises(SystemExit):
         main(command)
     assert "exists; choose another --output or add --overwrite" in capsys.readouterr().err
+
+
+def test_a_failure_while_writing_keeps_the_file_that_was_there(tmp_path, monkeypatch):
+    def cut_short(self, text, **_):
+        self.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    out = tmp_path / "d.jsonl"
+    write_decoded(out, [Decoded("a", "b")], overwrite=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(out), "write_text", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            write_decoded(out, [Decoded("c", "d")], overwrite=True)
+    assert json.loads(out.read_text()) == {"source": "a", "decoded": "b"}
+    with pytest.raises(ConfigError) as error:
+        write_decoded(tmp_path, [], overwrite=True)
+    assert str(error.value) == f"{tmp_path}: a folder; name a file"
 
 
 def test_means_are_per_direction(encoder):
