@@ -6,12 +6,14 @@ stated (``optim.decay_steps``), so that a run may stop at every step of the curv
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import TrainRecipe
+from anchor.data.index import index_hash
 from launch.study.prepare import StudyData, pack_recipe
 from launch.study.recipe import Arm, ArmsRecipe, StudyRecipe
 
@@ -99,6 +101,23 @@ class StudyPlan:
             f"backbone.path={start}",
             *schedule,
         ]
+
+    def run_settings(self, cell: Cell, more: Sequence[str] = ()) -> dict[str, Any]:
+        """All that decides the weights of a cell's run at whatever step: recipe, shards, what it starts from.
+
+        Args:
+            cell: any of the run.
+            more: further overrides.
+        """
+        recipe = load_recipe(self.recipe_file(cell.arm), TrainRecipe, [*self.overrides(cell), *more])
+        settings = recipe.model_dump(mode="json", exclude={"output_dir": True, "data": {"shards"}})
+        del settings["backbone"]["path"], settings["optim"]["total_steps"]
+        settings = {"arm": cell.arm, **settings, "data_index_sha256": index_hash(self.data.shards)}
+        after = self.arm(cell.arm).after
+        if after is None:
+            return settings | {"base": self.study.base}
+        last = self.cells(after, cell.seed)[-1]
+        return settings | {"after": {"total_steps": last.step, **self.run_settings(last)}}
 
     def settings_sha256(self, cell: Cell) -> str:
         """Of all that decides a cell's numbers but where things lie: recipes, its predecessors', data, evaluation."""

@@ -19,6 +19,7 @@ from anchor.errors import ConfigError
 from eval.vectors import write_json
 from launch.study.plan import Cell, StudyPlan
 from launch.study.programs import locked, run, shown, training
+from launch.study.settings import keep_settings
 from launch.study.tables import write_tables
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,10 @@ def train(plan: StudyPlan, cell: Cell, more: Sequence[str] = ()) -> None:
     Args:
         plan, cell: what.
         more: further overrides, which make another run of it.
+
+    Raises:
+        ConfigError: a folder of a run with other settings.
+        TrainingError: the run failed.
     """
     recipe = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more])
     with locked(recipe.output_dir) as lock:
@@ -117,10 +122,11 @@ def train(plan: StudyPlan, cell: Cell, more: Sequence[str] = ()) -> None:
 def _train(plan: StudyPlan, cell: Cell, lock: int, more: Sequence[str] = ()) -> Path:
     """The export, under the lock of its run."""
     arm = plan.arm(cell.arm)
+    folder = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more]).output_dir
+    keep_settings(folder, plan.run_settings(cell, more))
     if arm.after is not None:
         train(plan, plan.cells(arm.after, cell.seed)[-1])
     command = training(plan.recipe_file(cell.arm), [*plan.overrides(cell), *more], plan.study.ranks)
-    folder = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more]).output_dir
     if _exported_step(folder / "export") != cell.step:
         if any(int(path.name[5:]) > cell.step for path in (folder / "checkpoints").glob("step-*")):
             log.info("%s: is further than step %d; trained again", folder, cell.step)

@@ -22,6 +22,7 @@ from conftest import english_pairs, write_jsonl
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import E5Source, PackRecipe, TrainRecipe
+from anchor.errors import ConfigError
 from launch.study import run as study_run
 from launch.study.__main__ import main
 from launch.study.plan import Cell, StudyPlan
@@ -241,8 +242,11 @@ def test_an_arm_that_names_no_arm_above_it_is_refused(scale: Path) -> None:
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def events(scale: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a study locks and runs, in order."""
+    shards = plan_of(scale).data.shards
+    shards.mkdir(parents=True)
+    (shards / "index.json").write_text("{}")
     happened: list[str] = []
 
     def run(command: list[str], log_file: Path, lock: int) -> None:
@@ -257,12 +261,16 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         else:
             happened.append(f"{command[3]} {command[4]}")
             output = Path(command[command.index("--output") + 1])
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "scores.json").write_text(json.dumps({"scores": {"A": 0.5}}))
+            if command[3] == "decode":
+                write_jsonl(output, [{"reference": "a", "decoded": "a", "token_f1": 1.0, "rouge_l": 1.0}])
+            else:
+                output.mkdir(exist_ok=True)
+                (output / "scores.json").write_text(json.dumps({"scores": {"A": 0.5}}))
 
     @contextmanager
     def locked(folder: Path) -> Iterator[int]:
         happened.append(f"lock {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
         yield 0
         happened.append(f"unlock {folder}")
 
@@ -281,6 +289,45 @@ def test_a_cell_is_trained_and_scored_under_one_lock(scale: Path, events: list[s
     second = [*start_, f"unlock {before}", f"train {own} to 3"]
     scored = [f"mteb {own / 'export'}", f"unlock {own}"]
     assert events == [*first, *scored, *second, *scored]
+
+
+def test_a_run_of_other_settings_is_neither_used_nor_deleted(scale: Path, events: list[str]) -> None:
+    plan = plan_of(scale)
+    index = plan.data.shards / "index.json"
+    study_run.run_study(plan, ["stage1_stage2"], [0])
+    shutil.rmtree(plan.study.results_dir)
+    del events[:]
+    study_run.run_study(plan, ["stage1"], [0])  # the same settings: its export is used
+    own, before = plan.run_folder("stage1_stage2", 0), plan.run_folder("stage1", 0)
+    assert [event for event in events if "train" in event] == []
+    recipe = scale.parent / "stage1.yaml"
+    text = recipe.read_text()
+    changes = [
+        (recipe, text.replace("alpha: 0.2", "alpha: 0.3"), "objective.alpha was 0.2, is 0.3"),
+        (index, "[]", "data_index_sha256 was "),
+        (scale, scale.read_text().replace("\nbase: ", "\nbase: else"), "base was "),
+        (scale, scale.read_text().replace("stage1_steps: 2", "stage1_steps: 4"), "optim.decay_steps was 2, is 4"),
+    ]
+    for file, changed, differs in changes:
+        kept = file.read_text()
+        file.write_text(changed)
+        assert changed != kept
+        shutil.rmtree(plan.study.results_dir, ignore_errors=True)
+        for arm, folder in (("stage1", before), ("stage1_stage2", own)):
+            with pytest.raises(ConfigError) as caught:
+                study_run.run_study(plan_of(scale), [arm], [0])
+            assert str(caught.value).startswith(f"{folder}: made with other settings: ")
+            assert differs in str(caught.value)
+            assert str(caught.value).endswith(f"; delete {folder} or choose another work_dir")
+        file.write_text(kept)
+    assert (own / "export/anchor.json").is_file()
+    (own / "settings.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        study_run.run_study(plan, ["stage1_stage2"], [0])
+    assert str(caught.value) == (
+        f"{own}: made with settings that are not known, it has no settings.json; "
+        f"delete {own} or choose another work_dir"
+    )
 
 
 def test_a_cell_that_another_process_finished_meanwhile_is_not_run(
