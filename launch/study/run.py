@@ -158,11 +158,15 @@ def decoding(plan: StudyPlan, cell: Cell) -> list[str]:
 
 def commands(plan: StudyPlan, cell: Cell) -> list[str]:
     """What makes a cell by hand, in order, once the data is prepared."""
-    arm = plan.arm(cell.arm)
-    first = commands(plan, plan.cells(arm.after, cell.seed)[-1])[:1] if arm.after is not None else []
-    own = [training(plan.recipe_file(cell.arm), plan.overrides(cell), plan.study.ranks), scoring(plan, cell)]
-    own += [decoding(plan, cell)] if arm.decoded and cell.final else []
-    return [*first, *map(shown, own)]
+    lines = [*_trainings(plan, cell), scoring(plan, cell)]
+    lines += [decoding(plan, cell)] if plan.arm(cell.arm).decoded and cell.final else []
+    return [shown(line) for line in lines]
+
+
+def _trainings(plan: StudyPlan, cell: Cell) -> list[list[str]]:
+    after = plan.arm(cell.arm).after
+    before = [] if after is None else _trainings(plan, plan.cells(after, cell.seed)[-1])
+    return [*before, training(plan.recipe_file(cell.arm), plan.overrides(cell), plan.study.ranks)]
 
 
 def _scores(plan: StudyPlan, cell: Cell, export: Path, lock: int) -> dict[str, float]:

@@ -120,6 +120,17 @@ def test_the_commands_of_a_row_are_whole(scale: Path) -> None:
     assert str(plan.run_folder("stage1_stage2", 0) / "export") in shlex.split(score)
 
 
+def test_the_commands_of_a_row_train_every_arm_of_a_chain(scale: Path) -> None:
+    with (scale.parent / "arms.yaml").open("a") as file:
+        file.write("  third: {label: third, after: stage1_stage2, recipe: stage2, steps: stage2}\n")
+    plan = plan_of(scale)
+    lines = commands(plan, plan.cells("third", 0)[-1])
+    trained = [word for line in lines for word in shlex.split(line) if word.startswith("output_dir=")]
+    names = ("stage1", "stage1_stage2", "third")
+    assert trained == [f"output_dir={plan.run_folder(name, 0)}" for name in names]
+    assert len(lines) == len(names) + 1  # and the last one is scored
+
+
 def write_result(plan: StudyPlan, cell: Cell, score: float, **changes: Any) -> Path:
     cost = {"steps": cell.step, "pairs": 8, "tokens": 1000, "training_seconds": 60.0, "petaflops": 2.0}
     arm = plan.arm(cell.arm)
