@@ -24,7 +24,7 @@ class Cell:
 
     Attributes:
         arm: name.
-        seed: of order, dropout and adapters.
+        seed: the study's; :meth:`StudyPlan.recipe_seed` is the run's.
         step: steps of the arm's own run.
         final: whether that is its last.
     """
@@ -84,6 +84,14 @@ class StudyPlan:
     def recipe_file(self, name: str) -> Path:
         return self.study.recipes / f"{self.arm(name).recipe}.yaml"
 
+    def recipe_seed(self, cell: Cell) -> int:
+        """Of batch order, dropout and adapters: 2 x seed in Stage I, one more in Stage II.
+
+        With Stage I's own order, Stage II would only repeat the batches that Stage I began with, while the longer
+        control saw others. All arms of a seed have the same order in Stage II.
+        """
+        return 2 * cell.seed + self.arm(cell.arm).has_curve
+
     def overrides(self, cell: Cell) -> list[str]:
         """What the training command of a cell replaces in its recipe."""
         arm, last = self.arm(cell.arm), self.steps(cell.arm) or 0
@@ -96,7 +104,7 @@ class StudyPlan:
             *self.study.train,
             *arm.overrides,
             f"output_dir={self.run_folder(cell.arm, cell.seed)}",
-            f"seed={cell.seed}",
+            f"seed={self.recipe_seed(cell)}",
             f"data.shards={self.data.shards}",
             f"backbone.path={start}",
             *schedule,

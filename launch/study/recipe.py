@@ -96,7 +96,7 @@ class StudyRecipe(Section):
     results_dir: Path
     """Folder of the cells' JSON, tables and plots."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    """Seeds of the batch order, of dropout and of the adapters."""
+    """What the seeds of batch order, dropout and adapters follow from, another one for each stage."""
     ranks: PositiveInt
     """Processes of a training run on this machine; several are started by DeepSpeed's launcher."""
     stage1_steps: PositiveInt

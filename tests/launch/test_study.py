@@ -106,6 +106,20 @@ def test_the_horizon_of_a_curve_is_its_last_step(scale: Path) -> None:
     assert plan.seeds("untrained") == (0,)
 
 
+def test_stage_2_has_an_order_of_its_own_that_all_its_arms_share(scale: Path) -> None:
+    plan = plan_of(scale, stage2_long=5, stage2_full_long=4)
+
+    def seed_of(name: str, seed: int) -> int:
+        cell = plan.cells(name, seed)[-1]
+        return load_recipe(plan.recipe_file(name), TrainRecipe, plan.overrides(cell)).seed
+
+    first, second = ([seed_of(name, seed) for seed in range(4)] for name in ("stage1", "stage1_stage2"))
+    assert len({*first, *second}) == 8
+    for name in ("stage2", "stage2_long", "stage2_full_long", "language_model_stage2"):
+        assert [seed_of(name, seed) for seed in range(4)] == second
+    assert [seed_of("language_model", seed) for seed in range(4)] == first
+
+
 def test_arms_of_equal_compute_await_their_flops(scale: Path) -> None:
     assert plan_of(scale).cells("stage2_long", 0) == []
     assert [cell.step for cell in plan_of(scale, stage2_long=5).cells("stage2_long", 0)] == [1, 5]
