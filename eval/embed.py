@@ -63,7 +63,7 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
         source: the texts; standard input only on one rank.
         output: the folder; what an unfinished run of the same job left there is kept.
         options: how.
-        overwrite: begin again where the folder holds other vectors.
+        overwrite: begin again where the folder holds other vectors; whole parts of the same job and texts are kept.
 
     Raises:
         AnchorError: bad input, unknown prompt, folder in use, vector that is not finite.
@@ -86,8 +86,7 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
         path = _part(parts, block.number)
         if block.number % world_size != rank:
             continue
-        if path.is_file():
-            read_part(path, keys[-1])
+        if _is_there(path, keys[-1], overwrite):
             kept += 1
             continue
         _embed_block(encoder, source, block, path, job)
@@ -131,7 +130,8 @@ def _claim(output: Path, job: dict[str, Any], overwrite: bool) -> None:
     parts = output / _PARTS
     if output.is_dir() and any(output.iterdir()):
         if overwrite:
-            shutil.rmtree(parts, ignore_errors=True)
+            if not _is_job(parts / _JOB, job):
+                shutil.rmtree(parts, ignore_errors=True)
             for name in _OURS:
                 (output / name).unlink(missing_ok=True)
         elif (output / MANIFEST).is_file():
@@ -154,6 +154,28 @@ def _read_job(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not readable; add --overwrite to begin again") from error
+
+
+def _is_job(path: Path, job: dict[str, Any]) -> bool:
+    """Whether the parts beside are of this job: then `--overwrite`, repeated after a kill, goes on behind them."""
+    try:
+        return path.is_file() and _read_job(path) == job
+    except DataError:
+        return False
+
+
+def _is_there(path: Path, key: str, overwrite: bool) -> bool:
+    """Whether a part is made already.
+
+    Raises:
+        DataError: damaged, or of other texts; with ``overwrite`` it is made again.
+    """
+    try:
+        return path.is_file() and bool(read_part(path, key).ids)
+    except DataError:
+        if not overwrite:
+            raise
+        return False
 
 
 def _check_same(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

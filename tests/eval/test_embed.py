@@ -125,6 +125,39 @@ def test_finished_folders_and_others_files_are_kept_unless_asked(encoder, source
         embed(encoder, source, tmp_path / "other", Options())
 
 
+def test_overwriting_killed_and_repeated_embeds_nothing_twice(encoder, source, tmp_path, monkeypatch):
+    """Each repetition removed the parts of the one before."""
+    asked: list[str] = []
+    real = Encoder.states
+
+    def counted(self, texts, prompt=""):
+        if len(asked) == limit:
+            raise Killed
+        asked.extend(texts)
+        return real(self, texts, prompt)
+
+    out, options, limit = tmp_path / "out", Options(shard_texts=10), 20
+    embed(encoder, source, out, Options())
+    monkeypatch.setattr(Encoder, "states", counted)
+    with pytest.raises(Killed):
+        embed(encoder, source, out, options, overwrite=True)
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        read_folder(out)
+    limit = 40
+    with pytest.raises(Killed):
+        embed(encoder, source, out, options, overwrite=True)
+    assert asked == TEXTS[:40]
+    # Parts of other texts, and damaged ones, are made again.
+    source.path.write_text(source.path.read_text().replace(ROWS[0]["text"], "another text"))
+    (out / ".parts/part-000001.safetensors").write_bytes(b"")
+    limit = None
+    embed(encoder, source, out, options, overwrite=True)
+    assert asked[40:] == ["another text", *TEXTS[1:20], *TEXTS[40:]]
+    monkeypatch.undo()
+    embed(encoder, source, tmp_path / "whole", options)
+    np.testing.assert_array_equal(read_folder(out).embeddings, read_folder(tmp_path / "whole").embeddings)
+
+
 def test_raw_states_are_stored_as_they_are(encoder, source, tmp_path):
     embed(encoder, source, tmp_path / "raw", Options(normalize=False))
     np.testing.assert_allclose(read_folder(tmp_path / "raw").embeddings, encoder.states(TEXTS), atol=1e-4)
