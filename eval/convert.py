@@ -3,13 +3,16 @@
 1. :mod:`eval.original` reads rows, projections and adapter; the base must be at hand and be the one they belong to.
 2. The tokenizer gets what the authors' code did to every text: white space at its ends goes, the special tokens come
    behind it. Their names inside a text are ordinary text here, as everywhere in this project.
-3. The folder is written beside and renamed. Its vectors are those of the original, and so are its decoded texts.
+3. The folder is written beside and renamed. Its vectors are those of the original, and so are its decoded texts. Only
+   a folder that this command made is ever replaced.
 """
 
 import logging
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -26,7 +29,7 @@ from anchor.models.attention import implementation
 from anchor.models.backbone import load_causal_lm, read_config
 from anchor.models.special_tokens import base_fingerprint
 from anchor.models.special_tokens_folder import ADAPTER_NAME, find_base
-from eval.original import Original, read_original
+from eval.original import Original, read_json, read_original
 
 log = logging.getLogger(__name__)
 
@@ -65,25 +68,18 @@ def convert(
         output: the new folder.
         base: where the base model lies; where ``run_config.yml`` says when None.
         max_tokens: longest text that the new folder embeds, special tokens included.
-        overwrite: replace the new folder.
+        overwrite: replace an output that this function made.
 
     Raises:
         ModelError: unreadable, unsupported, or with a base that is missing or another one.
-        ConfigError: the output exists.
+        ConfigError: the output exists, or is, holds or lies in the folder or the base.
     """
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output}: exists; choose another --output or add --overwrite")
     original = read_original(folder)
     path = find_base(folder, base or original.base)
+    _check_output(output, folder, path, overwrite=overwrite)
     causal_lm = load_causal_lm(path, torch.bfloat16, implementation("segments", "cpu"))
     _check_base(folder, original, causal_lm, path)
     tokenizer, template, end_token_id = _tokenizer(folder, original, max_tokens)
-    beside = output.with_name(output.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    tokenizer.save_pretrained(beside)
-    weights = {"rows": original.rows, **original.projections}
-    write_special_tokens_files(beside, weights, read_config(path), PROMPTS, max_tokens)
     about: dict[str, Any] = {
         "objective": "self_supervised",
         "template": template.to_json(),
@@ -98,14 +94,52 @@ def convert(
         "dimension": len(original.projections["alignment.bias"]),
         "converted": {"from": str(folder.resolve()), "layout": "LLM2Vec-Gen", "run_config": original.run},
     }
-    if original.lora:
-        _write_adapter(beside / ADAPTER_NAME, original, causal_lm.base_model_prefix, path)
     card = _CARD.format(base=path, count=len(original.names), dimension=about["dimension"], origin=folder.name)
-    (beside / "README.md").write_text(card, encoding="utf-8")
-    write_json_files(beside, {"anchor.json": about})
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(beside, output)
+    with _written_beside(output) as beside:
+        tokenizer.save_pretrained(beside)
+        weights = {"rows": original.rows, **original.projections}
+        write_special_tokens_files(beside, weights, read_config(path), PROMPTS, max_tokens)
+        if original.lora:
+            _write_adapter(beside / ADAPTER_NAME, original, causal_lm.base_model_prefix, path)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        write_json_files(beside, {"anchor.json": about})
     log.info("%s: %d special tokens over %s, vectors of %d", output, len(original.names), path, about["dimension"])
+
+
+def _check_output(output: Path, folder: Path, base: str, *, overwrite: bool) -> None:
+    """Refuse an output whose replacement would lose files that this command did not make."""
+    place = output.resolve()
+    for what, path in (("model", folder), ("base", Path(base))):
+        other = path.resolve()
+        if path.exists() and (place.is_relative_to(other) or other.is_relative_to(place)):
+            raise ConfigError(f"{output}: is, holds or lies in the {what} {path}; choose another --output")
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise ConfigError(f"{output}: not a folder; choose another --output")
+    if not overwrite:
+        raise ConfigError(f"{output}: exists; choose another --output or add --overwrite")
+    about = output / "anchor.json"
+    if not about.is_file() or "converted" not in read_json(about):
+        raise ConfigError(f"{output}: not made by `eval convert`, so it is not overwritten; choose another --output")
+
+
+@contextmanager
+def _written_beside(output: Path) -> Iterator[Path]:
+    """A new folder that takes the output's place once it is whole; what was there goes then."""
+    place = output.resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        holder = TemporaryDirectory(prefix=f"{place.name}.", dir=place.parent)
+    except OSError as error:
+        raise ConfigError(f"{output}: no folder can be made: {error.strerror}; choose another --output") from error
+    with holder as name:
+        new = Path(name) / "new"
+        new.mkdir()
+        yield new
+        if place.exists():
+            place.rename(Path(name) / "old")
+        new.rename(place)
 
 
 def _check_base(folder: Path, original: Original, causal_lm: PreTrainedModel, path: str) -> None:

@@ -67,14 +67,14 @@ def read_original(folder: Path) -> Original:
     for name in _FILES:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no {name}; expected a model folder as LLM2Vec-Gen's authors publish it")
-    run, adapter = _read_yaml(folder / "run_config.yml"), _read_json(folder / "encoder/adapter_config.json")
+    run, adapter = _read_yaml(folder / "run_config.yml"), read_json(folder / "encoder/adapter_config.json")
     names = run.get("special_tokens")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{folder / 'run_config.yml'}: special_tokens is {names!r}, expected a list of names")
     _check_layout(folder, len(names))
     token_ids = _token_ids(folder / "encoder/adapter_config.json", adapter, len(names))
     rows, embeddings, lora = _read_adapter(folder / "encoder/adapter_model.safetensors", adapter["peft_type"])
-    config = _read_json(folder / "encoder/config.json")
+    config = read_json(folder / "encoder/config.json")
     hidden_size = config.get("hidden_size")
     if tuple(rows.shape) != (len(names), hidden_size):
         raise ModelError(
@@ -106,7 +106,7 @@ def read_original(folder: Path) -> Original:
 
 def _check_layout(folder: Path, count: int) -> None:
     file = folder / "encoder_decoder_config.json"
-    config = _read_json(file)
+    config = read_json(file)
     if config.get("save_decoder"):
         raise ModelError(f"{file}: save_decoder is true; a folder with a decoder of its own is not supported")
     mode = str(config.get("encoding_mode"))
@@ -208,7 +208,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: it holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -4,6 +4,7 @@ or not supported is one line."""
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from anchor.errors import ConfigError, ModelError
+from anchor.errors import ModelError
 from eval.__main__ import main
 from eval.convert import convert
 from eval.decode import Decoder
@@ -138,9 +139,53 @@ def test_the_folder_says_what_it_came_from(rows_only, tmp_path, tiny_untied_mode
     tokens = encoder.backend.encode(" word " * 50).tokens
     assert len(tokens) == 20
     assert tokens[-P:] == NAMES
-    with pytest.raises(ConfigError, match="exists; choose another --output or add --overwrite"):
-        convert(rows_only, tmp_path / "ours")
-    convert(rows_only, tmp_path / "ours", overwrite=True)
+
+
+def refused_output(capsys, original: Path, output: Path, *options: str) -> str:
+    """The one line, behind the name of the output; nothing in the output's neighbourhood has changed."""
+    around = original.parent
+    before = {file: file.read_bytes() for file in around.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(original), "--output", str(output), *options])
+    assert stop.value.code == 2
+    assert {file: file.read_bytes() for file in around.rglob("*") if file.is_file()} == before
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {output}: ")
+    return line.removeprefix(f"error: {output}: ")
+
+
+def test_only_a_folder_that_convert_made_is_replaced(rows_only, tmp_path, tiny_untied_model_dir, capsys):
+    base = shutil.copytree(tiny_untied_model_dir, tmp_path / "bases/base")
+    options = ("--base", str(base), "--overwrite")
+    for what, path in (("model", rows_only), ("base", base)):
+        overlaps = f"is, holds or lies in the {what} {path}; choose another --output"
+        for output in (path, path.parent, path / "ours", path / "x" / ".."):
+            assert refused_output(capsys, rows_only, output, *options) in (
+                overlaps,
+                f"is, holds or lies in the model {rows_only}; choose another --output",  # above both
+            )
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("the only copy")
+    not_made = "not made by `eval convert`, so it is not overwritten; choose another --output"
+    assert refused_output(capsys, rows_only, foreign, *options) == not_made
+    (foreign / "anchor.json").write_text('{"objective": "self_supervised"}')
+    assert refused_output(capsys, rows_only, foreign, *options) == not_made
+    thesis = foreign / "thesis.txt"
+    assert refused_output(capsys, rows_only, thesis, *options) == "not a folder; choose another --output"
+    assert refused_output(capsys, rows_only, thesis / "ours", *options) == (
+        "no folder can be made: File exists; choose another --output"
+    )
+    output, neighbour = tmp_path / "new/ours", tmp_path / "new/ours.tmp"
+    neighbour.mkdir(parents=True)
+    main(["convert", str(rows_only), "--output", str(output), "--base", str(base)])
+    exists = "exists; choose another --output or add --overwrite"
+    assert refused_output(capsys, rows_only, output, "--base", str(base)) == exists
+    (output / "from_before").touch()
+    main(["convert", str(rows_only), "--output", str(output), *options])
+    assert (output / "anchor.json").is_file()
+    assert not (output / "from_before").exists()
+    assert sorted((tmp_path / "new").iterdir()) == [output, neighbour]
 
 
 class Evil:
