@@ -64,6 +64,12 @@ def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
             raise ConfigError(
                 f"{file}: made with other settings than the recipes now say; delete it, or choose another results_dir"
             )
+    files = plan.study.results_dir.glob(f"{name}-seed{seed}-step*.json")
+    for file in sorted(set(files) - {result_file(plan, cell) for cell in plan.cells(name, seed)[-1:]}):
+        if plan.cells(name, seed) and json.loads(file.read_text(encoding="utf-8"))["final"]:
+            raise ConfigError(
+                f"{file}: the last step of a study of other settings; delete it, or choose another results_dir"
+            )
     return out
 
 

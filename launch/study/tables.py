@@ -4,8 +4,9 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from anchor.errors import ConfigError
 from launch.study.plots import Curve, draw_curves
 from launch.study.recipe import ArmsRecipe
 
@@ -35,12 +36,17 @@ def score_of(result: Result, task: str) -> float:
 
 
 def write_tables(folder: Path, arms: ArmsRecipe) -> Path | None:
-    """Write ``tables.md``, ``curves.svg`` and ``curves.png``; None where there is no result yet."""
+    """Write ``tables.md``, ``curves.svg`` and ``curves.png``; None where there is no result yet.
+
+    Raises:
+        ConfigError: results that no one table can hold.
+    """
     results = [result for result in read_results(folder) if result["arm"] in arms.arms]
     if not results:
         return None
     order = list(arms.arms)
     results.sort(key=lambda r: (order.index(r["arm"]), r["seed"], r["step"]))
+    _refuse_mixed(folder, results)
     tasks = [*dict.fromkeys(task for result in results for task in result["scores"]), MEAN]
     parts = [
         "Scores x 100, mean ± standard deviation over seeds.",
@@ -59,6 +65,22 @@ def write_tables(folder: Path, arms: ArmsRecipe) -> Path | None:
     if any(curves.values()):
         draw_curves(curves, folder / "curves")
     return path
+
+
+def _refuse_mixed(folder: Path, results: Sequence[Result]) -> None:
+    """An arm and a seed end once, and all were trained on the same shards."""
+    ends: dict[tuple[str, int], Result] = {}
+    for result in results:
+        other = ends.setdefault((result["arm"], result["seed"]), result) if result["final"] else result
+        if other is not result:
+            _refuse(folder, other, result, "are both the last of their arm and seed")
+        if result["data_index_sha256"] != results[0]["data_index_sha256"]:
+            _refuse(folder, results[0], result, "are of different shards (data_index_sha256)")
+
+
+def _refuse(folder: Path, first: Result, second: Result, what: str) -> NoReturn:
+    names = (f"{r['arm']}-seed{r['seed']}-step{r['step']}.json" for r in (first, second))
+    raise ConfigError(f"{folder}: {' and '.join(names)} {what}; delete one, or choose another results_dir")
 
 
 def _by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:

@@ -156,7 +156,13 @@ def write_result(plan: StudyPlan, cell: Cell, score: float, **changes: Any) -> P
     result = {
         **{"arm": cell.arm, "label": arm.label, "after": arm.after, "seed": cell.seed, "step": cell.step},
         **{"final": cell.final, "curve": arm.has_curve, "scores": {"A": score, "B": score / 2}},
-        **{"own": cost, "with_before": cost, "decoded": None, "settings_sha256": plan.settings_sha256(cell)},
+        **{
+            "data_index_sha256": "a",
+            "own": cost,
+            "with_before": cost,
+            "decoded": None,
+            "settings_sha256": plan.settings_sha256(cell),
+        },
     }
     file = result_file(plan, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -226,6 +232,39 @@ def test_a_result_of_other_settings_is_refused(scored: StudyPlan, scale: Path, c
     assert exit_.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {file}: made with other settings than the recipes now say; delete it, or choose another results_dir"
+    )
+
+
+def test_one_table_does_not_hold_two_last_steps_of_a_seed(scored: StudyPlan, scale: Path, capsys) -> None:
+    scale.write_text(scale.read_text().replace("stage2_steps: 3", "stage2_steps: 4"))
+    longer = plan_of(scale)
+    old, new = (result_file(plan, plan.cells("stage2", 0)[-1]) for plan in (scored, longer))
+    with pytest.raises(ConfigError) as caught:  # before anything is trained
+        missing(longer, "stage2", 0)
+    end = "delete it, or choose another results_dir"
+    assert str(caught.value).endswith(f"-step1.json: made with other settings than the recipes now say; {end}")
+    for cell in longer.cells("stage2", 0):
+        write_result(longer, cell, 0.5)
+    with pytest.raises(ConfigError) as caught:
+        missing(longer, "stage2", 0)
+    assert str(caught.value) == f"{old}: the last step of a study of other settings; {end}"
+    with pytest.raises(SystemExit) as exit_:
+        main([str(scale), "--tables"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {old.parent}: {old.name} and {new.name} are both the last of their arm and seed; "
+        "delete one, or choose another results_dir"
+    )
+
+
+def test_one_table_does_not_hold_results_of_different_shards(scored: StudyPlan, scale: Path, capsys) -> None:
+    file = write_result(scored, scored.cells("stage1", 0)[0], 0.2, data_index_sha256="b")
+    with pytest.raises(SystemExit) as exit_:
+        main([str(scale), "--tables"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {file.parent}: untrained-seed0-step0.json and {file.name} are of different shards "
+        "(data_index_sha256); delete one, or choose another results_dir"
     )
 
 
