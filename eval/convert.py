@@ -72,14 +72,17 @@ def convert(
 
     Raises:
         ModelError: unreadable, unsupported, or with a base that is missing or another one.
-        ConfigError: the output exists, or is, holds or lies in the folder or the base.
+        ConfigError: the output exists, or is, holds or lies in the folder or the base; no room for text.
     """
     original = read_original(folder)
     path = find_base(folder, base or original.base)
     _check_output(output, folder, path, overwrite=overwrite)
+    tokenizer, template, end_token_id = _tokenizer(folder, original)
+    taken = tokenizer.backend_tokenizer.num_special_tokens_to_add(False)
+    if max_tokens <= taken:
+        raise ConfigError(f"--max-tokens ({max_tokens}) leaves no room for text: the template takes {taken} tokens")
     causal_lm = load_causal_lm(path, torch.bfloat16, implementation("segments", "cpu"))
     _check_base(folder, original, causal_lm, path)
-    tokenizer, template, end_token_id = _tokenizer(folder, original, max_tokens)
     about: dict[str, Any] = {
         "objective": "self_supervised",
         "template": template.to_json(),
@@ -156,7 +159,7 @@ def _check_base(folder: Path, original: Original, causal_lm: PreTrainedModel, pa
         raise ModelError(f"{path}: not the base of {folder}: the input embeddings in encoder/ are others")
 
 
-def _tokenizer(folder: Path, original: Original, max_tokens: int) -> tuple[Any, Template, int]:
+def _tokenizer(folder: Path, original: Original) -> tuple[Any, Template, int]:
     """The tokenizer that adds the template by itself, the template, and the id of the token that ends an answer."""
     tokenizer: Any = load_tokenizer(str(folder))
     ids = tokenizer.convert_tokens_to_ids(original.names)

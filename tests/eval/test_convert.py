@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from anchor.errors import ModelError
+from anchor.errors import ConfigError, ModelError
 from eval.__main__ import main
 from eval.convert import convert
 from eval.decode import Decoder
@@ -186,6 +186,24 @@ def test_only_a_folder_that_convert_made_is_replaced(rows_only, tmp_path, tiny_u
     assert (output / "anchor.json").is_file()
     assert not (output / "from_before").exists()
     assert sorted((tmp_path / "new").iterdir()) == [output, neighbour]
+
+
+def test_a_limit_that_leaves_no_room_for_text_is_refused(rows_only, tmp_path, capsys):
+    def message(limit: int) -> str:
+        return f"--max-tokens ({limit}) leaves no room for text: the template takes {P} tokens"
+
+    for limit in (-1, 0, P - 1, P):
+        with pytest.raises(ConfigError) as error:
+            convert(rows_only, tmp_path / "ours", max_tokens=limit)
+        assert str(error.value) == message(limit)
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(rows_only), "--output", str(tmp_path / "ours"), "--max-tokens", str(P)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message(P)}"
+    convert(rows_only, tmp_path / "ours", max_tokens=P + 1)
+    encoder = open_encoder(tmp_path / "ours", dtype="fp32")
+    assert [len(encoder.backend.encode(text).ids) for text in ("river", "castle and river")] == [P + 1] * 2
+    assert np.abs(np.diff(encoder.encode(["river", "castle"]), axis=0)).max() > 1e-3
 
 
 class Evil:
