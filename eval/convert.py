@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -176,8 +177,14 @@ def _tokenizer(folder: Path, original: Original) -> tuple[Any, Template, int]:
         raise ModelError(f"{folder}: the tokenizer puts tokens behind a text, where the special tokens belong")
     prefix = "".join(tokenizer.convert_ids_to_tokens(whole[: len(whole) - len(bare)]))
     template = Template(prefix, "".join(original.names), "{instruction}: {text}", len(original.names), end)
-    prepare_tokenizer(tokenizer, template, str(folder))
     backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder()
+    if not all(one in added for one in ids):
+        raise ModelError(
+            f"{folder}: {original.names[0]} … {original.names[-1]} are not all added tokens of the tokenizer"
+        )
+    # Its special tokens are there already; of a template without any, none are added.
+    prepare_tokenizer(tokenizer, replace(template, special_tokens=0), str(folder))
     own: Normalizer | None = backend.normalizer
     backend.normalizer = Strip() if own is None else Sequence([Strip(), own])
     return tokenizer, template, tokenizer.convert_tokens_to_ids(end)

@@ -39,15 +39,15 @@ def save_projection(path: Path, width: int, dimension: int) -> nn.Linear:
     return layer
 
 
-def write_original(folder: Path, base: Path, kind: str) -> Path:
+def write_original(folder: Path, base: Path, kind: str, names: list[str] = NAMES) -> Path:
     """What the authors' training leaves, with every trained number drawn at random."""
     torch.manual_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": NAMES})
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
     tokenizer.save_pretrained(folder)
     backbone = AutoModel.from_pretrained(base)
     backbone.resize_token_embeddings(len(tokenizer))
-    ids = tokenizer.convert_tokens_to_ids(NAMES)
+    ids = tokenizer.convert_tokens_to_ids(names)
     if kind == "lora":
         config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], trainable_token_indices=ids)
     else:
@@ -62,7 +62,7 @@ def write_original(folder: Path, base: Path, kind: str) -> Path:
     save_projection(folder / "alignment_mlp", 32, TEACHER)
     layout = {"encoding_mode": f"last_{P}_tokens", "save_decoder": False}
     (folder / "encoder_decoder_config.json").write_text(json.dumps(layout))
-    run = {"model_name_or_path": str(base), "special_tokens": NAMES, "recon_loss_weight": 1.0}
+    run = {"model_name_or_path": str(base), "special_tokens": names, "recon_loss_weight": 1.0}
     tagged = "torch_dtype: !!python/object/apply:torch.dtype [bfloat16]\nteacher: !!python/name:os.system ''\n"
     (folder / "run_config.yml").write_text(yaml.safe_dump(run) + tagged)
     return folder
@@ -186,6 +186,17 @@ def test_only_a_folder_that_convert_made_is_replaced(rows_only, tmp_path, tiny_u
     assert (output / "anchor.json").is_file()
     assert not (output / "from_before").exists()
     assert sorted((tmp_path / "new").iterdir()) == [output, neighbour]
+
+
+@pytest.mark.parametrize("name", ["<|compressed_{}|>", "<|anchor_{}|>"])
+def test_no_token_is_added_beside_the_originals_own(tmp_path, tiny_untied_model_dir, name):
+    names = [name.format(i) for i in range(P)]
+    original = write_original(tmp_path / "original", tiny_untied_model_dir, "rows", names)
+    convert(original, tmp_path / "ours")
+    theirs, ours = (AutoTokenizer.from_pretrained(place) for place in (original, tmp_path / "ours"))
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours("river").input_ids[-P:] == theirs.convert_tokens_to_ids(names)
+    assert not set(names) & set(ours.tokenize(f"a river {names[0]}"))
 
 
 def test_a_limit_that_leaves_no_room_for_text_is_refused(rows_only, tmp_path, capsys):
