@@ -1,8 +1,9 @@
-"""Data of a study, made once: ``data/`` in its working folder.
+"""Data of a study, made once: ``data/`` in its working folder. Its settings are kept in it, and others refused.
 
 1. ``retrieval/``: the retrieval task, the first paragraphs of a source that is never trained on and questions on them.
 2. ``clean/``: the training pairs without those that repeat an evaluation text (``data_prep decontaminate``).
-3. ``train/``, ``heldout/``: all but the last pairs of every source, and those; ``decoded.jsonl`` of the latter.
+3. ``split/``: ``train/`` and ``heldout/``, all but the last pairs of every source and those; ``decoded.jsonl`` of the
+   latter. They appear together.
 4. ``shards/``, ``heldout_shards/``: both packed (``data_prep pack``).
 """
 
@@ -18,8 +19,10 @@ from data_prep.e5_rows import read_lines
 from data_prep.new_folder import new_folder
 from data_prep.retrieval_task import write_jsonl, write_retrieval_task
 from data_prep.sources import e5_files
+from eval.vectors import file_xxh3
 from launch.study.programs import locked, run
 from launch.study.recipe import StudyRecipe
+from launch.study.settings import keep_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class StudyData:
 
     @property
     def decoded(self) -> Path:
-        return self.folder / "decoded.jsonl"
+        return self.folder / "split/decoded.jsonl"
 
 
 def pack_recipe(study: StudyRecipe) -> PackRecipe:
@@ -72,13 +75,38 @@ def prepare(study: StudyRecipe) -> StudyData:
     data = StudyData(study.work_dir / "data")
     with locked(data.folder) as lock:
         recipe = pack_recipe(study)
+        keep_settings(data.folder, data_settings(study, recipe))
         if not data.retrieval.exists():
             _retrieval_task(study, data)
-        if not (data.folder / "train").exists():
+        if not (data.folder / "split").exists():
             _split(study, data, recipe, lock)
         for name, shards in (("train", data.shards), ("heldout", data.heldout_shards)):
             _pack(study, data, recipe, name, shards, lock)
     return data
+
+
+def data_settings(study: StudyRecipe, recipe: PackRecipe) -> dict[str, Any]:
+    """All that decides what the data of a study is, its input by the hash of each file."""
+    source = recipe.sources[0]
+    files = e5_files(study.pairs, str(study.pairs))
+    used = (*(source.only or ()), study.retrieval_source) if isinstance(source, E5Source) else ()
+    section = study.evaluation
+    return {
+        "base": study.base,
+        "pack": recipe.model_dump(mode="json", exclude={"output_dir", "tokenizer", "sources"}),
+        "source": source.model_dump(mode="json", exclude={"path"}),
+        "pairs": {name: file_xxh3(files[name]) for name in used if name in files},
+        "mteb": [path.name for path in _tasks(study)],
+        "heldout_pairs": study.heldout_pairs,
+        "retrieval_source": study.retrieval_source,
+        "retrieval_queries": section.retrieval_queries,
+        "retrieval_documents": section.retrieval_documents,
+        "decoded_pairs": section.decoded_pairs,
+    }
+
+
+def _tasks(study: StudyRecipe) -> list[Path]:
+    return sorted(path for path in (study.mteb / "mteb").glob("*") if path.is_dir())
 
 
 def _retrieval_task(study: StudyRecipe, data: StudyData) -> None:
@@ -107,22 +135,23 @@ def _split(study: StudyRecipe, data: StudyData, recipe: PackRecipe, lock: int) -
         raise ConfigError(f"{study.recipes / 'pack.yaml'}: trains on {study.retrieval_source}, the retrieval task")
     clean = data.folder / "clean"
     if not clean.exists():
-        tasks = sorted(path for path in (study.mteb / "mteb").glob("*") if path.is_dir())
         command = ["python", "-m", "data_prep", "decontaminate", str(study.pairs), "--output", str(clean), "--against"]
-        run([*command, *map(str, [*tasks, data.retrieval])], study.work_dir / "logs/prepare.log", lock)
+        run([*command, *map(str, [*_tasks(study), data.retrieval])], study.work_dir / "logs/prepare.log", lock)
     files = e5_files(clean, str(clean))
     decoded: list[dict[str, Any]] = []
-    with new_folder(data.folder / "heldout") as heldout, new_folder(data.folder / "train") as train:
+    with new_folder(data.folder / "split") as folder:
+        for part in ("train", "heldout"):
+            (folder / part).mkdir()
         for name in only:
             if name not in files:
                 raise DataError(f"{study.pairs}: no {name}.jsonl[.gz]")
             rows = _rows(files[name])
             if len(rows) <= study.heldout_pairs:
                 raise DataError(f"{files[name]}: {len(rows)} pairs, of which {study.heldout_pairs} are held out")
-            write_jsonl(train / f"{name}.jsonl", rows[: -study.heldout_pairs])
-            write_jsonl(heldout / f"{name}.jsonl", rows[-study.heldout_pairs :])
+            write_jsonl(folder / "train" / f"{name}.jsonl", rows[: -study.heldout_pairs])
+            write_jsonl(folder / "heldout" / f"{name}.jsonl", rows[-study.heldout_pairs :])
             decoded += _evenly(rows[-study.heldout_pairs :], -(-study.evaluation.decoded_pairs // len(only)))
-        write_jsonl(data.decoded, _evenly(decoded, study.evaluation.decoded_pairs))
+        write_jsonl(folder / data.decoded.name, _evenly(decoded, study.evaluation.decoded_pairs))
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -138,7 +167,7 @@ def _pack(study: StudyRecipe, data: StudyData, recipe: PackRecipe, name: str, sh
     if (shards / "index.json").is_file():
         return
     source = recipe.sources[0].model_dump(mode="json", exclude_defaults=True)
-    sources = json.dumps([source | {"kind": "e5", "path": str(data.folder / name)}])
+    sources = json.dumps([source | {"kind": "e5", "path": str(data.folder / "split" / name)}])
     overrides = [*study.pack, f"tokenizer={study.base}", f"output_dir={shards}", f"sources={sources}"]
     run(
         ["python", "-m", "data_prep", "pack", str(study.recipes / "pack.yaml"), *overrides],

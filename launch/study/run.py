@@ -4,6 +4,7 @@ A cell is done when its JSON is there, and then never run again. Whatever is kil
 training and evaluation by their own means, the study with the first cell whose JSON is missing.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import TrainRecipe
+from anchor.data.index import index_hash
 from anchor.errors import ConfigError
 from eval.vectors import write_json
 from launch.study.plan import Cell, StudyPlan
@@ -230,12 +232,12 @@ def flops_per_step(plan: StudyPlan, name: str) -> float:
 
     file = plan.study.work_dir / "flops.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    path = plan.recipe_file(name)
     more = [f"data.shards={plan.data.shards}", f"backbone.path={plan.study.base}"]
-    overrides = [*plan.study.train, *plan.arm(name).overrides, *more]
-    key = shown([plan.arm(name).recipe, *overrides])
+    recipe = load_recipe(path, TrainRecipe, [*plan.study.train, *plan.arm(name).overrides, *more])
+    asked = [recipe.model_dump(mode="json"), index_hash(plan.data.shards), plan.study.ranks]
+    key = f"{path.stem} {hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()}"
     if key not in kept:
-        path = plan.recipe_file(name)
-        recipe = load_recipe(path, TrainRecipe, overrides)
         report = dry_run(recipe, str(path), Options(num_ranks=plan.study.ranks, gpu="cpu"))
         kept[key] = report["time"]["executed_flops_per_step"]
         write_json(file, kept)

@@ -23,10 +23,11 @@ from conftest import english_pairs, write_jsonl
 from anchor.config.load import load_recipe
 from anchor.config.schema import E5Source, PackRecipe, TrainRecipe
 from anchor.errors import ConfigError
+from launch.study import prepare as study_prepare
 from launch.study import run as study_run
 from launch.study.__main__ import main
 from launch.study.plan import Cell, StudyPlan
-from launch.study.prepare import StudyData, pack_recipe
+from launch.study.prepare import StudyData, pack_recipe, prepare
 from launch.study.programs import locked
 from launch.study.recipe import StudyRecipe, load_arms
 from launch.study.run import commands, missing, result_file
@@ -437,6 +438,97 @@ def test_what_a_killed_study_started_still_holds_its_lock(tmp_path: Path) -> Non
         os.kill(int(orphan), signal.SIGKILL)
     with locked(tmp_path):
         pass
+
+
+# Data without packing.
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the commands that preparing runs; decontamination only copies."""
+    happened: list[str] = []
+
+    def run(command: list[str], log_file: Path, lock: int) -> None:
+        happened.append(command[3])
+        if command[3] == "decontaminate":
+            shutil.copytree(command[4], command[command.index("--output") + 1])
+
+    monkeypatch.setattr(study_prepare, "run", run)
+    return happened
+
+
+def test_data_of_other_settings_is_refused(scale: Path, prepared: list[str]) -> None:
+    study = load_recipe(scale, StudyRecipe)
+    folder = study.work_dir / "data"
+    prepare(study)
+    prepare(study)
+    assert prepared.count("decontaminate") == 1
+    evaluation = study.evaluation.model_copy
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"pack": (*study.pack, "text.max_tokens=64")}, "pack.text.max_tokens was 96, is 64"),
+        ({"heldout_pairs": 9}, "heldout_pairs was 8, is 9"),
+        ({"evaluation": evaluation(update={"retrieval_queries": 11})}, "retrieval_queries was 12, is 11"),
+        ({"evaluation": evaluation(update={"retrieval_documents": 15})}, "retrieval_documents was 16, is 15"),
+        ({"evaluation": evaluation(update={"decoded_pairs": 6})}, "decoded_pairs was 7, is 6"),
+    ]
+    for update, differs in changes:
+        with pytest.raises(ConfigError) as caught:
+            prepare(study.model_copy(update=update))
+        assert str(caught.value) == (
+            f"{folder}: made with other settings: {differs}; delete {folder} or choose another work_dir"
+        )
+    write_jsonl(study.pairs / "squad.jsonl", english_pairs(41))
+    with pytest.raises(ConfigError, match=r"made with other settings: pairs\.squad was "):
+        prepare(study)
+
+
+def test_a_preparation_killed_anywhere_goes_on(
+    scale: Path, prepared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_recipe(scale, StudyRecipe)
+    whole = prepare(study.model_copy(update={"work_dir": study.work_dir / "whole"})).folder / "split"
+    expected = {file.relative_to(whole): file.read_bytes() for file in whole.rglob("*.jsonl")}
+    assert len(expected) == 2 * 7 + 1
+    renamed = os.replace
+    killed = 0
+    for number in range(1, 10):
+        calls: list[Path] = []
+
+        def replace(old: Path, new: Path, number: int = number, calls: list[Path] = calls) -> None:
+            calls.append(new)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            renamed(old, new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                prepare(study)
+            except KeyboardInterrupt:
+                killed += 1
+        folder = prepare(study).folder / "split"
+        assert {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.jsonl")} == expected
+        shutil.rmtree(study.work_dir / "data")
+    assert killed >= 3
+
+
+def test_flops_follow_the_shards_and_the_recipe(scale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def dry_run(recipe: TrainRecipe, where: str, options: object) -> dict[str, Any]:
+        asked.append(where)
+        return {"time": {"executed_flops_per_step": float(len(asked))}}
+
+    monkeypatch.setattr("anchor.engine.dry_run.dry_run", dry_run)
+    plan = plan_of(scale)
+    plan.data.shards.mkdir(parents=True)
+    (plan.data.shards / "index.json").write_text("{}")
+    assert [study_run.flops_per_step(plan, "stage1") for _ in range(2)] == [1, 1]
+    (plan.data.shards / "index.json").write_text("[]")
+    assert study_run.flops_per_step(plan, "stage1") == 2
+    recipe = scale.parent / "stage1.yaml"
+    recipe.write_text(recipe.read_text().replace("alpha: 0.2", "alpha: 1.0"))
+    assert [study_run.flops_per_step(plan, "stage1") for _ in range(2)] == [3, 3]
 
 
 def start(scale: Path, *argv: str) -> subprocess.Popen:
