@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("model", type=Path, help="folder exported by anchor.train")
         one.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
         one.add_argument("--attention", choices=("segments", "varlen", "flash"), help="kernel (by the device)")
-        one.add_argument("--pack-tokens", type=int, default=8192, help="tokens of one forward pass (8192)")
+        one.add_argument("--pack-tokens", type=_positive, default=8192, help="tokens of one forward pass (8192)")
     embed.add_argument("--input", required=True, help=".jsonl with 'text' and 'id', .parquet, .txt, or - (stdin)")
     embed.add_argument("--output", type=Path, required=True, help="folder of the vectors")
     embed.add_argument("--prompt", help="name of a prompt of the folder: query, document, ...")
@@ -51,9 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--id-field", default="id", help="field or column of the id (id)")
     embed.add_argument("--output-format", choices=("npy", "parquet", "safetensors"), default="npy", help="(npy)")
     embed.add_argument("--output-dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored vectors (fp32)")
-    embed.add_argument("--dimension", type=int, help="keep the first so many components (Matryoshka)")
+    embed.add_argument("--dimension", type=_positive, help="keep the first so many components (Matryoshka)")
     embed.add_argument("--raw", action="store_true", help="anchor states as they are, not of length 1")
-    embed.add_argument("--shard-texts", type=int, default=2048, help="texts of a part, the unit of resuming (2048)")
+    embed.add_argument(
+        "--shard-texts", type=_positive, default=2048, help="texts of a part, the unit of resuming (2048)"
+    )
     embed.add_argument("--overwrite", action="store_true", help="replace vectors that the folder holds")
     mteb.add_argument("--benchmark", help="all tasks of 'MTEB(eng, v1)', 'MTEB(eng, v2)', lite, ...")
     mteb.add_argument("--tasks", default="", help="names of mteb tasks, separated by commas; AdvBench-IR")
@@ -82,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--prompt", help="with --text, --input: name of a prompt of the folder")
     directions = ("both", "document_to_query", "query_to_document")
     decode.add_argument("--direction", choices=directions, default="both", help="with --pairs (both)")
-    decode.add_argument("--beams", type=int, default=1, help="1 is greedy (1)")
-    decode.add_argument("--max-new-tokens", type=int, default=64, help="of a decoded text (64)")
-    decode.add_argument("--limit", type=int, help="only the first so many")
+    decode.add_argument("--beams", type=_positive, default=1, help="1 is greedy (1)")
+    decode.add_argument("--max-new-tokens", type=_positive, default=64, help="of a decoded text (64)")
+    decode.add_argument("--limit", type=_positive, help="only the first so many")
     decode.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
-    decode.add_argument("--pack-tokens", type=int, default=8192, help="tokens of one forward pass (8192)")
+    decode.add_argument("--pack-tokens", type=_positive, default=8192, help="tokens of one forward pass (8192)")
     decode.add_argument("--output", type=Path, help="JSON lines instead of the terminal")
     decode.add_argument("--overwrite", action="store_true", help="replace the output file")
     report = command("report", "One HTML file of runs, scores and embeddings, readable offline.")
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--labelled", type=Path, help="2-D map: JSON lines with 'text' and 'label'")
     report.add_argument("--decoded", type=Path, help="output of eval decode")
     report.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
-    report.add_argument("--pack-tokens", type=int, default=8192, help="tokens of one forward pass (8192)")
+    report.add_argument("--pack-tokens", type=_positive, default=8192, help="tokens of one forward pass (8192)")
     report.add_argument("--overwrite", action="store_true", help="replace the file")
     table = command("table", "Main scores of several result folders side by side.")
     table.add_argument("--benchmark", help="categories and averages of a benchmark instead of single tasks")
@@ -110,9 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("model", type=Path, metavar="FOLDER", help="with encoder/, reconstruction_mlp, ...")
     convert.add_argument("--output", type=Path, required=True, help="the new folder")
     convert.add_argument("--base", help="where the base model lies (as run_config.yml says)")
-    convert.add_argument("--max-tokens", type=int, default=512, help="longest text, special tokens included (512)")
+    convert.add_argument(
+        "--max-tokens", type=_positive, default=512, help="longest text, special tokens included (512)"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace the new folder")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number, at least 1, got '{text}'")
+    return int(text)
 
 
 def _mteb(arguments: argparse.Namespace) -> None:

@@ -32,12 +32,12 @@ from anchor.errors import DataError
 from eval.cache import VectorCache
 from eval.encoder import TextEncoder
 from eval.prompts import PromptSet
+from eval.table import SCORES, read_scores
 from eval.tasks import parts_of
 from eval.vectors import write_json
 
 log = logging.getLogger(__name__)
 
-SCORES = "scores.json"
 _DEFAULT_FORMAT = "{instruction}: {text}"
 
 
@@ -178,7 +178,7 @@ def run_tasks(
     """
     scores_file = output / SCORES
     model: Any = MtebEncoder(encoder, prompts, output / "cache" if cache else None)
-    kept = _kept(scores_file)
+    kept = read_scores(output) if scores_file.is_file() else {}
     same = kept.get("revision") == model.revision
     about = {
         "model": str(encoder.folder),
@@ -211,20 +211,6 @@ def run_tasks(
             for one in running:  # after an error nothing new begins
                 one.cancel()
     return scores
-
-
-def _kept(file: Path) -> dict[str, Any]:
-    """What an earlier run wrote.
-
-    Raises:
-        DataError: not readable.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not readable; delete it, the scores are in results/ too") from error
 
 
 def _prompts_id(encoder: TextEncoder, prompts: PromptSet | None) -> str:

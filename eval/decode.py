@@ -22,11 +22,12 @@ import torch
 from jaxtyping import Float
 from rouge_score.rouge_scorer import RougeScorer
 
-from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
+from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.adapters import without_adapter
 from anchor.models.reconstructor import generate_from_prefixes
 from eval.encoder import PackedEncoder, TextEncoder
 from eval.opening import SELF_SUPERVISED
+from eval.texts import read_rows
 from eval.vectors import read_folder
 
 log = logging.getLogger(__name__)
@@ -185,20 +186,10 @@ def read_pairs(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected JSON lines with 'query' and 'positive'")
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
-        for field in ("query", "positive"):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                known = row if isinstance(row, dict) else {}
-                raise DataError(f"{path}:{number}: no field '{field}' with a text{did_you_mean(field, known)}")
-        pairs.append((row["query"], row["positive"]))
-    if not pairs:
+    rows = read_rows(path, {"query": str, "positive": str}, limit)
+    if not rows:
         raise DataError(f"{path}: holds no pair")
-    return pairs
+    return [(row["query"], row["positive"]) for row in rows]
 
 
 def means(decoded: Sequence[Decoded]) -> dict[str, tuple[float, float, int]]:

@@ -128,6 +128,8 @@ def _job(encoder: TextEncoder, source: Source, options: Options) -> dict[str, An
 def _claim(output: Path, job: dict[str, Any], overwrite: bool) -> None:
     """Make the folder ready, or say why it cannot be written to."""
     parts = output / _PARTS
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output}: a file; --output names a folder")
     if output.is_dir() and any(output.iterdir()):
         if overwrite:
             if not _is_job(parts / _JOB, job):

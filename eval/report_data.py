@@ -1,6 +1,5 @@
 """What a report shows: training curves and provenance of runs, scores, and looks into the embeddings of a model."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,13 @@ import yaml
 from jaxtyping import Float
 from sklearn.manifold import TSNE
 
-from anchor.errors import ConfigError, DataError, did_you_mean
+from anchor.engine.metrics import read_rows as read_metrics
+from anchor.errors import ConfigError, DataError
 from eval.decode import read_pairs
 from eval.encoder import TextEncoder
 from eval.plots import histogram, scatter
+from eval.table import main_scores
+from eval.texts import read_rows
 
 MAX_TEXTS = 500
 """Texts of a look; enough for a picture, quick on a CPU."""
@@ -71,14 +73,16 @@ def read_run(item: str) -> Run:
         raise ConfigError(
             f"{folder}: neither metrics.jsonl nor scores.json; expected a run or an output of `eval mteb`"
         )
-    rows = _json_lines(metrics) if metrics.is_file() else []
+    rows = read_metrics(metrics)  # without the half line that a killed run leaves
+    if not all("step" in row for row in rows):
+        raise DataError(f"{metrics}: a row without 'step'; expected the metrics of a run")
     run_yaml = folder / "run.yaml"
     return Run(
         label=label if equals else _label(folder),
         folder=folder,
         metrics=rows,
         provenance=run_yaml.read_text(encoding="utf-8") if run_yaml.is_file() else None,
-        scores=_scores(results) if results is not None else {},
+        scores=main_scores(results) if results is not None else {},
         results=results,
     )
 
@@ -100,8 +104,15 @@ def final_values(run: Run) -> dict[str, str]:
 
 
 def commit_of(run: Run) -> str:
-    """Commit of a run's provenance, or a dash."""
-    about = yaml.safe_load(run.provenance) if run.provenance else None
+    """Commit of a run's provenance, or a dash.
+
+    Raises:
+        DataError: the provenance is half-written.
+    """
+    try:
+        about = yaml.safe_load(run.provenance) if run.provenance else None
+    except yaml.YAMLError as error:
+        raise DataError(f"{run.folder / 'run.yaml'}: not readable: {str(error).splitlines()[0]}") from error
     return str(about.get("commit") or "–") if isinstance(about, dict) else "–"
 
 
@@ -164,11 +175,7 @@ def look_at_labels(encoder: TextEncoder, path: Path) -> tuple[str, str]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected JSON lines with 'text' and 'label'")
-    rows = _json_lines(path)
-    for number, row in enumerate(rows, start=1):
-        for name in ("text", "label"):
-            if name not in row:
-                raise DataError(f"{path}:{number}: no field '{name}'{did_you_mean(name, row)}")
+    rows = read_rows(path, {"text": str, "label": object})
     rows = rows[:: max(1, len(rows) // MAX_TEXTS)][:MAX_TEXTS]
     if len(rows) < 8:
         raise DataError(f"{path}: {len(rows)} texts are too few for a map; give at least 8")
@@ -193,7 +200,9 @@ def retrieval_pairs(folder: Path) -> list[tuple[str, str]]:
     for file in files:
         if not file.is_file():
             raise DataError(f"{folder}: no {file.relative_to(folder)}; expected a retrieval folder in MTEB's layout")
-    queries, corpus, judgements = (_json_lines(file) for file in files)
+    text = {"_id": object, "text": str}
+    fields = (text, text, {"query-id": object, "corpus-id": object, "score": float})
+    queries, corpus, judgements = map(read_rows, files, fields)
     query = {str(row["_id"]): row["text"] for row in queries}
     document = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in corpus}
     relevant = [(str(row["query-id"]), str(row["corpus-id"])) for row in judgements if row["score"] > 0]
@@ -201,28 +210,16 @@ def retrieval_pairs(folder: Path) -> list[tuple[str, str]]:
 
 
 def read_decoded(path: Path, shown: int = 20) -> list[dict[str, Any]]:
-    """First rows of a file of ``eval decode``."""
+    """First rows of a file of ``eval decode``.
+
+    Raises:
+        ConfigError: no such file.
+        DataError: malformed.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected the --output of `python -m eval decode`")
-    return [{**row, "source": _short(row["source"])} for row in _json_lines(path)[:shown]]
-
-
-def _scores(folder: Path) -> dict[str, float]:
-    file = folder / "scores.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["scores"]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{file}: not readable: {error}") from error
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
-    return rows
+    rows = read_rows(path, {"source": str, "decoded": str}, shown)
+    return [{**row, "source": _short(row["source"])} for row in rows]
 
 
 def _label(folder: Path) -> str:

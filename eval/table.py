@@ -17,7 +17,8 @@ from anchor.errors import DataError
 
 PUBLISHED = "published"
 MEAN_TASK, MEAN_TYPE = "Mean(Task)", "Mean(TaskType)"
-_NO_RESULTS = ("model_meta.json", "run_settings.json", "scores.json")
+SCORES = "scores.json"
+_NO_RESULTS = ("model_meta.json", "run_settings.json", SCORES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,28 @@ def main_scores(folder: Path) -> dict[str, float]:
     """Main scores of a folder that ``eval mteb`` wrote, by task.
 
     Raises:
-        DataError: a folder without ``scores.json``.
+        DataError: a folder without ``scores.json``, or a half-written one.
     """
-    file = folder / "scores.json"
-    if not file.is_file():
-        raise DataError(f"{folder}: no scores.json; run `python -m eval mteb` with --output {folder} first")
-    return json.loads(file.read_text(encoding="utf-8"))["scores"]
+    if not (folder / SCORES).is_file():
+        raise DataError(f"{folder}: no {SCORES}; run `python -m eval mteb` with --output {folder} first")
+    return read_scores(folder)["scores"]
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """All of ``scores.json``.
+
+    Raises:
+        DataError: half-written, or not of `eval mteb`.
+    """
+    file = folder / SCORES
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        whole = all(isinstance(one, float | int) for one in found["scores"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: not readable; delete it, the scores are in results/ too") from error
+    if not whole:
+        raise DataError(f"{file}: not readable; delete it, the scores are in results/ too")
+    return found
 
 
 def task_results(folder: Path) -> list[TaskResult]:
@@ -71,8 +88,8 @@ def task_results(folder: Path) -> list[TaskResult]:
     """
     files = [path for path in sorted(folder.rglob("*.json")) if path.name not in _NO_RESULTS]
     files = [path for path in files if "cache" not in path.relative_to(folder).parts]
-    if (folder / "scores.json").is_file():
-        revision = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["revision"]
+    if (folder / SCORES).is_file():
+        revision = read_scores(folder).get("revision")
         files = [path for path in files if path.parent.name == revision]
     if not files:
         raise DataError(f"{folder}: no results in mteb's layout (TASK.json); expected an --output of `eval mteb`")

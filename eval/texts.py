@@ -3,9 +3,11 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 from anchor.errors import ConfigError, DataError, did_you_mean
 
 FORMATS = ("jsonl", "parquet", "txt")
+_WITH = {str: " with a text", float: " with a number", object: ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,50 @@ def read_blocks(source: Source, num_texts: int) -> Iterator[Block]:
         raise DataError(f"{source.name}: holds no text")
 
 
+def read_rows(path: Path, fields: Mapping[str, type], limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file.
+
+    Args:
+        path: exists.
+        fields: that every row must have: ``str`` a text, ``float`` a number, ``object`` anything.
+        limit: only the first so many.
+
+    Raises:
+        DataError: malformed line, or a field that is missing or of another type.
+    """
+    rows = []
+    with path.open("rb") as stream:
+        for where, line in _lines(str(path), islice(stream, limit)):
+            row = _parsed(where, line)
+            for name, kind in fields.items():
+                known = row if isinstance(row, dict) else {}
+                if name not in known or not isinstance(known[name], (int, float) if kind is float else kind):
+                    raise DataError(f"{where}: no field '{name}'{_WITH[kind]}{did_you_mean(name, known)}")
+            rows.append(row)
+    return rows
+
+
+def _lines(name: str, stream: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """``(file:line, line)``.
+
+    Raises:
+        DataError: not UTF-8.
+    """
+    for number, raw in enumerate(stream, start=1):
+        where = f"{name}:{number}"
+        try:
+            yield where, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}") from error
+
+
+def _parsed(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
+
+
 def _rows(source: Source) -> Iterator[tuple[str, str]]:
     path, kind = source.path, source.kind
     if path is None:
@@ -106,20 +153,11 @@ def _rows(source: Source) -> Iterator[tuple[str, str]]:
 
 
 def _line_rows(source: Source, stream: Iterable[bytes], kind: str) -> Iterator[tuple[str, str]]:
-    for number, raw in enumerate(stream, start=1):
-        where = f"{source.name}:{number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}") from error
+    for number, (where, line) in enumerate(_lines(source.name, stream)):
         if kind == "txt":
-            yield str(number - 1), line
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
-        yield _checked(row, number - 1, where, source)
+            yield str(number), line
+        else:
+            yield _checked(_parsed(where, line), number, where, source)
 
 
 def _parquet_rows(source: Source, path: Path) -> Iterator[tuple[str, str]]:

@@ -88,7 +88,7 @@ def read_folder(folder: Path) -> Stored:
     """
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder}: no {MANIFEST}; expected a finished folder of `python -m eval embed`")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = _read_manifest(folder / MANIFEST)
     for name, about in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != about["bytes"] or file_xxh3(file) != about["xxh3"]:
@@ -108,6 +108,18 @@ def read_folder(folder: Path) -> Stored:
             tensors = load_file(folder / "embeddings.safetensors")
             embeddings, norms = tensors["embeddings"], tensors["norms"]
     return Stored(manifest, ids, embeddings, norms if manifest["has_norms"] else None)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    needed = ("model", "revision", "normalize", "format", "dimension", "has_norms", "files")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        missing = [name for name in needed if name not in manifest]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: half-written or damaged; run `python -m eval embed` again") from error
+    if missing:
+        raise DataError(f"{file}: no {' and no '.join(missing)}; run `python -m eval embed` again")
+    return manifest
 
 
 def write_part(path: Path, part: Part, key: str) -> None:

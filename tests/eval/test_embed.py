@@ -123,6 +123,43 @@ def test_finished_folders_and_others_files_are_kept_unless_asked(encoder, source
     (tmp_path / "other/x").write_text("")
     with pytest.raises(ConfigError, match="not empty; choose another --output"):
         embed(encoder, source, tmp_path / "other", Options())
+    with pytest.raises(ConfigError) as error:
+        embed(encoder, source, tmp_path / "other/x", Options(), overwrite=True)
+    assert str(error.value) == f"{tmp_path / 'other/x'}: a file; --output names a folder"
+
+
+def test_a_manifest_that_is_half_written_or_lacks_a_field_is_named(encoder, source, tmp_path):
+    embed(encoder, source, tmp_path, Options(), overwrite=True)
+    file = tmp_path / "manifest.json"
+    whole = file.read_text()
+    for content, message in (
+        (whole[: len(whole) // 2], "half-written or damaged"),
+        ("5", "half-written or damaged"),
+        (whole.replace('"files"', '"file"'), "no files"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError) as error:
+            read_folder(tmp_path)
+        assert str(error.value) == f"{file}: {message}; run `python -m eval embed` again"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("embed", ("--pack-tokens", "--dimension", "--shard-texts")),
+        ("mteb", ("--pack-tokens", "--at-once")),
+        ("decode", ("--beams", "--max-new-tokens", "--limit", "--pack-tokens")),
+        ("report", ("--pack-tokens",)),
+        ("convert", ("--max-tokens",)),
+    ],
+)
+def test_numbers_below_one_are_refused(command, options, capsys):
+    for option in options:
+        for value in ("0", "-1", "x"):
+            with pytest.raises(SystemExit) as stop:
+                main([command, "m", f"{option}={value}"])
+            assert stop.value.code == 2
+            assert f"argument {option}: " in capsys.readouterr().err
 
 
 def test_overwriting_killed_and_repeated_embeds_nothing_twice(encoder, source, tmp_path, monkeypatch):

@@ -162,10 +162,40 @@ def test_what_is_missing_is_named(tmp_path):
     run = make_run(tmp_path / "a")
     with pytest.raises(ConfigError, match=r"two folders are called 'a'; name them: LABEL=DIR"):
         write_report([read_run(str(run)), read_run(str(run))], tmp_path / "r.html")
-    (run / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
-    with pytest.raises(DataError) as error:
-        read_run(str(run))
-    assert str(error.value).startswith(f"{run / 'metrics.jsonl'}:2: malformed JSON")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    assert read_run(str(run)).metrics == [{"step": 1}]  # the half line of a killed run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"stop": 1}\n', "metrics.jsonl: a row without 'step'; expected the metrics of a run"),
+        ("run.yaml", "recipe: {seed: 0,", "run.yaml: not readable: while parsing a flow"),
+        (
+            "mteb/scores.json",
+            '{"scores": {"SciF',
+            "mteb/scores.json: not readable; delete it, the scores are in results/",
+        ),
+        (
+            "mteb/scores.json",
+            '{"revision": "r"}',
+            "mteb/scores.json: not readable; delete it, the scores are in results/",
+        ),
+        ("d.jsonl", '{"source": "a"}\n', "d.jsonl:1: no field 'decoded' with a text; known are source"),
+        ("d.jsonl", '["source"]\n', "d.jsonl:1: no field 'source' with a text"),
+        ("d.jsonl", '{"source": "a", "decoded": "b"}\n{"so', "d.jsonl:2: malformed JSON: "),
+    ],
+)
+def test_what_a_report_cannot_read_is_one_line(tmp_path, capsys, name, content, message):
+    run = make_run(tmp_path / "a")
+    (run / "d.jsonl").write_text('{"source": "a", "decoded": "b\u2028c"}\n')
+    command = ["report", str(run), "--output", str(tmp_path / "r.html"), "--decoded", str(run / "d.jsonl")]
+    main([*command, "--overwrite"])
+    (run / name).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--overwrite"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {run}/{message}")
 
 
 def test_retrieval_folders_give_their_judged_pairs(tmp_path):
@@ -174,6 +204,17 @@ def test_retrieval_folders_give_their_judged_pairs(tmp_path):
     judged = [{"query-id": "q", "corpus-id": one, "score": score} for one, score in (("d", 1), ("e", 0))]
     write_jsonl(tmp_path / "qrels/test.jsonl", judged)
     assert retrieval_pairs(tmp_path) == [("query", "t x")]
+    for name, row, field in (
+        ("queries.jsonl", {"text": "query"}, "'_id'"),
+        ("corpus.jsonl", {"_id": "d", "text": None}, "'text' with a text"),
+        ("qrels/test.jsonl", {"query-id": "q", "corpus-id": "d", "score": "1"}, "'score' with a number"),
+    ):
+        kept = (tmp_path / name).read_text()
+        write_jsonl(tmp_path / name, [row])
+        with pytest.raises(DataError) as error:
+            retrieval_pairs(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / name}:1: no field {field}")
+        (tmp_path / name).write_text(kept)
 
 
 def test_the_map_keeps_groups_apart():

@@ -115,3 +115,10 @@ def test_folders_without_scores_are_refused_and_missing_tasks_say_so(tmp_path):
     table = score_table([("a", tmp_path / "a"), ("b", tmp_path / "b")])
     assert [list(column.cells) for column in table.columns] == [["a", "b"], ["50.00", "not run"], ["not run", "25.00"]]
     assert main_scores(tmp_path / "a") == {"X": 0.5}
+    for content in ('{"scores": {"X"', "5", "{}", '{"scores": {"X": null}}'):
+        file = tmp_path / "a/scores.json"
+        file.write_text(content)
+        for read in (main_scores, task_results):
+            with pytest.raises(DataError) as error:
+                read(tmp_path / "a")
+            assert str(error.value) == f"{file}: not readable; delete it, the scores are in results/ too"
