@@ -5,7 +5,6 @@
 3. LoRA adapters are injected into the linear layers; everything else is frozen.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
 from anchor.errors import ConfigError, ModelError, did_you_mean
 from anchor.models.adapters import checkpoint_contexts
 from anchor.models.attention import implementation
+from anchor.models.special_tokens import read_json
 
 log = logging.getLogger(__name__)
 
@@ -120,10 +120,11 @@ def read_config(path: str) -> PretrainedConfig:
 
 def _refuse_special_tokens_alone(folder: Path) -> None:
     about = folder / "anchor.json"
-    base = json.loads(about.read_text(encoding="utf-8")).get("base") if about.is_file() else None
+    base = read_json(about).get("base") if about.is_file() else None
     if base is not None:
+        name = base.get("path") if isinstance(base, dict) else base
         raise ModelError(
-            f"{folder}: holds special tokens for {base['path']}, not a model of its own; give that model, or embed "
+            f"{folder}: holds special tokens for {name}, not a model of its own; give that model, or embed "
             "with this folder through `python -m eval`"
         )
 

@@ -12,6 +12,7 @@ and says in ``anchor.json`` which base they belong to; the base is recognised by
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,52 @@ class SpecialTokensEmbedder(nn.Module):
         return unit_vectors(self.encode(pack)[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What ``anchor.json`` says of special tokens and their base.
+
+    Attributes:
+        base: folder or hub name of the base.
+        fingerprint: of the base.
+        count, first_id, dimension: as :class:`SpecialTokens`.
+    """
+
+    base: str
+    fingerprint: str
+    count: int
+    first_id: int
+    dimension: int
+
+
+def read_description(folder: Path) -> Description:
+    """The description in an exported folder.
+
+    Raises:
+        ModelError: ``anchor.json`` is missing or unreadable, of another objective, or lacks one of these.
+    """
+    file = folder / "anchor.json"
+    about = read_json(file)
+    if "special_tokens" not in about:
+        raise ModelError(f"{folder}: anchor.json names no special tokens; its objective is {about.get('objective')!r}")
+
+    def field(kind: type, *names: str) -> Any:
+        found: Any = about
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        if type(found) is not kind or (kind is int and found < 1):
+            expected = "a text" if kind is str else "a number, at least 1"
+            raise ModelError(f"{file}: {'.'.join(names)} is {found!r}, expected {expected}; export again")
+        return found
+
+    return Description(
+        base=field(str, "base", "path"),
+        fingerprint=field(str, "base", "fingerprint"),
+        count=field(int, "special_tokens", "count"),
+        first_id=field(int, "special_tokens", "first_id"),
+        dimension=field(int, "dimension"),
+    )
+
+
 def load_special_tokens(folder: Path) -> SpecialTokens:
     """The special tokens of an exported folder, float32.
 
@@ -151,36 +198,47 @@ def load_special_tokens(folder: Path) -> SpecialTokens:
         ModelError: a file is missing or unreadable, or a tensor has not the shape that ``anchor.json`` and
             ``config.json`` say.
     """
-    about, config = (_read_json(folder / name) for name in ("anchor.json", "config.json"))
-    if "special_tokens" not in about:
-        raise ModelError(f"{folder}: anchor.json names no special tokens; its objective is {about.get('objective')!r}")
-    section = about["special_tokens"]
-    special = SpecialTokens(section["count"], config["hidden_size"], about["dimension"], section["first_id"])
+    said, hidden_size = read_description(folder), read_json(folder / "config.json").get("hidden_size")
+    if not isinstance(hidden_size, int):
+        raise ModelError(f"{folder / 'config.json'}: hidden_size is {hidden_size!r}, expected a number; export again")
+    special = SpecialTokens(said.count, hidden_size, said.dimension, said.first_id)
     file = folder / WEIGHTS_NAME
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: missing or unreadable ({type(error).__name__}); export again") from error
     for name, tensor in special.state_dict().items():
-        found = tuple(stored[name].shape) if name in stored else None
-        if found != tuple(tensor.shape):
+        found, expected = shape_text(stored.get(name)), shape_text(tensor)
+        if found != expected:
             raise ModelError(
-                f"{file}: {name} is {_shape(found)}, expected {_shape(tuple(tensor.shape))} by anchor.json and "
-                "config.json; export again"
+                f"{file}: {name} is {found}, expected {expected} by anchor.json and config.json; export again"
             )
     special.load_state_dict({name: stored[name].float() for name in special.state_dict()})
     return special
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        ModelError: it is missing, malformed or no object.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{file}: missing or unreadable ({type(error).__name__}); export again") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file}: not readable: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{file}: malformed JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected an object")
+    return content
 
 
-def _shape(sizes: tuple[int, ...] | None) -> str:
-    return "missing" if sizes is None else " x ".join(map(str, sizes))
+def shape_text(tensor: object) -> str:
+    """``"3 x 32"``; for what is no tensor, its type."""
+    if isinstance(tensor, Tensor):
+        return " x ".join(map(str, tensor.shape)) or "one number"
+    return "missing" if tensor is None else type(tensor).__name__
 
 
 def fingerprinted(causal_lm: PreTrainedModel) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -224,9 +282,9 @@ def check_base(causal_lm: PreTrainedModel, base: str, folder: Path) -> None:
     Raises:
         ModelError: the fingerprints differ.
     """
-    expected, found = _read_json(folder / "anchor.json")["base"], base_fingerprint(causal_lm)
-    if found != expected["fingerprint"]:
+    said, found = read_description(folder), base_fingerprint(causal_lm)
+    if found != said.fingerprint:
         raise ModelError(
-            f"{base}: not the base of {folder}: fingerprint {found}, expected {expected['fingerprint']} of "
-            f"{expected['path']}; give that model"
+            f"{base}: not the base of {folder}: fingerprint {found}, expected {said.fingerprint} of {said.base}; give "
+            "that model"
         )

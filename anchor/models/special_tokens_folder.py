@@ -1,6 +1,5 @@
 """Load a folder that holds special tokens alone: its base, its adapter if it has one, and the special tokens."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from anchor.config.model_path import resolve_model_path
 from anchor.errors import ModelError
 from anchor.models.backbone import load_causal_lm
-from anchor.models.special_tokens import SpecialTokensEmbedder, check_base, load_special_tokens
+from anchor.models.special_tokens import SpecialTokensEmbedder, check_base, load_special_tokens, read_description
 
 ADAPTER_NAME = "adapter"
 
@@ -32,8 +31,7 @@ def load_special_tokens_embedder(
         ModelError: an unreadable folder, or a base that is missing or another one.
     """
     special = load_special_tokens(folder)
-    about = json.loads((folder / "anchor.json").read_text(encoding="utf-8"))
-    path = find_base(folder, base or about["base"]["path"])
+    path = find_base(folder, base or read_description(folder).base)
     causal_lm = load_causal_lm(path, dtype, attention)
     check_base(causal_lm, path, folder)
     if (folder / ADAPTER_NAME).is_dir():

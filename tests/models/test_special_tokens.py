@@ -3,6 +3,7 @@ matrix is neither copied nor given a gradient; rows and projections are a functi
 comes back bit for bit, and one that does not fit is refused by name; another base is recognised."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from anchor.models.special_tokens import (
     check_base,
     load_special_tokens,
 )
+from anchor.models.special_tokens_folder import load_special_tokens_embedder
 
 P, D = 3, 12
 
@@ -149,6 +151,44 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(folder):
     (folder / "anchor.json").write_text(json.dumps({"objective": "contrastive"}))
     with pytest.raises(ModelError, match="names no special tokens; its objective is 'contrastive'"):
         load_special_tokens(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dimension": None}, "dimension is None, expected a number, at least 1; export again"),
+        ({"dimension": "12"}, "dimension is '12', expected a number, at least 1; export again"),
+        ({"base": None}, "base.path is None, expected a text; export again"),
+        ({"base": {"path": "x"}}, "base.fingerprint is None, expected a text; export again"),
+        ({"special_tokens": [3]}, "special_tokens.count is None, expected a number, at least 1; export again"),
+        ({"special_tokens": {"count": 0}}, "special_tokens.count is 0, expected a number, at least 1; export again"),
+    ],
+)
+def test_an_anchor_json_that_lacks_something_is_one_line(folder, change, message):
+    file = folder / "anchor.json"
+    about = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({name: value for name, value in about.items() if value is not None}))
+    for load in (load_special_tokens, lambda f: load_special_tokens_embedder(f, torch.float32, "anchor_segments")):
+        with pytest.raises(ModelError) as error:
+            load(folder)
+        assert str(error.value) == f"{file}: {message}"
+
+
+def test_a_base_with_a_broken_anchor_json_is_one_line(tmp_path, tiny_model_dir):
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    for content, message in (
+        ("{", "malformed JSON: Expecting property name"),
+        ("[]", "expected an object"),
+        ("\xff", "malformed JSON: 'utf-8' codec"),
+    ):
+        (base / "anchor.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(ModelError) as error:
+            load_causal_lm(str(base), torch.float32, "anchor_segments")
+        assert str(error.value).startswith(f"{base / 'anchor.json'}: {message}")
+        assert "\n" not in str(error.value)
+    (base / "anchor.json").write_text('{"base": "elsewhere"}')
+    with pytest.raises(ModelError, match="holds special tokens for elsewhere, not a model of its own"):
+        load_causal_lm(str(base), torch.float32, "anchor_segments")
 
 
 def test_the_fingerprint_knows_another_base_and_does_not_depend_on_the_dtype(folder, tiny_model_dir):
