@@ -28,9 +28,9 @@ from anchor.engine.folder_files import write_json_files, write_special_tokens_fi
 from anchor.errors import ConfigError, ModelError
 from anchor.models.attention import implementation
 from anchor.models.backbone import load_causal_lm, read_config
-from anchor.models.special_tokens import base_fingerprint
+from anchor.models.special_tokens import base_fingerprint, read_json
 from anchor.models.special_tokens_folder import ADAPTER_NAME, find_base
-from eval.original import Original, read_json, read_original
+from eval.original import Original, read_original
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ Beside a tokenizer with P added tokens it holds ``encoder/`` (a PEFT adapter wit
 tags of Python objects as plain values.
 """
 
-import json
 import pickle
 import re
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anchor.errors import ModelError
+from anchor.models.special_tokens import read_json, shape_text
 
 _FILES = (
     *("tokenizer.json", "run_config.yml", "encoder_decoder_config.json", "reconstruction_mlp", "alignment_mlp"),
@@ -78,7 +78,7 @@ def read_original(folder: Path) -> Original:
     hidden_size = config.get("hidden_size")
     if tuple(rows.shape) != (len(names), hidden_size):
         raise ModelError(
-            f"{folder / 'encoder/adapter_model.safetensors'}: trained rows are {_shape(rows)}, expected "
+            f"{folder / 'encoder/adapter_model.safetensors'}: trained rows are {shape_text(rows)}, expected "
             f"{len(names)} x {hidden_size} by run_config.yml and encoder/config.json"
         )
     reconstruction = _read_projection(folder / "reconstruction_mlp", rows.shape[1])
@@ -128,7 +128,7 @@ def _token_ids(file: Path, adapter: dict[str, Any], count: int) -> list[int]:
         raise ModelError(f"{file}: target_modules is {adapter.get('target_modules')!r}, expected a list of names")
     ids = adapter.get("token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices")
     ids = ids.get("embed_tokens") if isinstance(ids, dict) else ids
-    if not isinstance(ids, list) or not ids or ids != list(range(ids[0], ids[0] + count)):
+    if not isinstance(ids, list) or not ids or type(ids[0]) is not int or ids != list(range(ids[0], ids[0] + count)):
         raise ModelError(
             f"{file}: trained tokens are {ids}, expected {count} consecutive ids, as many as special_tokens"
         )
@@ -174,10 +174,11 @@ def _read_projection(file: Path, width: int) -> dict[str, Tensor]:
     if config.get("pooling_mode", "linear") != "linear":
         raise ModelError(f"{file}: pooling_mode is {config['pooling_mode']!r}, supported is 'linear'")
     tensors = {part: state.get(f"projection.{part}") for part in ("weight", "bias")}
-    weight, bias = tensors.values()
-    if set(state) != {"projection.weight", "projection.bias"} or tuple(weight.shape) != (len(bias), width):
+    shapes = [tuple(one.shape) if isinstance(one, Tensor) else None for one in tensors.values()]
+    # A weight of N x width with a bias of N, and nothing else.
+    if len(state) != 2 or shapes[0] is None or shapes != [(*shapes[0][:1], width), shapes[0][:1]]:
         raise ModelError(
-            f"{file}: holds {', '.join(f'{name} {_shape(one)}' for name, one in state.items())}; expected "
+            f"{file}: holds {', '.join(f'{name} {shape_text(one)}' for name, one in state.items())}; expected "
             f"projection.weight N x {width} and projection.bias N"
         )
     return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
@@ -206,22 +207,3 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{file}: expected names and values")
     return content
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ModelError: it holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: malformed JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: expected an object")
-    return content
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape))

@@ -247,6 +247,11 @@ def change_projection(file: Path, **changes) -> None:
     torch.save({**stored, "config": {**stored["config"], **changes}}, file)
 
 
+def change_state(file: Path, part: str, value: object) -> None:
+    stored = torch.load(file, weights_only=True)
+    torch.save({**stored, "state_dict": {**stored["state_dict"], f"projection.{part}": value}}, file)
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -279,6 +284,23 @@ def change_projection(file: Path, **changes) -> None:
             lambda f: save_projection(f / "alignment_mlp", 16, TEACHER),
             "/alignment_mlp: holds projection.weight 24 x 16, projection.bias 24; expected projection.weight N x 32",
         ),
+        (
+            lambda f: change_state(f / "alignment_mlp", "bias", 24),
+            "/alignment_mlp: holds projection.weight 24 x 32, projection.bias int; expected projection.weight N x 32",
+        ),
+        (
+            lambda f: change_state(f / "alignment_mlp", "weight", [1.0]),
+            "holds projection.weight list, projection.bias 24",
+        ),
+        (
+            lambda f: change_state(f / "alignment_mlp", "bias", torch.tensor(1.0)),
+            "projection.bias one number; expected",
+        ),
+        (
+            lambda f: change_json(f / "encoder/adapter_config.json", token_indices=["a", "b", "c"]),
+            "/encoder/adapter_config.json: trained tokens are ['a', 'b', 'c'], expected 3 consecutive ids",
+        ),
+        (lambda f: (f / "encoder/config.json").write_text("[]"), "/encoder/config.json: expected an object"),
         (lambda f: (f / "run_config.yml").write_text("a: [1"), "/run_config.yml: not readable as YAML: "),
         (lambda f: (f / "run_config.yml").write_text("a: 1"), "special_tokens is None, expected a list of names"),
         (
