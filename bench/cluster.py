@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,14 +30,10 @@ from anchor.engine.gpus import find_gpu
 from anchor.models.backbone import choose_trained
 from anchor.models.shape import ModelShape, shape_of
 from bench.harness import arguments
+from bench.shapes import SHAPES, llama_config
 
 ROOT = Path(__file__).parents[1]
 PACK_TOKENS, TEXT_TOKENS, PER_NODE = 8192, 256, 8
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-MODELS = {
-    "1B": dict(zip(NAMES, (2048, 8192, 16, 32, 8), strict=True)) | {"head_dim": 64, "tie_word_embeddings": True},
-    "8B": dict(zip(NAMES, (4096, 14336, 32, 32, 8), strict=True)) | {"head_dim": 128, "tie_word_embeddings": False},
-}
 LORA = {"kind": "lora", "r": 16, "alpha": 32, "dropout": 0.05}
 STAGES = {"I": {"kind": "full"}, "II": LORA}
 
@@ -45,7 +41,7 @@ STAGES = {"I": {"kind": "full"}, "II": LORA}
 def shape(model: str, trained: dict[str, Any]) -> ModelShape:
     """A Llama of that size on the meta device, adapters included."""
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128_256, **MODELS[model]))
+        causal_lm = AutoModelForCausalLM.from_config(llama_config(model))
         causal_lm.tie_weights()
         section = {"path": "none", "trained": trained, "attention": "flash"}
         choose_trained(causal_lm, BackboneSection.model_validate(section))
@@ -108,7 +104,7 @@ def main() -> None:
     options = arguments(__doc__ or "", gpu="h100-80gb", network=50.0, mfu=0.4, packs=2, reuse=0)
     rows = [
         row(model, stage, file, num_ranks, options)
-        for model in MODELS
+        for model in SHAPES
         for stage in STAGES
         for num_ranks in (8, 64, 512)
         for file in ("zero3", "zero3_hpz", "zero2")

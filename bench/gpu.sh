@@ -37,20 +37,26 @@ print(c["hidden_size"], c["vocab_size"], heads, c.get("num_key_value_heads") or 
 EOF
 )
 
-bench() {  # bench NAME ARGUMENTS...: a failure is reported at the end and does not keep the others from running
-    local name=$1
-    shift
-    echo "== $name $*"
-    "$python" "bench/$name.py" "$@" --turns 10 --json "$output/$name.json" 2>&1 | tee "$output/$name.log" ||
+bench() {  # bench RESULT SCRIPT ARGUMENTS...: a failure is reported at the end and does not keep the others from running
+    local name=$1 script=$2
+    shift 2
+    echo "== $name: $script $*"
+    "$python" "bench/$script.py" "$@" --turns 10 --json "$output/$name.json" 2>&1 | tee "$output/$name.log" ||
         failed+=("$name")
 }
 
 failed=()
 nvidia-smi >"$output/nvidia-smi.txt" || true  # clocks, driver and other users of the GPU, for the record
-bench head --rows 16384 --hidden "$hidden" --vocabulary "$vocabulary"
-bench attention --shards "$shards" --heads "$heads" --key-value-heads "$key_value_heads" --head-dim "$head_dim"
-bench reconstruction_step --shards "$shards" --model "$model" --attention "$kernel"
-bench contrastive_step --shards "$shards" --model "$model" --attention "$kernel" --mini 32
+bench head head --rows 16384 --hidden "$hidden" --vocabulary "$vocabulary"
+bench attention attention --shards "$shards" --heads "$heads" --key-value-heads "$key_value_heads" --head-dim "$head_dim"
+bench reconstruction_step reconstruction_step --shards "$shards" --model "$model" --attention "$kernel"
+# Throughput and MFU at the sizes that are trained: random weights of Llama-3.2-1B and 3.1-8B, every kernel, and padding.
+kernels=varlen$("$python" -c 'import importlib.util as u; print(",flash" if u.find_spec("flash_attn") else "")')
+for size in 1B 8B; do
+    bench "throughput_$size" reconstruction_step --shards "$shards" --shape "$size" --attention "$kernels" \
+        --checkpointing yes
+done
+bench contrastive_step contrastive_step --shards "$shards" --model "$model" --attention "$kernel" --mini 32
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "error: failed: ${failed[*]}; see the logs in $output" >&2

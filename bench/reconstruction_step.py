@@ -1,15 +1,20 @@
 """Stage I, forward and backward of one step: two packed passes against the paper's scheme of four padded ones.
 
     python bench/reconstruction_step.py --shards data/squad --model MODEL [--json PATH]
+    python bench/reconstruction_step.py --shards data/squad --shape 8B --attention varlen,flash --checkpointing yes
 
 The padded scheme is written from the paper's description: encode queries, encode documents, decode each side from
 the other, every pass padded to its longest text, full logits. Targets are the same, so the losses must agree, to
 bfloat16's noise where that is the dtype. ``--checkpointing yes`` recomputes layers on both sides: without it the padded
-scheme needs more than 24 GiB for 32 SQuAD pairs and 135M parameters. Shards of ``pairs`` real pairs a batch are made by
-``data_prep pack``; the first batch is used.
+scheme needs more than 24 GiB for 32 SQuAD pairs and 135M parameters. ``--shape`` takes random weights of
+Llama-3.2-1B's (1B) or Llama-3.1-8B's (8B) dimensions instead of a model; several kernels, separated by commas, are one
+contestant each. MFU is the model's FLOPs (arXiv:2204.02311, appendix B; what is computed twice or padded counts once)
+over the datasheet's peak, where the GPU is known. All contestants share one copy of the weights. Shards of ``pairs``
+real pairs a batch are made by ``data_prep pack``; the first batch is used.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +22,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from anchor.config import schema
+from anchor.config.schema import PackRecipe, TrainRecipe
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Batch, ShardReader
+from anchor.engine.dry_run import Options, setting_of
+from anchor.engine.estimate_work import work
+from anchor.engine.gpus import peak_of_device
+from anchor.engine.step_shape import sampled_step
 from anchor.models.attention import implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
+from anchor.models.shape import shape_of
 from anchor.objectives.reconstruction import ReconstructionObjective
 from bench.harness import alternate, arguments, report
+from bench.shapes import llama_config
 
 IGNORE_INDEX = -100
 ALPHA = 0.2
@@ -82,37 +95,75 @@ def packed_step(objective: ReconstructionObjective, batch: Batch, device: torch.
     return {"loss": total, "padding_share": 0.0}
 
 
+def model_flops(causal_lm: PreTrainedModel, objective: ReconstructionObjective, reader: ShardReader) -> float:
+    """FLOPs of one step that the mathematics asks for."""
+    recipe = TrainRecipe.model_validate(
+        {
+            "output_dir": "none",
+            "seed": 0,
+            "data": {"shards": "none"},
+            "backbone": {"path": "none", "trained": {"kind": "full"}, "attention": "segments"},
+            "objective": {"kind": "reconstruction", "alpha": ALPHA},
+            "optim": {"lr": 1, "warmup_steps": 0, "total_steps": 1},
+            "engine": {"deepspeed": "none", "dtype": "bf16"},
+        }
+    )
+    packing = PackRecipe.model_validate(reader.index.recipe)
+    step, _ = sampled_step(objective, recipe, packing, [reader.read(0)])
+    return work(shape_of(causal_lm), setting_of(recipe, {"stage": 0}, Options()), step).model
+
+
+def load(options: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model folder's weights, or random ones of a shape."""
+    if not options.shape:
+        causal_lm: Any = load_causal_lm(options.model, dtype, "sdpa")
+        return causal_lm.to(device)
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(llama_config(options.shape), dtype=dtype)
+
+
 def main() -> None:
     options = arguments(
-        __doc__ or "", shards="data/squad", model="MODEL", dtype="bf16", attention="segments", checkpointing="no"
+        __doc__ or "",
+        shards="data/squad",
+        model="MODEL",
+        shape="",
+        dtype="bf16",
+        attention="segments",
+        checkpointing="no",
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = ShardReader(Path(options.shards)).read(0)
-    dtype = DTYPES[options.dtype]
-    kernel = implementation(options.attention, device.type)
-    ours: Any = load_causal_lm(options.model, dtype, kernel)
-    ours.to(device)
-    objective = ReconstructionObjective(ours, schema.ReconstructionObjective(kind="reconstruction", alpha=ALPHA))
-    theirs: Any = load_causal_lm(options.model, dtype, "sdpa")
-    theirs.to(device)
+    reader = ShardReader(Path(options.shards))
+    batch = reader.read(0)
+    causal_lm = load(options, DTYPES[options.dtype], device)
+    objective = ReconstructionObjective(causal_lm, schema.ReconstructionObjective(kind="reconstruction", alpha=ALPHA))
     if options.checkpointing == "yes":
-        for model in (ours, theirs):
-            model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    contestants = {
-        "packed": lambda: packed_step(objective, batch, device),
-        "padded": lambda: padded_step(theirs, batch, device),
-    }
-    rows = alternate(contestants, options.turns)
+        causal_lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def packed(kernel: str) -> dict[str, float]:
+        causal_lm.set_attn_implementation(implementation(kernel, device.type))
+        return packed_step(objective, batch, device)
+
+    def padded() -> dict[str, float]:
+        causal_lm.set_attn_implementation("sdpa")
+        return padded_step(causal_lm, batch, device)
+
+    kernels = options.attention.split(",")
+    rows = alternate({f"packed, {k}": partial(packed, k) for k in kernels} | {"padded": padded}, options.turns)
     tokens = sum(objective.prepare(pack).num_tokens for pack in batch.packs)
+    peak = peak_of_device(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    flops = model_flops(causal_lm, objective, reader)
     for row in rows:
         row["pairs_per_second"] = batch.num_pairs / row["seconds"]
         row["real_tokens_per_second"] = tokens / row["seconds"]
-    packed, padded = rows
-    ratios = {
-        "speed": padded["seconds"] / packed["seconds"],
-        "peak_memory": packed["peak_gib"] / padded["peak_gib"],
-        "loss": packed["loss"] / padded["loss"],
-    }
+        if peak is not None:
+            row["mfu"] = flops / row["seconds"] / peak
+    ratios = {}
+    for kernel, row in zip(kernels, rows[:-1], strict=True):
+        ratios[f"{kernel}, speed"] = rows[-1]["seconds"] / row["seconds"]
+        ratios[f"{kernel}, peak_memory"] = row["peak_gib"] / rows[-1]["peak_gib"]
+        ratios[f"{kernel}, loss"] = row["loss"] / rows[-1]["loss"]
     report("reconstruction_step", rows, ratios, options)
 
 

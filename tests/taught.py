@@ -1,14 +1,19 @@
-"""Shards with trained special tokens and a teacher's vectors, drawn at random: nothing here embeds a text."""
+"""Shards with trained special tokens and a teacher's vectors, drawn at random; and the losses the long way."""
 
 import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
+from reference import segments_of
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from anchor.data.shards import TEACHER_VERSION, Batch, ShardReader, ShardWriter
+from anchor.models.special_tokens import SpecialTokens
 
-TOKENS, DIMENSION = 3, 12
+TOKENS, DIMENSION, END = 3, 12, 2
 TEMPLATE = {"kind": "special_tokens", "tokens": TOKENS, "end": "<|im_end|>"}
 
 
@@ -36,3 +41,33 @@ def teach_at_random(shards: Path, dimension: int = DIMENSION) -> Path:
 def _vectors(text_ids: np.ndarray, dimension: int) -> np.ndarray:
     rows = [np.random.default_rng(abs(int(text))).normal(size=dimension) for text in text_ids]
     return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float16)
+
+
+def plain_embeddings(model: PreTrainedModel, special: SpecialTokens, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft prompts and embedding of one text."""
+    count = len(special.rows)
+    inputs = torch.cat([model.get_input_embeddings()(ids[:-count]), special.rows])
+    hidden = model.base_model(inputs_embeds=inputs[None]).last_hidden_state[0, -count:]
+    prompts = hidden @ special.reconstruction.weight.T + special.reconstruction.bias
+    return prompts, (prompts @ special.alignment.weight.T + special.alignment.bias).mean(dim=0)
+
+
+def plain_losses(
+    encoder: PreTrainedModel, special: SpecialTokens, batch: Batch, decoder: PreTrainedModel | None = None
+) -> tuple[Tensor, Tensor]:
+    """``L_align`` and ``L_rec`` of a batch, one pair at a time, full logits; the encoder decodes unless told."""
+    decoder = encoder if decoder is None else decoder
+    squares, nll = [], []
+    for pack in batch.packs:
+        assert pack.teacher is not None
+        segments = [s for s in segments_of(pack) if s["role"] <= 1]
+        for pair, (query, answer) in enumerate(zip(segments[::2], segments[1::2], strict=True)):
+            prompts, embedding = plain_embeddings(encoder, special, query["ids"])
+            squares.append((embedding - torch.from_numpy(pack.teacher[pair].astype("float64"))) ** 2)
+            body = answer["ids"][slice(*answer["body"])]
+            rows = torch.cat([prompts, decoder.get_input_embeddings()(body)])
+            logits = decoder(inputs_embeds=rows[None]).logits[0]
+            wanted = torch.cat([body, torch.tensor([END])])
+            nll.append(torch.nn.functional.cross_entropy(logits[-len(wanted) :].double(), wanted, reduction="none"))
+    assert len(squares) == batch.num_pairs > 1
+    return torch.stack(squares).mean(), torch.cat(nll).mean()

@@ -171,7 +171,7 @@ def pool_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:
     """
     if not step.pooled:
         return 0
-    embeddings = step.step_segments * shape.hidden_size * 4
+    embeddings = step.step_segments * shape.embedding_size * 4
     similarities = min(_SIMILARITY_CHUNK[setting.device], step.num_pairs / setting.num_ranks * step.step_segments)
     return int(2 * embeddings + 2 * embeddings / setting.num_ranks + 3 * 4 * similarities)
 

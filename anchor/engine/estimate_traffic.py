@@ -149,7 +149,7 @@ def transfers(shape: ModelShape, setting: Setting, step: StepShape) -> list[Tran
     else:
         out.append(ring("sum gradients", trained, bucket, rounds=2))
     if step.pooled:
-        pool = (step.step_segments - step.num_pairs) * shape.hidden_size
+        pool = (step.step_segments - step.num_pairs) * shape.embedding_size
         out.append(ring("gather documents' embeddings", pool, BUCKET, width=4))
         out.append(ring("sum their gradients", pool, BUCKET, rounds=2, width=4))
     return out

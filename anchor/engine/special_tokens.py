@@ -158,4 +158,4 @@ def special_tokens_shape(
         dimension = shape.hidden_size if teacher is None else teacher["dimension"]
         special = SpecialTokens(packing.template.tokens, shape.hidden_size, dimension, 0)
     added = tuple(ParameterSize(SPECIAL_TOKENS, p.numel(), True) for p in special.parameters())
-    return replace(shape, parameters=(*shape.parameters, *added))
+    return replace(shape, parameters=(*shape.parameters, *added), embedding_size=dimension)

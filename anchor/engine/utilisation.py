@@ -10,9 +10,10 @@ import torch
 from anchor import dist
 from anchor.config.schema import PackRecipe, TrainRecipe
 from anchor.data.shards import Batch, Index
-from anchor.engine.dry_run import Options, sampled_step, setting_of
+from anchor.engine.dry_run import Options, setting_of
 from anchor.engine.estimate_work import work
 from anchor.engine.gpus import peak_of_device
+from anchor.engine.step_shape import sampled_step
 from anchor.models.embedder import Embedder
 from anchor.models.shape import shape_of
 from anchor.objectives.base import Objective

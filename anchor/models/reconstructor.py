@@ -53,8 +53,8 @@ def generate_from_prefixes(
 ) -> list[list[int]]:
     """What prefix vectors say: the text after them, as the decode pass was trained, with a KV cache.
 
-    Greedy, or beam search; sampling settings of the folder are not used. A pack's kernel has no cache, so generation
-    runs on scaled-dot-product attention; the model's own kernel is set again afterwards.
+    Greedy, or beam search; nothing of the folder's generation settings is used. A pack's kernel has no cache, so
+    generation runs on scaled-dot-product attention; the model's own kernel and settings are set again afterwards.
 
     Args:
         causal_lm: the model, causal.
@@ -66,8 +66,9 @@ def generate_from_prefixes(
     Returns:
         Token ids of each text, without the end token.
     """
-    kernel = causal_lm.config._attn_implementation
+    kernel, settings = causal_lm.config._attn_implementation, causal_lm.generation_config
     causal_lm.set_attn_implementation("sdpa")
+    causal_lm.generation_config = GenerationConfig()  # `generate` takes what is not given from here
     try:
         out: Any = cast(Any, causal_lm).generate(
             inputs_embeds=prefixes.to(causal_lm.dtype),
@@ -82,6 +83,7 @@ def generate_from_prefixes(
         )
     finally:
         causal_lm.set_attn_implementation(cast(str, kernel))
+        causal_lm.generation_config = settings
     rows: list[list[int]] = out.tolist()
     return [row[: row.index(end_token_id)] if end_token_id in row else row for row in rows]
 

@@ -47,6 +47,7 @@ class ModelShape:
         tied: whether the head is the input embedding.
         parameters: all, adapters included.
         adapter_inputs: input size of every layer with an adapter, in one transformer layer.
+        embedding_size: dimension of an embedding; the hidden size unless special tokens are aligned with a teacher.
     """
 
     model_type: str
@@ -60,6 +61,7 @@ class ModelShape:
     tied: bool
     parameters: tuple[ParameterSize, ...]
     adapter_inputs: tuple[int, ...]
+    embedding_size: int
 
     def count(self, group: str | None = None, *, trained: bool = False) -> int:
         """Elements of a group, or of all; only the trained ones when asked."""
@@ -110,6 +112,7 @@ def shape_of(causal_lm: PreTrainedModel) -> ModelShape:
             for name, parameter in model.named_parameters()
         ),
         adapter_inputs=tuple(_in_features(layer) for layer in adapted),
+        embedding_size=config.hidden_size,
     )
 
 

@@ -168,6 +168,7 @@ BIG = ModelShape(
         ParameterSize("mlp", 18_000_000, True),
     ),
     adapter_inputs=(),
+    embedding_size=1000,
 )
 STEP = StepShape(
     num_pairs=32,

@@ -2,6 +2,7 @@
 way gives, through the real engine; a gradient that overflows stops the run on all ranks before the optimiser: weights,
 master copy and moments keep their bits, and the message names step, source and pairs."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from anchor.data.shards import Batch, Pack, ShardReader, make_batch
 
 CONTRASTIVE = schema.ContrastiveObjective(kind="contrastive", temperature=0.1)
 RECONSTRUCTION = schema.ReconstructionObjective(kind="reconstruction", alpha=0.2)
+COLUMNS = [name for name in Pack.__slots__ if name != "teacher"]
 OVERFLOWING_TEMPERATURE = 3e-39
 """A similarity over it is a finite float32, and so is the loss; its gradient is not."""
 
@@ -28,7 +30,7 @@ def pack_of(*chosen: tuple[Pack, int]) -> Pack:
         keep = np.zeros(len(pack.roles), dtype=bool)
         keep[s] = True
         parts.append(pack.select(keep))
-    return Pack(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in Pack.__slots__})
+    return Pack(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in COLUMNS})
 
 
 def pair(pack: Pack, number: int, segments: int = 3) -> list[tuple[Pack, int]]:
@@ -41,7 +43,7 @@ def batches_of(shards: Path) -> dict[str, Batch]:
     """Extreme batches, made of the segments of a real one."""
     first, second = ShardReader(shards).read(0).packs
     lone = pack_of((first, 0), (first, 0), (first, 0), (first, 0))
-    lone = Pack(**{n: getattr(lone, n) for n in Pack.__slots__} | {"roles": np.asarray([0, 1, 0, 1], dtype=np.int8)})
+    lone = dataclasses.replace(lone, roles=np.asarray([0, 1, 0, 1], dtype=np.int8))
     again = (pair(second, 0)[0], pair(first, 0)[1], pair(second, 0)[2])
     return {
         "one pair": make_batch([pack_of(*pair(first, 0))], "small"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import english_pairs, write_jsonl
+from transformers import GenerationConfig
 
 from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.reconstructor import generate_from_prefixes
@@ -46,7 +47,10 @@ def test_greedy_decoding_equals_the_decode_pass_without_a_cache(encoder):
     # A tied random model repeats its last token: from a real anchor state it would only say that it is done.
     states = torch.from_numpy(texts) + 3 * torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     end = encoder.backend.token_to_id("<|im_end|>")
+    # Settings of the folder, which `generate` would take where it is not told otherwise, change nothing.
+    encoder.causal_lm.generation_config = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
     decoded = generate_from_prefixes(encoder.causal_lm, states[:, None], end, max_new_tokens=6)
+    assert encoder.causal_lm.generation_config.repetition_penalty == 5.0
     with torch.inference_mode():
         expected = [greedy_without_cache(encoder, state, 6) for state in states]
     cut = [ids[: ids.index(end)] if end in ids else ids for ids in expected]

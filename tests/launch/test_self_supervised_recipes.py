@@ -48,8 +48,10 @@ def test_the_recipes_hold_the_papers_numbers(model: str) -> None:
     assert (optim.lr, optim.warmup_steps, optim.total_steps, optim.decay_steps) == (RATES[model], 100, 5000, 20000)
     assert train.engine.dtype == "bf16"
     assert isinstance(pack.template, SpecialTokensTemplate)
-    assert (pack.template.tokens, pack.template.prefix, pack.template.suffix) == (10, "", "")
-    assert pack.template.end == ("<|im_end|>" if model.startswith("qwen") else "<|eot_id|>")
+    assert (pack.template.tokens, pack.template.suffix) == (10, "")
+    # What the family's tokenizer adds by itself, and what ends a turn.
+    expected = ("", "<|im_end|>") if model.startswith("qwen") else ("<|begin_of_text|>", "<|eot_id|>")
+    assert (pack.template.prefix, pack.template.end) == expected
     assert (pack.batch.pairs, pack.text.max_tokens, pack.text.hard_negatives) == (32, 512, 0)
     assert train.backbone.path == pack.tokenizer
     # `teach` makes the ones of the others.
@@ -62,7 +64,7 @@ def test_the_recipes_hold_the_papers_numbers(model: str) -> None:
 
 def test_the_readme_lists_the_recipes() -> None:
     folders = sorted(path.parent.name for path in RECIPES.glob("*/self_supervised.yaml"))
-    assert folders == sorted([*RATES, "quickstart"])
+    assert folders == sorted([*RATES, "quickstart", "smollm2-135m"])
     for model in RATES:
         assert f"`{model}/`" in README
 

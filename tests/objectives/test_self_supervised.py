@@ -5,7 +5,7 @@ nothing of the backbone has a gradient."""
 import pytest
 import torch
 from reference import naive_contrastive, plain_model, relative, segments_of
-from taught import DIMENSION, TEMPLATE, TOKENS, teach_at_random
+from taught import DIMENSION, TEMPLATE, TOKENS, plain_embeddings, plain_losses, teach_at_random
 
 from anchor.config import schema
 from anchor.config.load import validate
@@ -38,32 +38,6 @@ def special_of(objective) -> SpecialTokens:
     return objective.supervisor.embedder.special
 
 
-def plain_embeddings(model, special: SpecialTokens, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Soft prompts and embedding of one text, the long way."""
-    count = len(special.rows)
-    inputs = torch.cat([model.get_input_embeddings()(ids[:-count]), special.rows])
-    hidden = model.base_model(inputs_embeds=inputs[None]).last_hidden_state[0, -count:]
-    prompts = hidden @ special.reconstruction.weight.T + special.reconstruction.bias
-    return prompts, (prompts @ special.alignment.weight.T + special.alignment.bias).mean(dim=0)
-
-
-def plain_losses(folder, special: SpecialTokens, batch: Batch, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``L_align`` and ``L_rec`` of a batch, one pair at a time, full logits."""
-    model = plain_model(folder, torch.float64).requires_grad_(False)
-    squares, nll = [], []
-    for pack in batch.packs:
-        segments = [s for s in segments_of(pack) if s["role"] <= 1]
-        for pair, (query, answer) in enumerate(zip(segments[::2], segments[1::2], strict=True)):
-            prompts, embedding = plain_embeddings(model, special, query["ids"])
-            squares.append((embedding - torch.from_numpy(pack.teacher[pair].astype("float64"))) ** 2)
-            body = answer["ids"][slice(*answer["body"])]
-            logits = model(inputs_embeds=torch.cat([prompts, model.get_input_embeddings()(body)])[None]).logits[0]
-            wanted = torch.cat([body, torch.tensor([end])])
-            nll.append(torch.nn.functional.cross_entropy(logits[-len(wanted) :].double(), wanted, reduction="none"))
-    assert len(squares) == batch.num_pairs > 1
-    return torch.stack(squares).mean(), torch.cat(nll).mean()
-
-
 def packed(objective, batch: Batch):
     """Loss and metrics over all packs, and the outputs."""
     outputs = [objective(to_tensors(objective.prepare(pack), CPU), batch) for pack in batch.packs]
@@ -81,7 +55,7 @@ def test_losses_and_gradients_equal_one_pair_at_a_time(model_dir, weights, reque
     changes = dict(zip(("alignment_weight", "reconstruction_weight"), weights, strict=True))
     objective, batch = objective_of(folder, shards, changes), ShardReader(shards).read(0)
     loss, metrics, _ = packed(objective, batch)
-    alignment, reconstruction = plain_losses(folder, special_of(objective), batch, end=2)
+    alignment, reconstruction = plain_losses(plain_model(folder, torch.float64), special_of(objective), batch)
     expected = weights[0] * alignment + weights[1] * reconstruction
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     wanted = {"loss/total_nats": expected, "loss/alignment_mean_square": alignment}
@@ -164,7 +138,7 @@ def test_the_joint_loss_adds_contrast_of_the_same_embeddings(tiny_model_dir, sha
     texts = [int(text) for pack in batch.packs for text in pack.text_ids]
     section = schema.JointContrastive.model_validate(CONTRASTIVE)
     expected = naive_contrastive(torch.stack(wanted), [s["role"] for s in segments], texts, section)
-    alignment, reconstruction = plain_losses(tiny_model_dir, special, batch, end=2)
+    alignment, reconstruction = plain_losses(plain, special, batch)
     total = float((alignment + reconstruction + 0.3 * expected).detach())
     assert float((sum(output[1] for output in outputs) + contrast).detach()) == pytest.approx(total, rel=1e-6)
     assert float(shares["loss/total_nats"]) == pytest.approx(total, rel=1e-6)
@@ -176,7 +150,7 @@ def test_one_special_token_is_enough(tiny_model_dir, make_shards):
     objective, batch = objective_of(tiny_model_dir, folder), ShardReader(folder).read(0)
     assert special_of(objective).rows.shape == (1, 32)
     loss, _, _ = packed(objective, batch)
-    alignment, reconstruction = plain_losses(tiny_model_dir, special_of(objective), batch, end=2)
+    alignment, reconstruction = plain_losses(plain_model(tiny_model_dir, torch.float64), special_of(objective), batch)
     assert float(loss.detach()) == pytest.approx(float((alignment + reconstruction).detach()), rel=1e-6)
 
 
