@@ -2,12 +2,13 @@
 
 1. ``retrieval/``: the retrieval task, the first paragraphs of a source that is never trained on and questions on them.
 2. ``clean/``: the training pairs without those that repeat an evaluation text (``data_prep decontaminate``).
-3. ``split/``: ``train/`` and ``heldout/``, all but the last pairs of every source and those; ``decoded.jsonl`` of the
-   latter. They appear together.
+3. ``split/``: ``train/`` and ``heldout/``, :func:`split_pairs`; ``decoded.jsonl`` of the latter. They appear together.
 4. ``shards/``, ``heldout_shards/``: both packed (``data_prep pack``).
 """
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from anchor.config.load import load_recipe
 from anchor.config.schema import E5Source, PackRecipe
 from anchor.errors import ConfigError, DataError
-from data_prep.e5_rows import read_lines
+from data_prep.e5_rows import SIDES, negatives_of, read_lines
 from data_prep.new_folder import new_folder
 from data_prep.retrieval_task import write_jsonl, write_retrieval_task
 from data_prep.sources import e5_files
@@ -23,6 +24,10 @@ from eval.vectors import file_xxh3
 from launch.study.programs import locked, run
 from launch.study.recipe import StudyRecipe
 from launch.study.settings import keep_settings
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,27 +143,57 @@ def _split(study: StudyRecipe, data: StudyData, recipe: PackRecipe, lock: int) -
         command = ["python", "-m", "data_prep", "decontaminate", str(study.pairs), "--output", str(clean), "--against"]
         run([*command, *map(str, [*_tasks(study), data.retrieval])], study.work_dir / "logs/prepare.log", lock)
     files = e5_files(clean, str(clean))
-    decoded: list[dict[str, Any]] = []
+    if absent := [name for name in only if name not in files]:
+        raise DataError(f"{study.pairs}: no {absent[0]}.jsonl[.gz]")
+    parts = split_pairs({name: _rows(files[name]) for name in only}, study.heldout_pairs)
+    decoded: list[Row] = []
     with new_folder(data.folder / "split") as folder:
         for part in ("train", "heldout"):
             (folder / part).mkdir()
-        for name in only:
-            if name not in files:
-                raise DataError(f"{study.pairs}: no {name}.jsonl[.gz]")
-            rows = _rows(files[name])
-            if len(rows) <= study.heldout_pairs:
-                raise DataError(f"{files[name]}: {len(rows)} pairs, of which {study.heldout_pairs} are held out")
-            write_jsonl(folder / "train" / f"{name}.jsonl", rows[: -study.heldout_pairs])
-            write_jsonl(folder / "heldout" / f"{name}.jsonl", rows[-study.heldout_pairs :])
-            decoded += _evenly(rows[-study.heldout_pairs :], -(-study.evaluation.decoded_pairs // len(only)))
+        for name, (training, heldout) in parts.items():
+            write_jsonl(folder / "train" / f"{name}.jsonl", training)
+            write_jsonl(folder / "heldout" / f"{name}.jsonl", heldout)
+            decoded += _evenly(heldout, -(-study.evaluation.decoded_pairs // len(only)))
         write_jsonl(folder / data.decoded.name, _evenly(decoded, study.evaluation.decoded_pairs))
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def split_pairs(sources: Mapping[str, Sequence[Row]], heldout_pairs: int) -> dict[str, tuple[list[Row], list[Row]]]:
+    """Training and held-out pairs of every source: the last ones are held out.
+
+    A pair of any source that holds a held-out query or positive, as query, positive or negative, is in neither.
+
+    Raises:
+        DataError: a source has no training pair left.
+    """
+    heldout = {name: list(rows[-heldout_pairs:]) for name, rows in sources.items()}
+    texts = {_words(row[side]) for rows in heldout.values() for row in rows for side in SIDES}
+    out = {}
+    for name, rows in sources.items():
+        rest = rows[:-heldout_pairs]
+        training = [row for row in rest if texts.isdisjoint(map(_words, (row[s] for s in SIDES)))]
+        training = [row for row in training if texts.isdisjoint(map(_words, negatives_of(row)))]
+        log.info(
+            "%s: %d of %d training pairs hold a held-out text, left out", name, len(rest) - len(training), len(rest)
+        )
+        if not training:
+            raise DataError(
+                f"{name}: {len(rows)} pairs, of which {len(heldout[name])} are held out; none of the others is without "
+                "a text of those; lower heldout_pairs"
+            )
+        out[name] = (training, heldout[name])
+    return out
+
+
+def _words(text: str) -> str:
+    """What makes two texts the same: words, whatever their case and spaces."""
+    return " ".join(text.lower().split())
+
+
+def _rows(file: Path) -> list[Row]:
     return [line.row for line in read_lines(file, f"reading {file.name}") if line.row is not None]
 
 
-def _evenly(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+def _evenly(rows: list[Row], number: int) -> list[Row]:
     """So many of the rows, spread over all."""
     return [rows[i * len(rows) // number] for i in range(min(number, len(rows)))]
 

@@ -22,12 +22,12 @@ from conftest import english_pairs, write_jsonl
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import E5Source, PackRecipe, TrainRecipe
-from anchor.errors import ConfigError
+from anchor.errors import ConfigError, DataError
 from launch.study import prepare as study_prepare
 from launch.study import run as study_run
 from launch.study.__main__ import main
 from launch.study.plan import Cell, StudyPlan
-from launch.study.prepare import StudyData, pack_recipe, prepare
+from launch.study.prepare import StudyData, pack_recipe, prepare, split_pairs
 from launch.study.programs import locked
 from launch.study.recipe import StudyRecipe, load_arms
 from launch.study.run import commands, missing, result_file
@@ -480,6 +480,30 @@ def test_data_of_other_settings_is_refused(scale: Path, prepared: list[str]) -> 
     write_jsonl(study.pairs / "squad.jsonl", english_pairs(41))
     with pytest.raises(ConfigError, match=r"made with other settings: pairs\.squad was "):
         prepare(study)
+
+
+def test_no_held_out_text_is_trained_on() -> None:
+    def rows(name: str, number: int) -> list[dict[str, Any]]:
+        return [
+            {"query": f"{name} query {i}", "positive": f"{name} text {i}", "negative": [f"{name} other {i}"]}
+            for i in range(number)
+        ]
+
+    first, second = rows("first", 10), rows("second", 10)
+    first[0]["query"] = "FIRST  query 9"  # held out, written otherwise
+    first[1]["positive"] = "first text 8"
+    first[2]["negative"] = ["unseen", "first text 9"]
+    first[3]["negative"] = "second query 9"  # of another source
+    second[4]["query"] = "first text 8"  # the other side
+    second[5]["positive"] = "second other 9"  # a distractor of a held-out pair is no held-out text
+    parts = split_pairs({"first": first, "second": second}, 2)
+    assert parts["first"] == (first[4:8], first[8:])
+    assert parts["second"] == ([*second[:4], *second[5:8]], second[8:])
+    with pytest.raises(DataError) as caught:
+        split_pairs({"first": [first[0], first[0], first[9]], "second": second}, 1)
+    assert str(caught.value) == (
+        "first: 3 pairs, of which 1 are held out; none of the others is without a text of those; lower heldout_pairs"
+    )
 
 
 def test_a_preparation_killed_anywhere_goes_on(
