@@ -3,18 +3,24 @@
 ``SentenceTransformer(FOLDER, trust_remote_code=True)`` loads the base model that ``anchor.json`` names (another place:
 ``model_kwargs={"base": PATH}``) and the special tokens' input embeddings and projections. The embedding of a text is
 ``mean over P of W_align(W_rec(h))``, h the final-norm hidden states of the P special tokens that the tokenizer appends.
+Another base than the one they were trained with is refused; its fingerprint takes the package xxhash.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.modules import InputModule
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+log = logging.getLogger(__name__)
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
@@ -44,7 +50,7 @@ class AnchorEncoder(InputModule):
         """Read a folder or a hub repository; ``model_kwargs`` go to the base, but for ``base``, which is its place.
 
         Raises:
-            ValueError: the base is not of the kind that the special tokens were trained with.
+            ValueError: the base is not the one that the special tokens were trained with.
         """
         hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
         folder = Path(str(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **hub)))
@@ -58,6 +64,7 @@ class AnchorEncoder(InputModule):
         if "torch_dtype" not in options:
             options.setdefault("dtype", "auto")
         model: Any = AutoModelForCausalLM.from_pretrained(place, **options)
+        _check_fingerprint(model.base_model, base.dtype, about["base"]["fingerprint"], place, folder)
         if (folder / "adapter").is_dir():
             try:
                 from peft import PeftModel
@@ -105,3 +112,29 @@ def _linear(weights: dict[str, Tensor], name: str) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     linear.load_state_dict({"weight": weight, "bias": weights[f"{name}.bias"]})
     return linear
+
+
+def _check_fingerprint(decoder: Any, stored: torch.dtype | None, expected: str, place: str, folder: Path) -> None:
+    """Refuse another base; one whose weights are rounded otherwise, or elsewhere, cannot be told and is warned of."""
+    weights = [decoder.norm.weight, decoder.get_input_embeddings().weight, decoder.layers[-1].self_attn.q_proj.weight]
+    exact = (torch.float32, torch.bfloat16, stored)
+    if any(weight.is_meta or weight.dtype not in exact for weight in weights):
+        log.warning(
+            "%s: loaded as %s, so whether it is the base of %s is not checked", place, weights[-1].dtype, folder
+        )
+        return
+    found = _fingerprint(weights)
+    if found != expected:
+        raise ValueError(
+            f"{place}: not the base of {folder}: fingerprint {found}, expected {expected}; give that model"
+        )
+
+
+def _fingerprint(parameters: Sequence[Tensor]) -> str:
+    """As in ``anchor.models.special_tokens``, which a model folder does not hold."""
+    digest = xxhash.xxh3_64()
+    for parameter in parameters:
+        rows = parameter if parameter.dim() == 1 else parameter[:64]
+        rounded = rows.detach().to("cpu", torch.bfloat16).float().contiguous()
+        digest.update(rounded.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()

@@ -188,6 +188,31 @@ def test_only_a_folder_that_convert_made_is_replaced(rows_only, tmp_path, tiny_u
     assert sorted((tmp_path / "new").iterdir()) == [output, neighbour]
 
 
+def test_the_folders_own_module_refuses_another_base(rows_only, tmp_path, tiny_untied_model_dir, caplog):
+    convert(rows_only, tmp_path / "ours")
+
+    def load(base: Path, **options) -> SentenceTransformer:
+        more = {"base": str(base), **options}
+        return SentenceTransformer(str(tmp_path / "ours"), trust_remote_code=True, device="cpu", model_kwargs=more)
+
+    for dtype in ("float32", "bfloat16"):
+        assert load(tiny_untied_model_dir, dtype=dtype)[0].base.dtype == getattr(torch, dtype)
+    assert "is not checked" not in caplog.text
+    other = AutoModelForCausalLM.from_pretrained(tiny_untied_model_dir)
+    for name in ("norm.weight", "embed_tokens.weight", "layers.1.self_attn.q_proj.weight"):
+        before = other.base_model.get_parameter(name).detach().clone()
+        other.base_model.get_parameter(name).data.add_(0.01)
+        other.save_pretrained(tmp_path / name)
+        other.base_model.get_parameter(name).data.copy_(before)
+        with pytest.raises(
+            ValueError, match=r"not the base of .*: fingerprint \w{16}, expected \w{16}; give that model"
+        ):
+            load(tmp_path / name)
+    # Rounded to float16, the right base has another fingerprint too.
+    load(tiny_untied_model_dir, dtype="float16")
+    assert f"{tiny_untied_model_dir}: loaded as torch.float16, so whether it is the base of " in caplog.text
+
+
 @pytest.mark.parametrize("name", ["<|compressed_{}|>", "<|anchor_{}|>"])
 def test_no_token_is_added_beside_the_originals_own(tmp_path, tiny_untied_model_dir, name):
     names = [name.format(i) for i in range(P)]
