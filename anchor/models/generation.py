@@ -39,6 +39,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1.0),
 }
 """Settings that are not built here, and the values at which they do nothing."""
+DEFAULT_TOP_K = 50
+"""What transformers' ``generate`` takes where a configuration that samples does not state ``top_k``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Sampling:
 
 
 def read_sampling(path: str, tokenizer: Any) -> Sampling:
-    """What a model's generation configuration says; greedy where it has none.
+    """What a model's generation configuration says to transformers' ``generate``; greedy where it has none.
 
     Args:
         path: model folder, hub name or GGUF file.
@@ -86,16 +88,17 @@ def read_sampling(path: str, tokenizer: Any) -> Sampling:
         if getattr(found, name, None) not in neutral:
             raise ModelError(
                 f"{path}: generation_config.json sets {name} to {getattr(found, name)}, which is not supported; "
-                "remove it or use the engine vllm"
+                "remove it"
             )
     ends = found.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not stops:
         raise ModelError(f"{path}: neither generation_config.json nor the tokenizer names a token that ends a text")
+    greedy = not found.do_sample or found.temperature == 0.0
     return Sampling(
-        greedy=not found.do_sample or found.temperature == 0.0,
+        greedy=greedy,
         temperature=found.temperature or 1.0,
-        top_k=found.top_k or None,
+        top_k=None if greedy else DEFAULT_TOP_K if found.top_k is None else found.top_k or None,
         top_p=found.top_p,
         min_p=found.min_p,
         repetition_penalty=found.repetition_penalty or 1.0,

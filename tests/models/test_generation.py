@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+)
 
 from anchor.errors import ModelError
 from anchor.models.generation import Generator, Sampling, read_sampling
@@ -78,6 +83,25 @@ def test_the_settings_are_those_of_the_generation_configuration(tmp_path: Path, 
     with pytest.raises(ModelError) as caught:
         read_sampling(str(folder), tokenizer)
     assert str(caught.value) == (
-        f"{folder}: generation_config.json sets typical_p to 0.5, which is not supported; remove it or use the engine "
-        "vllm"
+        f"{folder}: generation_config.json sets typical_p to 0.5, which is not supported; remove it"
     )
+
+
+@pytest.mark.parametrize("stated", [{}, {"top_k": None}, {"top_k": 0}, {"top_k": 7}])
+def test_top_k_is_what_transformers_takes_where_the_configuration_is_silent(
+    tmp_path: Path, tiny_model_dir: Path, stated: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a stated top-k was applied, where `generate` keeps the 50 likeliest tokens."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, **stated}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    taken: list[LogitsProcessorList] = []
+    monkeypatch.setattr(
+        type(model), "_sample", lambda _, ids, logits_processor, **__: taken.append(logits_processor) or ids
+    )
+    model.generate(input_ids=torch.tensor(PROMPTS[:1]), max_new_tokens=2)
+    theirs = [one.top_k for one in taken[0] if isinstance(one, TopKLogitsWarper)]
+    sampling = read_sampling(str(folder), AutoTokenizer.from_pretrained(folder))
+    ours = [] if sampling.top_k is None else [sampling.top_k]
+    assert ours == theirs
+    assert ours == {None: [50], 0: [], 7: [7]}[stated.get("top_k")]
