@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LogitsProcessorList,
     TopKLogitsWarper,
 )
@@ -105,3 +106,21 @@ def test_top_k_is_what_transformers_takes_where_the_configuration_is_silent(
     ours = [] if sampling.top_k is None else [sampling.top_k]
     assert ours == theirs
     assert ours == {None: [50], 0: [], 7: [7]}[stated.get("top_k")]
+
+
+def test_a_repetition_penalty_is_that_of_transformers_whatever_pads_the_batch(tiny_model_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    expected = [alone(model, prompt, 1.3) for prompt in PROMPTS]
+    assert expected != [alone(model, prompt, 1.0) for prompt in PROMPTS]
+    # What pads is a stop token: each token that is said, as the one that pads, must not be penalised for it.
+    for stop in {token for ids in expected for token in ids}:
+        how = Sampling(True, 1.0, None, None, None, 1.3, (stop,))
+        found = Generator(str(tiny_model_dir), how, "fp32", "cpu").answer(PROMPTS, quantiles(4))
+        assert [one.ids for one in found] == [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+
+
+def alone(model: torch.nn.Module, prompt: list[int], penalty: float) -> list[int]:
+    """Transformers' own greedy answer to one prompt, without an end."""
+    how = GenerationConfig(max_new_tokens=12, do_sample=False, repetition_penalty=penalty, pad_token_id=0)
+    ids = model.generate(input_ids=torch.tensor([prompt]), generation_config=how)
+    return ids[0, len(prompt) :].tolist()
