@@ -4,6 +4,7 @@ Every rate is one run of an arm, of a seed that the study does not use; the obje
 batches decides. What is chosen is written into the recipe by hand.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def tune(plan: StudyPlan, name: str, rates: Sequence[float]) -> str:
     """Run an arm at several learning rates; a Markdown table of held-out losses, also kept as JSON.
 
     Raises:
-        ConfigError: an arm that does not train, or a study that uses the tuning seed.
+        ConfigError: an arm that does not train, a study that uses the tuning seed, losses of other settings.
         AnchorError: a run failed.
     """
     if not plan.steps(name) or TUNING_SEED in plan.study.seeds:
@@ -37,15 +38,23 @@ def tune(plan: StudyPlan, name: str, rates: Sequence[float]) -> str:
     file = plan.study.results_dir / f"tuning-{name}.json"
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     held_out = {"shards": str(plan.data.heldout_shards), "every_steps": last.step, "max_batches": MAX_BATCHES}
-    for rate in rates:
+    for rate in dict.fromkeys((*map(float, known), *rates)):
         folder = plan.run_folder(name, TUNING_SEED).with_name(f"tuning-lr{rate:g}")
         more = [f"output_dir={folder}", f"optim.lr={rate:g}", f"evaluation={json.dumps(held_out)}"]
         command = shown(training(plan.recipe_file(name), [*plan.overrides(last), *more], plan.study.ranks))
-        if known.get(f"{rate:g}", {}).get("command") != command:
+        settings = json.dumps(plan.run_settings(last, more), sort_keys=True)
+        made = {"command": command, "settings_sha256": hashlib.sha256(settings.encode()).hexdigest()}
+        if f"{rate:g}" in known:
+            # Losses of other shards or recipes do not compare.
+            if known[f"{rate:g}"]["settings_sha256"] != made["settings_sha256"]:
+                raise ConfigError(
+                    f"{file}: {rate:g} was run with other settings; delete it, or choose another results_dir"
+                )
+        else:
             train(plan, last, more)
             lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
             losses = {row["step"]: row["held_out/loss_total_nats"] for row in map(json.loads, lines)}
-            known[f"{rate:g}"] = {"before": losses[0], "after": losses[last.step], "command": command}
+            known[f"{rate:g}"] = {"before": losses[0], "after": losses[last.step], **made}
             plan.study.results_dir.mkdir(parents=True, exist_ok=True)
             write_json(file, known)
     best = min(known, key=lambda rate: known[rate]["after"])

@@ -25,6 +25,7 @@ from anchor.config.schema import E5Source, PackRecipe, TrainRecipe
 from anchor.errors import ConfigError, DataError
 from launch.study import prepare as study_prepare
 from launch.study import run as study_run
+from launch.study import tuning
 from launch.study.__main__ import main
 from launch.study.plan import Cell, StudyPlan
 from launch.study.prepare import StudyData, pack_recipe, prepare, split_pairs
@@ -398,6 +399,34 @@ def test_a_run_of_other_settings_is_neither_used_nor_deleted(scale: Path, events
         f"{own}: made with settings that are not known, it has no settings.json; "
         f"delete {own} or choose another work_dir"
     )
+
+
+def test_losses_of_learning_rates_are_of_one_setting(
+    scale: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(scale)
+    trained: list[str] = []
+
+    def train(plan: StudyPlan, cell: Cell, more: list[str]) -> None:
+        given = dict(word.split("=", 1) for word in more)
+        assert json.loads(given["evaluation"])["shards"] == str(plan.data.heldout_shards)
+        trained.append(given["optim.lr"])
+        rows = [{"step": step, "held_out/loss_total_nats": 2.0 - step * float(given["optim.lr"])} for step in (0, 3)]
+        write_jsonl(Path(given["output_dir"]) / "held_out.jsonl", rows)
+
+    monkeypatch.setattr(tuning, "train", train)
+    tuning.tune(plan, "stage2", [1e-4])
+    table = tuning.tune(plan, "stage2", [1e-4, 1e-1])
+    assert trained == ["0.0001", "0.1"]
+    assert table.splitlines()[-1] == "| 0.1 | 2.0000 | 1.7000 |"
+    (plan.data.shards / "index.json").write_text("[]")
+    with pytest.raises(ConfigError) as caught:
+        tuning.tune(plan, "stage2", [1e-2])
+    assert str(caught.value) == (
+        f"{plan.study.results_dir / 'tuning-stage2.json'}: 0.0001 was run with other settings; delete it, or choose "
+        "another results_dir"
+    )
+    assert len(trained) == 2
 
 
 def test_a_cell_that_another_process_finished_meanwhile_is_not_run(
