@@ -9,7 +9,6 @@
    ``index.json``.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -41,6 +40,7 @@ from anchor.errors import ConfigError, DataError, ShardError
 from data_prep.dense import load_model
 from data_prep.spool import read_json, write_json
 from data_prep.verifying import UNIT_TOLERANCE, batches_of
+from data_prep.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +126,12 @@ def find_teacher(folder: Path | None) -> Teacher:
 
     Raises:
         ConfigError: no such folder, or the package is not installed.
+        ModelError: a folder without weights.
     """
     if folder is not None:
         if not (folder / "modules.json").is_file():
             raise ConfigError(f"--teacher {folder}: not a sentence-transformers folder, it has no modules.json")
-        return Teacher(str(folder), folder, _weights_sha256(folder))
+        return Teacher(str(folder), folder, weights_sha256(folder.rglob("*"), f"--teacher {folder}"))
     spec = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise ConfigError(
@@ -138,16 +139,8 @@ def find_teacher(folder: Path | None) -> Teacher:
             "name a sentence-transformers folder"
         )
     local = Path(spec.origin).parent / "model"
-    return Teacher(f"{DEFAULT_PACKAGE}=={importlib.metadata.version(DEFAULT_PACKAGE)}", local, _weights_sha256(local))
-
-
-def _weights_sha256(folder: Path) -> str:
-    """Of all safetensors files below a folder, in the order of their paths."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    name = f"{DEFAULT_PACKAGE}=={importlib.metadata.version(DEFAULT_PACKAGE)}"
+    return Teacher(name, local, weights_sha256(local.rglob("*"), name))
 
 
 def _open(output: Path, settings: dict[str, Any]) -> Index | None:

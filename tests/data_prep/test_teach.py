@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 import data_prep.teach as teach_module
 from anchor.data.packing import cu_seqlens
 from anchor.data.shards import ShardReader, ShardWriter
-from anchor.errors import AnchorError, ShardError
+from anchor.errors import AnchorError, ModelError, ShardError
 from data_prep.inspect import inspect
 from data_prep.pack import pack
 from data_prep.teach import teach
@@ -226,6 +226,22 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         "sentence-transformers folder"
     )
     assert not new.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "2_Dense/pytorch_model.bin"])
+def test_teachers_differ_by_their_weights_in_any_kind_of_file(tmp_path: Path, name: str) -> None:
+    """Without a safetensors file all teachers had one hash, that of nothing, and continued one another."""
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ModelError) as caught:
+        teach_module.find_teacher(tmp_path)
+    assert str(caught.value).startswith(f"--teacher {tmp_path}: no weights; expected a file that ends in one of ")
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    found = set()
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        found.add(teach_module.find_teacher(tmp_path).sha256)
+    assert len(found) == 2
 
 
 def test_verify_refuses_a_vector_that_is_no_unit_vector(taught: Path, tmp_path: Path) -> None:
