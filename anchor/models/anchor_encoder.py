@@ -114,7 +114,7 @@ def _linear(weights: dict[str, Tensor], name: str) -> nn.Linear:
     return linear
 
 
-def _check_fingerprint(decoder: Any, stored: torch.dtype | None, expected: str, place: str, folder: Path) -> None:
+def _check_fingerprint(decoder: Any, stored: object, expected: str, place: str, folder: Path) -> None:
     """Refuse another base; one whose weights are rounded otherwise, or elsewhere, cannot be told and is warned of."""
     weights = [decoder.norm.weight, decoder.get_input_embeddings().weight, decoder.layers[-1].self_attn.q_proj.weight]
     exact = (torch.float32, torch.bfloat16, stored)
