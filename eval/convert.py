@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 
 from anchor.data.templates import Template
 from anchor.data.tokenization import load_tokenizer, prepare_tokenizer
+from anchor.engine.export_special_tokens import card
 from anchor.engine.folder_files import write_json_files, write_special_tokens_files
 from anchor.errors import ConfigError, ModelError
 from anchor.models.attention import implementation
 from anchor.models.backbone import load_causal_lm, read_config
-from anchor.models.special_tokens import base_fingerprint, read_json
+from anchor.models.special_tokens import Description, base_fingerprint, read_json
 from anchor.models.special_tokens_folder import ADAPTER_NAME, find_base
 from eval.original import Original, read_original
 
@@ -39,24 +40,6 @@ PROMPTS = {
     "document": "Summarize the following passage: ",
 }
 """The two sentences that the paper puts before texts."""
-_CARD = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction]
-base_model: {base}
----
-# Text embedder (LLM2Vec-Gen, converted)
-
-{count} special tokens and two projections over `{base}`, whose weights are not in this folder; vectors of {dimension}.
-Converted from `{origin}`, see `anchor.json`. `python -m eval` reads it without running code that it holds; or
-
-```python
-from sentence_transformers import SentenceTransformer
-
-# The folder has code of its own: `anchor_encoder.py`. model_kwargs={{"base": PATH}} where the base lies elsewhere.
-model = SentenceTransformer("THIS_FOLDER", trust_remote_code=True)
-```
-"""
 
 
 def convert(
@@ -84,30 +67,30 @@ def convert(
         raise ConfigError(f"--max-tokens ({max_tokens}) leaves no room for text: the template takes {taken} tokens")
     causal_lm = load_causal_lm(path, torch.bfloat16, implementation("segments", "cpu"))
     _check_base(folder, original, causal_lm, path)
+    dimension = len(original.projections["alignment.bias"])
+    said = Description(path, base_fingerprint(causal_lm), len(original.names), original.token_ids[0], dimension)
     about: dict[str, Any] = {
         "objective": "self_supervised",
         "template": template.to_json(),
         "anchor_token_id": original.token_ids[-1],
         "prompts": PROMPTS,
         "max_tokens": max_tokens,
-        "base": {"path": path, "fingerprint": base_fingerprint(causal_lm)},
-        "special_tokens": {"count": len(original.names), "first_id": original.token_ids[0]},
+        **said.to_json(),
         "end_token_id": end_token_id,
-        "decoder": "base",
         "teacher": None,
-        "dimension": len(original.projections["alignment.bias"]),
         "converted": {"from": str(folder.resolve()), "layout": "LLM2Vec-Gen", "run_config": original.run},
     }
-    card = _CARD.format(base=path, count=len(original.names), dimension=about["dimension"], origin=folder.name)
+    origin = f"converted from `{folder.name}`"
+    readme = card("LLM2Vec-Gen, converted", said, origin, PROMPTS, max_tokens, adapter=bool(original.lora))
     with _written_beside(output) as beside:
         tokenizer.save_pretrained(beside)
         weights = {"rows": original.rows, **original.projections}
         write_special_tokens_files(beside, weights, read_config(path), PROMPTS, max_tokens)
         if original.lora:
             _write_adapter(beside / ADAPTER_NAME, original, causal_lm.base_model_prefix, path)
-        (beside / "README.md").write_text(card, encoding="utf-8")
+        (beside / "README.md").write_text(readme, encoding="utf-8")
         write_json_files(beside, {"anchor.json": about})
-    log.info("%s: %d special tokens over %s, vectors of %d", output, len(original.names), path, about["dimension"])
+    log.info("%s: %d special tokens over %s, vectors of %d", output, said.count, path, dimension)
 
 
 def _check_output(output: Path, folder: Path, base: str, *, overwrite: bool) -> None:

@@ -1,22 +1,31 @@
 """The part of an export that is its own with trained special tokens: they are stored alone, without their base.
 
 ``special_tokens.safetensors`` (float32) holds the rows and projections, ``config.json`` is the base's, ``anchor.json``
-names the base and its fingerprint, and ``anchor_encoder.py`` lets sentence-transformers put them together.
+names the base and its fingerprint, and ``anchor_encoder.py`` lets sentence-transformers put them together. Without
+deepspeed, so that evaluation can write such folders too.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anchor import dist
 from anchor.config.schema import TrainRecipe
 from anchor.data.shards import Index
-from anchor.engine.deepspeed import Engine
 from anchor.engine.folder_files import write_special_tokens_files
-from anchor.models.special_tokens import SpecialTokens, fingerprint, fingerprinted
+from anchor.models.special_tokens import Description, SpecialTokens, fingerprint, fingerprinted
+
+
+@runtime_checkable
+class Gathers(Protocol):
+    """The engine, as far as it is needed here."""
+
+    def gathered(self, parameter: nn.Parameter) -> Tensor:
+        """A whole parameter on the CPU of rank 0."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +41,7 @@ class Collected:
     fingerprint: str | None
 
 
-def collect(engine: Engine, causal_lm: PreTrainedModel, special: SpecialTokens) -> Collected:
+def collect(engine: Gathers, causal_lm: PreTrainedModel, special: SpecialTokens) -> Collected:
     """Whole parameters, and the base's fingerprint; every rank calls it, rank 0 has them."""
     weights = {name: engine.gathered(parameter).float() for name, parameter in special.named_parameters()}
     base = [engine.gathered(parameter) for parameter in fingerprinted(causal_lm)]
@@ -46,15 +55,16 @@ def write(folder: Path, collected: Collected, causal_lm: PreTrainedModel, index:
 
 
 def about(collected: Collected, special: SpecialTokens, recipe: TrainRecipe, index: Index) -> dict[str, Any]:
-    """What ``anchor.json`` says more than for other objectives."""
+    """What ``anchor.json`` says more than for other objectives; rank 0 calls it."""
     return {
-        "base": {"path": base_path(recipe), "fingerprint": collected.fingerprint},
-        "special_tokens": {"count": special.count, "first_id": special.first_id},
+        **_description(collected.fingerprint or "", special, recipe).to_json(),
         "end_token_id": index.end_token_id,
-        "decoder": "base",  # an adapter takes no part in decoding
         "teacher": index.teacher,
-        "dimension": special.dimension,
     }
+
+
+def _description(base_fingerprint: str, special: SpecialTokens, recipe: TrainRecipe) -> Description:
+    return Description(base_path(recipe), base_fingerprint, special.count, special.first_id, special.dimension)
 
 
 def base_path(recipe: TrainRecipe) -> str:
@@ -67,27 +77,41 @@ def base_path(recipe: TrainRecipe) -> str:
 
 
 def model_card(recipe: TrainRecipe, special: SpecialTokens, index: Index) -> str:
-    """README.md of the folder."""
+    """README.md of a trained folder."""
     sources = ", ".join(source["name"] for source in index.sources)
-    base, teacher = base_path(recipe), (index.teacher or {}).get("model")
-    adapter = (
-        "\nIts adapter is in `adapter/`, which needs the package peft.\n"
-        if recipe.backbone.trained.kind == "lora"
-        else ""
-    )
+    origin = f"trained by Anchor on {sources} with the teacher `{(index.teacher or {}).get('model')}`"
+    adapter = recipe.backbone.trained.kind == "lora"
+    said, max_tokens = _description("", special, recipe), index.recipe["text"]["max_tokens"]
+    return card("self_supervised", said, origin, index.prompts, max_tokens, adapter=adapter)
+
+
+def card(title: str, said: Description, origin: str, prompts: dict[str, str], max_tokens: int, *, adapter: bool) -> str:
+    """README.md of any folder of special tokens.
+
+    Args:
+        title: what is put behind "Text embedder".
+        said: what ``anchor.json`` says.
+        origin: where the special tokens come from.
+        prompts: ``query`` and perhaps ``document``.
+        max_tokens: longest text.
+        adapter: whether there is one.
+    """
+    needs = "xxhash; its adapter, in `adapter/`, needs peft" if adapter else "xxhash"
+    behind = f"documents {prompts['document']!r}" if prompts.get("document") else "documents carry none"
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 tags: [sentence-transformers, feature-extraction]
-base_model: {base}
+base_model: {said.base}
 ---
-# Text embedder (self_supervised)
+# Text embedder ({title})
 
-{special.count} special tokens and two projections, trained by Anchor on {sources} over `{base}`, whose weights are
-not in this folder. The embedding of a text ({special.dimension} dimensions, those of its teacher `{teacher}`) is read
-from the states of the special tokens, which the tokenizer's post-processor appends; at most
-{index.recipe["text"]["max_tokens"]} tokens.
-{adapter}
+{said.count} special tokens and two projections over `{said.base}`, whose weights are not in this folder; {origin}.
+The embedding of a text ({said.dimension} dimensions) is read from the states of the special tokens, which the
+tokenizer's post-processor appends; at most {max_tokens} tokens.
+
+`python -m eval` reads the folder without running code that it holds. sentence-transformers also needs {needs}:
+
 ```python
 from sentence_transformers import SentenceTransformer
 
@@ -98,5 +122,5 @@ documents = model.encode(["An anchor holds a ship in place."], prompt_name="docu
 print(model.similarity(queries, documents))
 ```
 
-Queries carry the prompt {index.prompts["query"]!r}; documents carry none. `anchor.json` says how it was made.
+Queries carry the prompt {prompts["query"]!r}; {behind}. `anchor.json` says how it was made.
 """

@@ -147,7 +147,7 @@ class SpecialTokensEmbedder(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What ``anchor.json`` says of special tokens and their base.
+    """What ``anchor.json`` says of special tokens and their base; :func:`read_description` reads what it writes.
 
     Attributes:
         base: folder or hub name of the base.
@@ -160,6 +160,15 @@ class Description:
     count: int
     first_id: int
     dimension: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of ``anchor.json``."""
+        return {
+            "base": {"path": self.base, "fingerprint": self.fingerprint},
+            "special_tokens": {"count": self.count, "first_id": self.first_id},
+            "decoder": "base",  # an adapter takes no part in decoding
+            "dimension": self.dimension,
+        }
 
 
 def read_description(folder: Path) -> Description:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from anchor.errors import ConfigError, ModelError
+from anchor.models.special_tokens import Description, read_description
 from eval.__main__ import main
 from eval.convert import convert
 from eval.decode import Decoder
@@ -135,6 +136,12 @@ def test_the_folder_says_what_it_came_from(rows_only, tmp_path, tiny_untied_mode
     assert about["special_tokens"]["count"] == P
     assert about["template"]["end"] == "<|im_end|>"
     assert about["prompts"]["query"] == "Generate a passage that best answers this question: "
+    said = read_description(tmp_path / "ours")
+    assert Description(said.base, said.fingerprint, P, about["anchor_token_id"] - P + 1, TEACHER) == said
+    assert said.to_json().items() <= about.items()
+    readme = (tmp_path / "ours/README.md").read_text()
+    assert f"over `{tiny_untied_model_dir}`, whose weights are not in this folder; converted from `original`." in readme
+    assert "documents 'Summarize the following passage: '" in readme
     encoder = open_encoder(tmp_path / "ours", dtype="fp32")
     tokens = encoder.backend.encode(" word " * 50).tokens
     assert len(tokens) == 20
