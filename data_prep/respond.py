@@ -20,15 +20,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from anchor.config.model_path import resolve_model_path
 from anchor.data.templates import chat_frame
 from anchor.data.tokenization import load_tokenizer
 from anchor.errors import DataError, ModelError
-from anchor.models.generation import Answer, Sampling, read_sampling
+from anchor.models.backbone import read_config
+from anchor.models.generation import Answer, Sampling, device_kind, read_sampling
 from data_prep.answering import BATCH_TOKENS, choose_engine, open_engine
 from data_prep.progress import tracked
 from data_prep.questions import Prompts, Question, Reject, plan_prompts, read_questions
 from data_prep.spool import read_json, write_json
 from data_prep.tables import print_table
+from data_prep.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,8 @@ def respond(options: Options, *, as_json: bool) -> dict[str, Any]:
         The report.
 
     Raises:
-        AnchorError: a missing model, file or field; a tokenizer without chat template; a folder with other answers.
+        AnchorError: a missing model, file, field or device; a tokenizer without chat template; a folder with other
+            answers.
     """
     engine = choose_engine(options.engine, options.model)
     budget = options.batch_tokens or BATCH_TOKENS[engine]
@@ -103,7 +107,9 @@ def respond(options: Options, *, as_json: bool) -> dict[str, Any]:
     )
     settings = {
         "model": options.model,
+        "weights": _weights(options.model),
         "engine": engine,
+        "device": device_kind(options.device) if engine == "transformers" else None,
         "dtype": options.dtype,
         "sampling": sampling.to_json(),
         "seed": options.seed,
@@ -156,6 +162,15 @@ def _frame(tokenizer: Any, model: str) -> tuple[str, str]:
     if frame is None:
         raise ModelError(f"{model}: the chat template does not repeat the user's text; nothing can be asked")
     return frame
+
+
+def _weights(model: str) -> str:
+    """Which weights: their sha256, or the commit of a model of the hub."""
+    location = resolve_model_path(model)
+    folder = Path(location.name)
+    if location.gguf_file is not None:
+        return weights_sha256([folder / location.gguf_file], model)
+    return weights_sha256(folder.iterdir(), model) if folder.is_dir() else f"commit {read_config(model)._commit_hash}"
 
 
 def _stored_frame(options: Options) -> tuple[str, str] | None:

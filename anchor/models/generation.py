@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from anchor.config.model_path import resolve_model_path
-from anchor.errors import ModelError
+from anchor.errors import ConfigError, ModelError
 from anchor.models.backbone import DTYPES, load_causal_lm, read_config
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -104,6 +104,21 @@ def read_sampling(path: str, tokenizer: Any) -> Sampling:
         repetition_penalty=found.repetition_penalty or 1.0,
         stop_ids=tuple(sorted(cast(set[int], stops))),
     )
+
+
+def device_kind(name: str) -> str:
+    """``cpu``, ``cuda``, ... of a device that can be used.
+
+    Args:
+        name: as torch names it.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    try:
+        return torch.zeros(1, device=name).device.type
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: cannot be used: {str(error).splitlines()[0]}") from error
 
 
 class _Quantile(LogitsProcessor):

@@ -194,6 +194,7 @@ def test_a_block_of_thought_is_removed_and_counted() -> None:
             "--questions: none of 30 rows can be used: {q}:1: no field 'quest'; did you mean 'question'?",
         ),
         ({"engine": "vllm"}, "--engine vllm: the package vllm is not installed; install it or use --engine"),
+        ({"device": "cdua"}, "--device cdua: cannot be used: "),
         ({"max_input_tokens": 8}, "--questions: all prompts have more than 8 tokens; raise --max-input-tokens"),
         ({"max_input_tokens": 6}, "--max-input-tokens 6: the chat template alone takes as many; raise it"),
         ({"model": "no-such"}, "no-such: no such model folder"),
@@ -224,6 +225,28 @@ def test_a_tokenizer_without_chat_template_is_refused(
     expected = f"error: {folder}: the tokenizer has no chat template; an instruct model is needed to answer"
     assert capsys.readouterr().err.splitlines()[-1] == expected
     assert not (tmp_path / "o").exists()
+
+
+def test_answers_of_other_weights_or_devices_are_not_mixed(
+    whole: Path, model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model moved to the same path, or another device, continued the answers of the first."""
+    output = shutil.copytree(whole, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.respond.device_kind", lambda _: "cuda")
+        with pytest.raises(AnchorError, match="another run: device was 'cpu', is 'cuda'; choose another --output"):
+            respond(options(model, questions, output), as_json=True)
+    with pytest.raises(AnchorError, match="cannot be used"):
+        respond(options(model, questions, tmp_path / "new", device="cdua"), as_json=True)
+    assert not (tmp_path / "new").exists()
+    weights = model / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(AnchorError, match=r"another run: weights was '[0-9a-f]{64}', is "):
+            respond(options(model, questions, output), as_json=True)
+    finally:
+        weights.write_bytes(kept)
 
 
 def test_auto_takes_transformers_where_vllm_is_not_installed() -> None:
