@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from conftest import WORDS, write_jsonl
 from transformers import AutoTokenizer
 
 from anchor.errors import AnchorError
+from anchor.models.generation import Answer, Sampling
 from data_prep.__main__ import main
-from data_prep.answering import choose_engine
+from data_prep.answering import choose_engine, open_engine
 from data_prep.questions import plan_prompts, read_questions
 from data_prep.respond import Options, respond
 
@@ -53,6 +56,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(model: Path, questions: Path, output: Path, **changes: Any) -> Options:
     small = {"max_new_tokens": 12, "max_input_tokens": 60, "batch_tokens": 160, "dtype": "fp32"}
+    small["engine"] = "transformers"
     return Options(str(model), (questions,), output, **{**small, **changes})
 
 
@@ -97,7 +101,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, model: Path, q
     output = tmp_path / "out"
     command = [sys.executable, "-m", "data_prep", "respond", str(model), "--questions", str(questions)]
     command += ["--output", str(output), "--max-new-tokens", "12", "--max-input-tokens", "60"]
-    command += ["--batch-tokens", "160", "--dtype", "fp32"]
+    command += ["--batch-tokens", "160", "--dtype", "fp32", "--engine", "transformers"]
     journal = output / "work" / "00000-of-00001.jsonl"
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") >= 2):
@@ -168,7 +172,6 @@ def test_a_prompt_is_what_the_chat_template_makes_of_a_question_and_cannot_be_fo
 
 
 def test_a_block_of_thought_is_removed_and_counted() -> None:
-    from anchor.models.generation import Answer
     from data_prep.questions import Question
     from data_prep.respond import _row
 
@@ -202,8 +205,9 @@ def test_a_block_of_thought_is_removed_and_counted() -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(
-    whole: Path, model: Path, questions: Path, changes: dict[str, Any], expected: str
+    whole: Path, model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str
 ) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
     given = options(model, questions, whole)
     changed = {key: questions if value == "{q}" else value for key, value in changes.items()}
     values = {name: getattr(given, name) for name in given.__slots__} | changed
@@ -249,6 +253,88 @@ def test_answers_of_other_weights_or_devices_are_not_mixed(
         weights.write_bytes(kept)
 
 
-def test_auto_takes_transformers_where_vllm_is_not_installed() -> None:
-    assert choose_engine("auto", "models/x") in ("transformers", "vllm")
-    assert choose_engine("auto", "x.gguf") == "transformers"
+class FakeVllm(ModuleType):
+    """Records what it is given; answers with the prompt, and ends every second answer by a stop token."""
+
+    def __init__(self) -> None:
+        super().__init__("vllm")
+        self.__spec__ = ModuleSpec("vllm", None)
+        self.opened: list[dict[str, Any]] = []
+        self.asked: list[tuple[list[int], dict[str, Any]]] = []
+        self.SamplingParams = dict
+
+    def LLM(self, **settings: Any) -> "FakeVllm":  # noqa: N802 - vLLM's name
+        self.opened.append(settings)
+        return self
+
+    def generate(self, prompts: list[dict[str, Any]], how: list[dict[str, Any]], *, use_tqdm: bool) -> list[Any]:
+        assert not use_tqdm
+        out = []
+        for prompt, one in zip(prompts, how, strict=True):
+            ids = prompt["prompt_token_ids"]
+            self.asked.append((ids, one))
+            stopped = len(self.asked) % 2 == 0
+            ids, reason = ([*ids, one["stop_token_ids"][-1]], "stop") if stopped else (ids, "length")
+            out.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids), finish_reason=reason)]))
+        return out
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
+    fake = FakeVllm()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    return fake
+
+
+def test_vllm_gets_the_same_prompts_and_settings_and_its_answers_stay_with_their_questions(
+    vllm: FakeVllm, model: Path, questions: Path, tmp_path: Path
+) -> None:
+    report = respond(options(model, questions, tmp_path / "a", engine="vllm", device="cdua"), as_json=True)
+    assert (report["engine"], report["device"]) == ("vllm", None)  # it chooses by itself
+    assert vllm.opened == [
+        {"model": str(model), "dtype": "float32", "max_model_len": 72, "seed": 0, "generation_config": "vllm"}
+    ]
+    found = read(tmp_path / "a", "answers")
+    assert [row["question"] for row in found] == [row["question"] for row in rows(30)]
+    assert all(row["question"] in row["answer"] for row in found)
+    assert report["cut_at_limit"] == 15
+    # The stop token of an answer is no part of it.
+    assert report["answer_tokens"] == sum(len(ids) for ids, _ in vllm.asked)
+    first = vllm.asked[:]
+    assert len(first) == len({one["seed"] for _, one in first}) == 30
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for ids, one in first:
+        assert tokenizer.decode(ids).startswith("<|im_start|>user\nwhat ")
+        assert one == {
+            "temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 12,
+            "stop_token_ids": [tokenizer.eos_token_id], "seed": one["seed"], "detokenize": False,
+        }  # fmt: skip
+    # Seeds are functions of the run's seed and the question alone.
+    for seed, same in ((0, True), (1, False)):
+        vllm.asked.clear()
+        output = tmp_path / f"seed{seed}"
+        respond(options(model, questions, output, engine="vllm", batch_tokens=600, seed=seed), as_json=True)
+        seeds = {tuple(ids): one["seed"] for ids, one in vllm.asked}
+        assert (seeds == {tuple(ids): one["seed"] for ids, one in first}) is same
+    assert vllm.opened[-1]["seed"] == 1
+
+
+def test_greedy_settings_for_vllm_are_those_of_an_argmax(vllm: FakeVllm, model: Path) -> None:
+    sampling = Sampling(True, 0.7, 20, 0.9, 0.1, 1.2, (2, 3))
+    engine = open_engine("vllm", str(model), sampling, dtype="bf16", device="cpu", seed=0, limits=(8, 4))
+    assert engine.answer([("q", [5, 6]), ("r", [7])]) == [Answer([5, 6], cut=True), Answer([7], cut=False)]
+    assert vllm.opened[0]["dtype"] == "bfloat16"
+    how = vllm.asked[0][1]
+    wanted = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.2, "max_tokens": 4}
+    assert {name: how[name] for name in wanted} == wanted
+    assert how["stop_token_ids"] == [2, 3]
+
+
+def test_auto_takes_vllm_where_it_is_installed_and_can_read_the_model(vllm: FakeVllm) -> None:
+    assert choose_engine("auto", "models/x") == choose_engine("vllm", "models/x") == "vllm"
+    assert choose_engine("auto", "x.gguf") == choose_engine("transformers", "models/x") == "transformers"
+
+
+def test_auto_takes_transformers_where_vllm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert choose_engine("auto", "models/x") == choose_engine("auto", "x.gguf") == "transformers"
