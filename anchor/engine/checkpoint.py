@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,30 +75,22 @@ def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep
     final = folder / checkpoint_name(state["step"])
     beside = folder / f".writing-{final.name}"
     _refuse_full_disk(engine, folder, state["step"])
-    if dist.is_first_rank():
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
-    try:
+    with _full_disk_explained(beside, engine.ranks.rank, state["step"]):
+        if dist.is_first_rank():
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        dist.barrier()
         engine.save(beside, _TAG)
         files = _flushed(beside, engine.ranks.rank)
-    except (OSError, RuntimeError) as error:
-        if not _is_write_error(error):
-            raise
-        shutil.rmtree(beside, ignore_errors=True)
-        raise TrainingError(
-            f"{beside}: rank {engine.ranks.rank} could not write the checkpoint of step {state['step']} "
-            f"({str(error).splitlines()[0]}); free some disk and start again{_goes_on_from(folder)}"
-        ) from error
-    files = {name: about for part in dist.gather_objects(files) for name, about in part.items()}
-    if dist.is_first_rank():
-        _write_atomically(beside / "state.json", json.dumps({**state, "files": files}, indent=1) + "\n")
-        _remove(final)
-        os.replace(beside, final)
-        _flush_folder(folder)
-        _write_atomically(folder / "latest", final.name + "\n")
-        for old in _superseded(complete_checkpoints(folder), keep, keep_every):
-            _remove(old)
+        files = {name: about for part in dist.gather_objects(files) for name, about in part.items()}
+        if dist.is_first_rank():
+            _write_atomically(beside / "state.json", json.dumps({**state, "files": files}, indent=1) + "\n")
+            _remove(final)
+            os.replace(beside, final)
+            _flush_folder(folder)
+            _write_atomically(folder / "latest", final.name + "\n")
+            for old in _superseded(complete_checkpoints(folder), keep, keep_every):
+                _remove(old)
     dist.barrier()
     log.info("checkpoint %s", final)
     return final
@@ -123,19 +116,41 @@ def _goes_on_from(folder: Path) -> str:
     return f", the run goes on from {found[-1].name}" if found else ""
 
 
-def _is_write_error(error: Exception) -> bool:
-    """torch reports a failed write as a RuntimeError of its zip writer."""
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error)
+@contextmanager
+def _full_disk_explained(beside: Path, rank: int, step: int) -> Iterator[None]:
+    """Turn a failed write into one line. A rank removes only what it wrote itself: others may still be writing."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _is_write_error(error):
+            raise
+        for path in _own_files(beside, rank):
+            path.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{beside}: rank {rank} could not write the checkpoint of step {step} ({str(error).splitlines()[0]}); "
+            f"free some disk and start again{_goes_on_from(beside.parent)}"
+        ) from error
 
 
-def _flushed(beside: Path, rank: int) -> dict[str, dict[str, int | str]]:
-    """Flush the files that this rank wrote to the disk; their sizes and checksums by name."""
+def _is_write_error(error: OSError | RuntimeError) -> bool:
+    """torch reports a failed write as a RuntimeError of its zip writer, from one of three places in it."""
+    in_torch = ("PytorchStreamWriter", "inline_container", "iostream error")
+    return isinstance(error, OSError) or any(part in str(error) for part in in_torch)
+
+
+def _own_files(beside: Path, rank: int) -> list[Path]:
+    """The files that this rank writes: its shares; on rank 0 also what belongs to none."""
     share = f"zero_pp_rank_{rank}_"
-    mine = [
+    return [
         path
         for path in sorted(beside.rglob("*"))
         if path.is_file() and (share in path.name or (rank == 0 and "zero_pp_rank_" not in path.name))
     ]
+
+
+def _flushed(beside: Path, rank: int) -> dict[str, dict[str, int | str]]:
+    """Flush the files that this rank wrote to the disk; their sizes and checksums by name."""
+    mine = _own_files(beside, rank)
     for path in mine:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
