@@ -217,6 +217,20 @@ def export_dir(
 
 
 @pytest.fixture
+def scale(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A tiny study's scale over seven tiny sources and one to retrieve from, in a folder of its own."""
+    from studies import write_scale
+
+    path, sources = write_scale(tmp_path, tiny_model_dir)
+    for number, name in enumerate(sources):
+        rows = [row | {"negative": row["negative"][0]} for row in english_pairs(40, seed=number)]
+        for row in rows:
+            row["query"] = f"{name} {row['query']}"
+        write_jsonl(tmp_path / "pairs" / f"{name}.jsonl", rows)
+    return path
+
+
+@pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of a single rank, which the command would otherwise leave in this process."""
     with socket.socket() as free:

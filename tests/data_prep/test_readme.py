@@ -16,7 +16,7 @@ import pytest
 from conftest import english_pairs, write_jsonl
 
 from anchor.data.shards import Index, Pack, ShardReader
-from data_prep.__main__ import _parser
+from data_prep.options import make_parser
 from data_prep.pack import pack
 from data_prep.teach import teach
 
@@ -122,6 +122,6 @@ def test_the_tables_name_every_column_and_field(shards: Path) -> None:
 
 def test_the_commands_of_the_readme_are_commands() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    parsed = [_parser().parse_args(shlex.split(line)[3:]).command for line in lines]
+    parsed = [make_parser().parse_args(shlex.split(line)[3:]).command for line in lines]
     assert all(line.startswith("python -m data_prep ") for line in lines)
     assert sorted(set(parsed)) == [*("decontaminate", "docs", "inspect", "merge", "mine", "pack", "respond", "teach")]

@@ -116,18 +116,21 @@ def estimated(case: Case, num_ranks: int) -> dict[tuple[str, int], float]:
     return dict(out)
 
 
-def compare(cases: dict[str, Case], num_ranks: int) -> None:
-    for found in run_distributed(counted, num_ranks, cases):
+def differing(cases: dict[str, Case], num_ranks: int) -> list[str]:
+    """Every case, rank and collective whose counted bytes are not the estimate's."""
+    wrong = []
+    for rank, found in enumerate(run_distributed(counted, num_ranks, cases)):
         for name, case in cases.items():
             expected = estimated(case, num_ranks)
-            assert set(found[name]) == set(expected), name
-            for key, sent in expected.items():
+            for key in sorted(set(found[name]) | set(expected)):
+                counted_bytes, sent = found[name].get(key, 0.0), expected.get(key, 0.0)
                 # Documents' embeddings are padded to the rank that has the most.
                 most = 1.5 if key[0] == "allgather_" else 1 + 1e-9
                 # Under LoRA nothing asks for the first layer's q, k and v in the backward; 4 % of a tiny model.
                 least = 0.95 if name.startswith("LoRA") else 1 - 1e-9
-                assert sent * least <= found[name][key] <= sent * most, (name, key)
-                assert sent > 0
+                if not (sent > 0 and sent * least <= counted_bytes <= sent * most):
+                    wrong.append(f"{name}, rank {rank}, {key}: {counted_bytes} instead of {sent}")
+    return wrong
 
 
 @pytest.fixture(scope="module")
@@ -143,35 +146,31 @@ def shards(make_shards):
 
 def test_two_ranks_move_the_bytes_that_are_estimated(tiny_model_dir, tiny_untied_model_dir, shards):
     one, two, _ = shards
-    compare(
-        {
-            "weights stay": (tiny_model_dir, ZERO3, FULL, RECONSTRUCTION, two),
-            "weights are released": (tiny_model_dir, RELEASED, FULL, RECONSTRUCTION, two),
-            "not even the next use": (tiny_untied_model_dir, NOTHING_STAYS, FULL, RECONSTRUCTION, one),
-            "one pass": (tiny_untied_model_dir, RELEASED, FULL, {"kind": "language_model"}, one),
-            "contrastive": (tiny_model_dir, ZERO3, FULL, CONTRASTIVE, one),
-            "gradient cache": (tiny_model_dir, ZERO3, FULL, CONTRASTIVE, two),
-            "LoRA, gradient cache": (tiny_untied_model_dir, ZERO3, LORA, CONTRASTIVE, two),
-            "ZeRO-2": (tiny_model_dir, {"stage": 2}, FULL, RECONSTRUCTION, two),
-            "ZeRO-2, LoRA": (tiny_untied_model_dir, {"stage": 2}, LORA, CONTRASTIVE, one),
-        },
-        2,
-    )
+    cases = {
+        "weights stay": (tiny_model_dir, ZERO3, FULL, RECONSTRUCTION, two),
+        "weights are released": (tiny_model_dir, RELEASED, FULL, RECONSTRUCTION, two),
+        "not even the next use": (tiny_untied_model_dir, NOTHING_STAYS, FULL, RECONSTRUCTION, one),
+        "one pass": (tiny_untied_model_dir, RELEASED, FULL, {"kind": "language_model"}, one),
+        "contrastive": (tiny_model_dir, ZERO3, FULL, CONTRASTIVE, one),
+        "gradient cache": (tiny_model_dir, ZERO3, FULL, CONTRASTIVE, two),
+        "LoRA, gradient cache": (tiny_untied_model_dir, ZERO3, LORA, CONTRASTIVE, two),
+        "ZeRO-2": (tiny_model_dir, {"stage": 2}, FULL, RECONSTRUCTION, two),
+        "ZeRO-2, LoRA": (tiny_untied_model_dir, {"stage": 2}, LORA, CONTRASTIVE, one),
+    }
+    assert differing(cases, 2) == []
 
 
 @pytest.mark.slow
 def test_four_ranks_on_two_nodes_move_the_bytes_that_are_estimated(tiny_model_dir, tiny_untied_model_dir, shards):
     hpz = RELEASED | {"zero_hpz_partition_size": 2}
-    compare(
-        {
-            "hpZ": (tiny_model_dir, hpz, FULL, RECONSTRUCTION, shards[1]),
-            "hpZ, gradient cache": (tiny_model_dir, hpz, FULL, CONTRASTIVE, shards[2]),
-            "LoRA, hpZ": (tiny_untied_model_dir, hpz, LORA, CONTRASTIVE, shards[1]),
-            "ZeRO-3": (tiny_untied_model_dir, RELEASED, FULL, RECONSTRUCTION, shards[1]),
-            "ZeRO-2": (tiny_model_dir, {"stage": 2}, FULL, RECONSTRUCTION, shards[1]),
-        },
-        4,
-    )
+    cases = {
+        "hpZ": (tiny_model_dir, hpz, FULL, RECONSTRUCTION, shards[1]),
+        "hpZ, gradient cache": (tiny_model_dir, hpz, FULL, CONTRASTIVE, shards[2]),
+        "LoRA, hpZ": (tiny_untied_model_dir, hpz, LORA, CONTRASTIVE, shards[1]),
+        "ZeRO-3": (tiny_untied_model_dir, RELEASED, FULL, RECONSTRUCTION, shards[1]),
+        "ZeRO-2": (tiny_model_dir, {"stage": 2}, FULL, RECONSTRUCTION, shards[1]),
+    }
+    assert differing(cases, 4) == []
 
 
 def test_zero_3_sends_half_as_much_again_as_plain_data_parallelism():

@@ -48,15 +48,15 @@ def test_every_command_of_the_readme_parses(command):
 
         assert _arguments(arguments).recipe.endswith(".yaml")
     elif module == "eval":
-        from eval.__main__ import _parser
+        from eval.options import make_parser
 
-        assert _parser().parse_args(arguments).command == arguments[0]
+        assert make_parser().parse_args(arguments).command == arguments[0]
     elif module == "anchor.doctor":
         from anchor.doctor.__main__ import _arguments as doctor_arguments
 
         doctor_arguments(arguments)
     else:
-        from data_prep.__main__ import _parser as data_prep_parser
+        from data_prep.options import make_parser as data_prep_parser
 
         assert module == "data_prep"
         assert data_prep_parser().parse_args(arguments).command == arguments[0]

@@ -17,7 +17,7 @@ from anchor.config.schema import (
     SpecialTokensTemplate,
     TrainRecipe,
 )
-from data_prep.__main__ import _parser
+from data_prep.options import make_parser
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launch/recipes"
@@ -70,7 +70,7 @@ def test_the_readme_lists_the_recipes() -> None:
 
 
 def test_the_commands_of_the_readme_fit_together() -> None:
-    parsed = [_parser().parse_args(arguments) for arguments in commands("python -m data_prep ")]
+    parsed = [make_parser().parse_args(arguments) for arguments in commands("python -m data_prep ")]
     by_name = {one.command: one for one in parsed if one.command in ("respond", "teach")}
     packs = [one for one in parsed if one.command == "pack" and "self_supervised" in one.recipe]
     recipe = load_recipe(ROOT / packs[0].recipe, PackRecipe)
