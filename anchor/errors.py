@@ -6,11 +6,23 @@ message and exits with code 2. Bugs raise built-in exceptions and keep their tra
 """
 
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+
+_DISK_ADVICE = {
+    errno.EACCES: "check who may write there, or choose another place",
+    errno.EPERM: "check who may write there, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.ENOSPC: "free some disk and start again",
+    errno.EDQUOT: "free some of your quota and start again",
+}
+"""What a user does about a file that cannot be written or read; other errors of the operating system are bugs."""
 
 
 class AnchorError(Exception):
@@ -48,9 +60,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print an :class:`AnchorError` as one line on stderr and exit with code 2."""
+    """Print an :class:`AnchorError`, or a disk's refusal, as one line on stderr and exit with code 2."""
     try:
         yield
     except AnchorError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_USER_ERROR)
+        _exit(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_ADVICE:
+            raise
+        where = error.filename if error.filename is not None else "a file being written"
+        _exit(f"{where}: {error.strerror}; {_DISK_ADVICE[error.errno]}")
+
+
+def _exit(message: str) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(EXIT_USER_ERROR)

@@ -20,7 +20,7 @@ def open_encoder(
         folder: the model folder.
         dtype: compute dtype, ``bf16`` or ``fp32``.
         attention: kernel; by the device when None.
-        pack_tokens: tokens of one forward pass.
+        pack_tokens: most tokens of one forward pass.
         base: where the base model of a self-supervised folder lies.
 
     Raises:

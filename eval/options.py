@@ -31,7 +31,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="folder exported by anchor.train")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
     parser.add_argument("--attention", choices=("segments", "varlen", "flash"), help="kernel (by the device)")
-    parser.add_argument("--pack-tokens", type=positive, default=8192, help="tokens of one forward pass (8192)")
+    parser.add_argument("--pack-tokens", type=positive, default=8192, help="most tokens of one forward pass (8192)")
 
 
 def _embed(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def _decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="of a decoded text (64)")
     parser.add_argument("--limit", type=positive, help="only the first so many")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
-    parser.add_argument("--pack-tokens", type=positive, default=8192, help="tokens of one forward pass (8192)")
+    parser.add_argument("--pack-tokens", type=positive, default=8192, help="most tokens of one forward pass (8192)")
     parser.add_argument("--output", type=Path, help="JSON lines instead of the terminal")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
 
@@ -105,7 +105,7 @@ def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labelled", type=Path, help="2-D map: JSON lines with 'text' and 'label'")
     parser.add_argument("--decoded", type=Path, help="output of eval decode")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
-    parser.add_argument("--pack-tokens", type=positive, default=8192, help="tokens of one forward pass (8192)")
+    parser.add_argument("--pack-tokens", type=positive, default=8192, help="most tokens of one forward pass (8192)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
 
 

@@ -1,4 +1,7 @@
-"""Invariants: a user's error is one line on stderr and exit code 2; a bug keeps its traceback."""
+"""Invariants: a user's error, or a disk's refusal, is one line on stderr and exit code 2; a bug keeps its traceback."""
+
+import errno
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +16,27 @@ def test_a_users_error_becomes_one_line_and_exit_code_2(capsys: pytest.CaptureFi
     assert capsys.readouterr() == ("", "error: x.yaml: unknown key a\n")
 
 
-def test_a_bug_is_not_hidden() -> None:
-    with pytest.raises(KeyError, match="bug"), exit_on_user_error():
-        raise KeyError("bug")
+def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        (tmp_path / "file/folder").mkdir()
+    assert stop.value.code == 2
+    expected = f"error: {tmp_path}/file/folder: Not a directory; a part of this path is a file; choose another place\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_user_error(), Path("/dev/full").open("w") as full:
+        full.write("x")
+    assert stop.value.code == 2
+    expected = "error: a file being written: No space left on device; free some disk and start again\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("bug", [KeyError("bug"), FileNotFoundError(errno.ENOENT, "No such file", "x")])
+def test_a_bug_is_not_hidden(bug: Exception) -> None:
+    with pytest.raises(type(bug)), exit_on_user_error():
+        raise bug
 
 
 def test_every_error_of_the_project_has_one_root() -> None:
