@@ -5,8 +5,8 @@
 Texts are distinct queries and documents of all sources, drawn evenly, so lengths are mixed; both cut them to
 ``max_tokens``. The token budget is that of a padded batch: ``SentenceTransformer`` gets ``pack_tokens // max_tokens``
 texts a batch (by default 32, which is its own default), ours packs of at most ``pack_tokens``. On a CPU ours keeps to
-passes of 4,096 tokens, so a third contestant is ``SentenceTransformer`` with batches of that budget. The smallest cosine
-to ours is in the table.
+passes of 4,096 tokens, so a third contestant is ``SentenceTransformer`` with batches of that budget. The smallest
+cosine to ours is in the table.
 """
 
 import gzip
