@@ -38,7 +38,7 @@ class StepShape:
         step_decode_tokens: tokens of all decode passes, which are also the head's rows.
         squared_lengths: sum over all segments of both passes of their squared length.
         step_segments: texts encoded, over all ranks.
-        pooled: whether the loss needs the embeddings of all packs.
+        gathered_segments: embeddings that a pooled loss gathers from all ranks; 0 when the loss is a sum over packs.
         predicted_tokens, step_predicted_tokens: rows of the head beyond those of the decode pass, of that pack and over
             all ranks: positive without a decode pass (language model), negative where the decode pass has positions
             that predict nothing (soft prompts but the last).
@@ -52,9 +52,14 @@ class StepShape:
     step_decode_tokens: float
     squared_lengths: float
     step_segments: float
-    pooled: bool
+    gathered_segments: float
     predicted_tokens: int = 0
     step_predicted_tokens: float = 0.0
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the loss needs the embeddings of all packs."""
+        return self.gathered_segments > 0
 
 
 @dataclass(frozen=True, slots=True)

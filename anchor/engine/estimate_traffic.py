@@ -149,8 +149,8 @@ def transfers(shape: ModelShape, setting: Setting, step: StepShape) -> list[Tran
     else:
         out.append(ring("sum gradients", trained, bucket, rounds=2))
     if step.pooled:
-        pool = (step.step_segments - step.num_pairs) * shape.embedding_size
-        out.append(ring("gather documents' embeddings", pool, BUCKET, width=4))
+        pool = step.gathered_segments * shape.embedding_size
+        out.append(ring("gather embeddings", pool, BUCKET, width=4))
         out.append(ring("sum their gradients", pool, BUCKET, rounds=2, width=4))
     return out
 

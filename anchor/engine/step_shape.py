@@ -10,7 +10,7 @@ from anchor.config.schema import PackRecipe, TrainRecipe
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Pack
 from anchor.engine.estimate import StepShape
-from anchor.objectives.base import Objective, PooledObjective
+from anchor.objectives.base import Objective
 from anchor.objectives.language_model import LanguageModelObjective
 
 
@@ -21,6 +21,23 @@ def _decoded_roles(recipe: TrainRecipe) -> tuple[int, ...]:
     if not isinstance(section, schema.ReconstructionObjective):
         return ()
     return tuple(role for role, weight in ((QUERY, 1 - section.alpha), (POSITIVE, section.alpha)) if weight)
+
+
+def _contrastive(recipe: TrainRecipe) -> schema.ContrastiveTerm | None:
+    section = recipe.objective
+    if isinstance(section, schema.ContrastiveObjective):
+        return section
+    own = (schema.ReconstructionObjective, schema.SelfSupervisedObjective)
+    return section.contrastive if isinstance(section, own) else None
+
+
+def _gathered(recipe: TrainRecipe, num_pairs: int, segments: float) -> float:
+    """Documents' embeddings are gathered from all ranks; queries' too where they are compared with."""
+    section = _contrastive(recipe)
+    if section is None:
+        return 0.0
+    queries = any(similarity.endswith("_to_query") for similarity in section.negatives)
+    return segments if queries else segments - num_pairs
 
 
 def _num_prefix(recipe: TrainRecipe, packing: PackRecipe) -> int:
@@ -81,7 +98,7 @@ def sampled_step(
         step_decode_tokens=decode_tokens,
         squared_lengths=squared_lengths,
         step_segments=segments,
-        pooled=isinstance(objective, PooledObjective),
+        gathered_segments=_gathered(recipe, packing.batch.pairs, segments),
         predicted_tokens=round(packing.batch.pack_tokens * predicted / read),
         step_predicted_tokens=predicted,
     )
@@ -90,12 +107,9 @@ def sampled_step(
 
 def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
     """The largest step that a pack recipe allows: every text has ``text.max_tokens`` tokens."""
-    section, longest, batch = recipe.objective, packing.text.max_tokens, packing.batch
-    own = (schema.ReconstructionObjective, schema.SelfSupervisedObjective)
-    joint = isinstance(section, own) and section.contrastive is not None
-    pooled = joint or isinstance(section, schema.ContrastiveObjective)
-    predicted = 2 * batch.pairs * longest if isinstance(section, schema.LanguageModelObjective) else 0
-    read = batch.pairs * (2 + (packing.text.hard_negatives if pooled else 0))
+    longest, batch = packing.text.max_tokens, packing.batch
+    predicted = 2 * batch.pairs * longest if isinstance(recipe.objective, schema.LanguageModelObjective) else 0
+    read = batch.pairs * (2 + (packing.text.hard_negatives if _contrastive(recipe) is not None else 0))
     segments = batch.pairs if _encodes_queries_only(recipe) else read
     decoded = len(_decoded_roles(recipe)) * batch.pairs
     packed_tokens = batch.pairs * (2 + packing.text.hard_negatives) * longest
@@ -108,7 +122,7 @@ def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
         step_decode_tokens=float(decoded * longest),
         squared_lengths=float((segments + decoded) * longest**2),
         step_segments=float(segments),
-        pooled=pooled,
+        gathered_segments=_gathered(recipe, batch.pairs, segments),
         predicted_tokens=batch.pack_tokens if predicted else 0,
         step_predicted_tokens=float(predicted),
     )

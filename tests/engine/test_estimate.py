@@ -179,7 +179,7 @@ STEP = StepShape(
     step_decode_tokens=0.0,
     squared_lengths=2000.0 * 100,
     step_segments=96.0,
-    pooled=False,
+    gathered_segments=0.0,
 )
 
 
@@ -195,7 +195,7 @@ def test_checkpointing_and_gradient_cache_compute_one_forward_again():
     plain = work(BIG, SETTING, STEP)
     assert plain.again == 0
     assert work(BIG, replace(SETTING, checkpointing=True), STEP).again == plain.model / 3
-    assert work(BIG, SETTING, replace(STEP, pooled=True, num_packs=8.0)).again == plain.model / 3
+    assert work(BIG, SETTING, replace(STEP, gathered_segments=64.0, num_packs=8.0)).again == plain.model / 3
 
 
 def test_time_is_work_over_the_assumed_share_of_the_peak():

@@ -19,6 +19,7 @@ RELEASED = ZERO3 | {"stage3_max_reuse_distance": 1, "stage3_prefetch_bucket_size
 NOTHING_STAYS = RELEASED | {"stage3_max_reuse_distance": 0}
 RECONSTRUCTION = {"kind": "reconstruction", "alpha": 0.2}
 CONTRASTIVE = {"kind": "contrastive", "temperature": 0.1}
+BOTH_SIDES = ["query_to_document", "document_to_query"]
 Case = tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any], Path]
 """Model, ``zero_optimization``, what is trained, objective, shards."""
 STEPS = 3
@@ -108,7 +109,7 @@ def estimated(case: Case, num_ranks: int) -> dict[tuple[str, int], float]:
     step, _ = sampled_step(make_objective(model, recipe), recipe, packing, [reader.read(STEPS - 1)])
     setting = setting_of(recipe, case[1], Options(num_ranks=num_ranks))
     kinds = {"gather weights": "gather", "gather updated": "gather", "scatter": "scatter", "sum": "sum"}
-    kinds["gather documents"] = "allgather_"
+    kinds["gather embeddings"] = "allgather_"
     out: dict[tuple[str, int], float] = defaultdict(float)
     for transfer in transfers(shape_of(model), setting, step):
         kind = next(kind for beginning, kind in kinds.items() if transfer.what.startswith(beginning))
@@ -152,6 +153,7 @@ def test_two_ranks_move_the_bytes_that_are_estimated(tiny_model_dir, tiny_untied
         "not even the next use": (tiny_untied_model_dir, NOTHING_STAYS, FULL, RECONSTRUCTION, one),
         "one pass": (tiny_untied_model_dir, RELEASED, FULL, {"kind": "language_model"}, one),
         "contrastive": (tiny_model_dir, ZERO3, FULL, CONTRASTIVE, one),
+        "contrastive, queries too": (tiny_model_dir, ZERO3, FULL, CONTRASTIVE | {"negatives": BOTH_SIDES}, one),
         "gradient cache": (tiny_model_dir, ZERO3, FULL, CONTRASTIVE, two),
         "LoRA, gradient cache": (tiny_untied_model_dir, ZERO3, LORA, CONTRASTIVE, two),
         "ZeRO-2": (tiny_model_dir, {"stage": 2}, FULL, RECONSTRUCTION, two),
