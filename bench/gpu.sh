@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # All kernel and step benchmarks on one GPU, one JSON and one log each:
 #
-#     bash bench/gpu.sh MODEL_FOLDER SHARDS OUTPUT_FOLDER [attention kernel]
+#     [PAIRS=FOLDER] bash bench/gpu.sh MODEL_FOLDER SHARDS OUTPUT_FOLDER [attention kernel]
 #
 # MODEL_FOLDER is an exported folder (RUN/export): sentence-transformers reads it too. SHARDS are made by
 # `python -m data_prep pack` with the same tokenizer; their first batch is used, so pack the batch that you train on.
-# Takes minutes. flash-attn and liger_kernel take part where they are installed; the kernel of the two step benchmarks is
-# `flash` where flash-attn is, else `varlen`, unless named.
+# With PAIRS, a folder of NAME.jsonl.gz, 5,000 of its texts are embedded too. Takes minutes. flash-attn and liger_kernel
+# take part where they are installed; the kernel of the two step benchmarks is `flash` where flash-attn is, else
+# `varlen`, unless named.
 set -euo pipefail
 
 if [ $# -lt 3 ] || [ $# -gt 4 ]; then
-    sed -n '2,9p' "$0" >&2
+    sed -n '2,10p' "$0" >&2
     exit 2
 fi
 model=$(realpath "$1") shards=$(realpath "$2") output=$3
@@ -57,6 +58,10 @@ for size in 1B 8B; do
         --checkpointing yes
 done
 bench contrastive_step contrastive_step --shards "$shards" --model "$model" --attention "$kernel" --mini 32
+
+if [ -n "${PAIRS:-}" ]; then
+    bench embed embed --model "$model" --pairs "$PAIRS"
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "error: failed: ${failed[*]}; see the logs in $output" >&2

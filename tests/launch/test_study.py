@@ -43,9 +43,10 @@ def test_the_shipped_scales_name_arms_and_recipes_that_exist(path: Path, monkeyp
     assert second.backbone.path == str(plan.run_folder("stage1", 0) / "export")
 
 
-def test_the_cpu_scale_begins_with_the_model_of_the_other_recipes_of_its_size() -> None:
+@pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
+def test_a_scale_begins_with_the_model_of_the_other_recipes_of_its_size(path: Path) -> None:
     packed = load_recipe(ROOT / "launch/recipes/smollm2-135m/pack.yaml", PackRecipe)
-    assert load_recipe(ROOT / "launch/recipes/study/cpu.yaml", StudyRecipe).base == packed.tokenizer
+    assert load_recipe(path, StudyRecipe).base == packed.tokenizer
 
 
 def test_the_horizon_of_a_curve_is_its_last_step(scale: Path) -> None:
