@@ -52,16 +52,17 @@ def step_of(stage: str, packs: int, num_ranks: int) -> StepShape:
     """So many full packs per rank: pairs of two texts (Stage I), or of three (Stage II)."""
     tokens, texts = packs * PACK_TOKENS * num_ranks, 2 if stage == "I" else 3
     decode = tokens if stage == "I" else 0
+    pairs, segments = tokens // TEXT_TOKENS // texts, tokens // TEXT_TOKENS
     return StepShape(
-        num_pairs=tokens // TEXT_TOKENS // texts,
+        num_pairs=pairs,
         num_packs=float(packs * num_ranks),
         pack_tokens=PACK_TOKENS,
         decode_tokens=PACK_TOKENS if stage == "I" else 0,
         step_tokens=float(tokens),
         step_decode_tokens=float(decode),
         squared_lengths=float((tokens + decode) * TEXT_TOKENS),
-        step_segments=float(tokens // TEXT_TOKENS),
-        pooled=stage == "II",
+        step_segments=float(segments),
+        gathered_segments=float(segments - pairs) if stage == "II" else 0.0,
     )
 
 
