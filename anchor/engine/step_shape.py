@@ -122,7 +122,7 @@ def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
         step_decode_tokens=float(decoded * longest),
         squared_lengths=float((segments + decoded) * longest**2),
         step_segments=float(segments),
-        gathered_segments=_gathered(recipe, batch.pairs, segments),
+        gathered_segments=_gathered(recipe, batch.pairs, float(segments)),
         predicted_tokens=batch.pack_tokens if predicted else 0,
         step_predicted_tokens=float(predicted),
     )
