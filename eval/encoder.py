@@ -34,7 +34,7 @@ from anchor.models.embedder import Embedder
 BLOCK_TEXTS = 2048
 """Texts that are tokenised, sorted and held at a time."""
 CPU_PASS_TOKENS = 4096
-"""Most tokens of one forward pass on a CPU: larger activations leave its caches (16,384 tokens are 18 % slower)."""
+"""Most tokens of one forward pass on a CPU: larger activations leave its caches (16,384 tokens are 16 % slower)."""
 
 
 class TextEncoder(ABC):

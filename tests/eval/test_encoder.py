@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import english_pairs
 
 from anchor.errors import ConfigError, ModelError
@@ -20,6 +21,16 @@ def test_vectors_depend_neither_on_order_nor_on_packing(export_dir):
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01
     small = Encoder(export_dir, dtype="fp32", pack_tokens=60)
     np.testing.assert_allclose(small.encode(TEXTS[::-1])[::-1], vectors, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the bound is a CPU's")
+def test_a_cpu_gets_no_larger_passes_than_its_caches_like(export_dir, monkeypatch):
+    encoder = Encoder(export_dir, dtype="fp32", pack_tokens=16384)
+    seen, of_pack = [], encoder.of_pack
+    monkeypatch.setattr(encoder, "of_pack", lambda pack: (seen.append(len(pack.input_ids)), of_pack(pack))[1])
+    encoder.encode(["word " * 200] * 300)  # each cut to 48 tokens
+    assert len(seen) > 1
+    assert 2048 < max(seen) <= 4096
 
 
 def test_a_prompt_changes_the_vectors_and_an_unknown_one_is_refused(export_dir):
