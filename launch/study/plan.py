@@ -100,8 +100,10 @@ class StudyPlan:
         if last:
             warmup = max(1, round(self.study.warmup_fraction * last))
             schedule = [f"optim.total_steps={cell.step}", f"optim.decay_steps={last}", f"optim.warmup_steps={warmup}"]
+        rate = self.study.learning_rates.get(arm.recipe)
         return [
             *self.study.train,
+            *([] if rate is None else [f"optim.lr={rate:g}"]),
             *arm.overrides,
             f"output_dir={self.run_folder(cell.arm, cell.seed)}",
             f"seed={self.recipe_seed(cell)}",

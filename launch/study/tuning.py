@@ -1,7 +1,7 @@
 """Learning rates chosen on held-out training pairs, before any test set is looked at.
 
 Every rate is one run of an arm, of a seed that the study does not use; the objective's own loss on the first held-out
-batches decides. What is chosen is written into the recipe by hand.
+batches decides. What is chosen is written into the scale (`learning_rates`) by hand.
 """
 
 import hashlib

@@ -59,6 +59,19 @@ def test_the_horizon_of_a_curve_is_its_last_step(scale: Path) -> None:
     assert plan.seeds("untrained") == (0,)
 
 
+def test_a_scale_sets_the_rate_of_a_recipe_but_an_arm_has_its_own(scale: Path) -> None:
+    scale.write_text(yaml.safe_dump(yaml.safe_load(scale.read_text()) | {"learning_rates": {"stage2": 3e-4}}))
+    plan = plan_of(scale, stage2_long=5, stage2_full_long=4)
+
+    def rate_of(name: str) -> float:
+        cell = plan.cells(name, 0)[-1]
+        return load_recipe(plan.recipe_file(name), TrainRecipe, plan.overrides(cell)).optim.lr
+
+    assert [rate_of(name) for name in ("stage2", "stage1_stage2", "stage2_long")] == [3e-4] * 3
+    assert rate_of("stage2_full_long") == 4e-5
+    assert rate_of("stage1") == load_recipe(plan.recipe_file("stage1"), TrainRecipe).optim.lr
+
+
 def test_stage_2_has_an_order_of_its_own_that_all_its_arms_share(scale: Path) -> None:
     plan = plan_of(scale, stage2_long=5, stage2_full_long=4)
 
@@ -218,6 +231,7 @@ def test_settings_do_not_depend_on_where_things_lie_but_on_what_is_done(scale: P
         (["--seeds", "a"], "--seeds: got 'a', expected numbers separated by commas, such as 0,1,2"),
         (["--tables"], "{results}: holds no result; run the study first"),
         (["curve_steps=[3,1]"], "{scale}: curve_steps (3, 1) must ascend"),
+        (["learning_rates={stage3: 1e-3}"], "learning_rates: no arm has a recipe 'stage3'; did you mean 'stage2'?"),
     ],
 )
 def test_a_wrong_call_is_one_line(argv: list[str], message: str, scale: Path, capsys) -> None:
