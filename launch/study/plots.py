@@ -43,7 +43,7 @@ def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
         path: without suffix.
     """
     rows = -(-len(panels) // _COLUMNS)
-    columns = min(len(panels), _COLUMNS)
+    columns = -(-len(panels) // rows)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 0.9), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flat
