@@ -66,13 +66,20 @@ def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
             raise ConfigError(
                 f"{file}: made with other settings than the recipes now say; delete it, or choose another results_dir"
             )
-    files = plan.study.results_dir.glob(f"{name}-seed{seed}-step*.json")
-    for file in sorted(set(files) - {result_file(plan, cell) for cell in plan.cells(name, seed)[-1:]}):
-        if plan.cells(name, seed) and json.loads(file.read_text(encoding="utf-8"))["final"]:
-            raise ConfigError(
-                f"{file}: the last step of a study of other settings; delete it, or choose another results_dir"
-            )
+    _refuse_strays(plan, name, seed)
     return out
+
+
+def _refuse_strays(plan: StudyPlan, name: str, seed: int) -> None:
+    """Results of steps that the plan does not have would stand in its tables: they must be of the same run."""
+    cells = plan.cells(name, seed)
+    files = set(plan.study.results_dir.glob(f"{name}-seed{seed}-step*.json")) if cells else set()
+    for file in sorted(files - {result_file(plan, cell) for cell in cells}):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        same = result["settings_sha256"] == plan.settings_sha256(Cell(name, seed, result["step"], final=False))
+        if result["final"] or not same:
+            what = "the last step of a study of" if result["final"] else "made with"
+            raise ConfigError(f"{file}: {what} other settings; delete it, or choose another results_dir")
 
 
 def _run_cell(plan: StudyPlan, cell: Cell) -> None:

@@ -198,6 +198,17 @@ def test_one_table_does_not_hold_two_last_steps_of_a_seed(scored: StudyPlan, sca
     )
 
 
+def test_a_step_that_left_the_curve_stays_in_the_table_if_the_rest_is_the_same(scored: StudyPlan, scale: Path) -> None:
+    file = result_file(scored, scored.cells("stage2", 0)[0])
+    scale.write_text(scale.read_text().replace("curve_steps:\n- 1", "curve_steps:\n- 2"))
+    other = plan_of(scale)
+    assert [cell.step for cell in missing(other, "stage2", 0)] == [2]
+    write_result(scored, scored.cells("stage2", 0)[0], 0.5, settings_sha256="other")
+    with pytest.raises(ConfigError) as caught:
+        missing(other, "stage2", 0)
+    assert str(caught.value) == f"{file}: made with other settings; delete it, or choose another results_dir"
+
+
 def test_one_table_does_not_hold_results_of_different_shards(scored: StudyPlan, scale: Path, capsys) -> None:
     file = write_result(scored, scored.cells("stage1", 0)[0], 0.2, data_index_sha256="b")
     with pytest.raises(SystemExit) as exit_:
