@@ -75,7 +75,7 @@ class StudyPlan:
         last = self.steps(name)
         if last is None:
             return []
-        points = [step for step in self.study.curve_steps if step < last] if self.arm(name).has_curve else []
+        points = [step for step in self.study.curve_steps if step < last] if self.arm(name).steps == "stage2" else []
         return [Cell(name, seed, step, final=step == last) for step in (*points, last)]
 
     def run_folder(self, name: str, seed: int) -> Path:

@@ -1,4 +1,6 @@
-"""Curves over the steps of Stage II: a panel per task, a line per arm, a band from the lowest seed to the highest."""
+"""Curves over the steps of Stage II: a panel per task, a line per arm, a band from the lowest seed to the highest.
+
+An arm with one step alone is a point with a bar."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -53,7 +55,11 @@ def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
                 steps = sorted(curve.points)
                 values = [curve.points[step] for step in steps]
                 axis.plot(steps, [statistics.fmean(v) for v in values], "o-", color=colour, ms=3, label=curve.label)
-                axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
+                low, high = [min(v) for v in values], [max(v) for v in values]
+                if len(steps) == 1:
+                    axis.vlines(steps, low, high, color=colour, alpha=0.4)
+                else:
+                    axis.fill_between(steps, low, high, color=colour, alpha=0.15)
             axis.set_title(task)
             axis.set_xlabel("steps of Stage II")
             axis.set_ylabel("score x 100")

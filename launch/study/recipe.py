@@ -36,7 +36,7 @@ class Arm(Section):
 
     @property
     def has_curve(self) -> bool:
-        """Whether it is evaluated on the way: contrastive arms are."""
+        """Whether it is drawn over the steps of Stage II: contrastive arms are, those of equal compute as their end."""
         return self.steps == "stage2" or bool(self.compute_of)
 
 
@@ -104,7 +104,8 @@ class StudyRecipe(Section):
     stage2_steps: PositiveInt
     """Steps of Stage II."""
     curve_steps: tuple[PositiveInt, ...] = ()
-    """Steps of Stage II, ascending, that are evaluated besides the last."""
+    """Steps of Stage II, ascending, that are evaluated besides the last; arms of `compute_of` have a schedule of their
+    own, whose middle compares with nothing."""
     warmup_fraction: Fraction
     """Of a run's steps, at least one step; then the learning rate falls linearly to zero at its end."""
     learning_rates: Annotated[dict[FileStem, Annotated[float, Field(gt=0.0)]], Field(default_factory=dict)]

@@ -120,14 +120,15 @@ def difference_table(results: Sequence[Result], tasks: Sequence[str], baseline: 
 
 
 def curves_of(results: Sequence[Result], task: str) -> list[Curve]:
-    """Scores over the steps of Stage II, of the arms that are scored on the way; step 0 is what an arm starts from."""
+    """Scores over the steps of Stage II, of the contrastive arms; a curve begins with what its arm starts from."""
     arms = _by_arm(results)
     out = []
     for name, cells in arms.items():
         if not cells[0]["curve"]:
             continue
         points: dict[int, list[float]] = {}
-        for result in [*_starts(results, cells), *cells]:
+        starts = [] if all(cell["final"] for cell in cells) else _starts(results, cells)
+        for result in [*starts, *cells]:
             step = result["step"] if result["arm"] == name else 0
             points.setdefault(step, []).append(score_of(result, task))
         out.append(Curve(cells[0]["label"], points))

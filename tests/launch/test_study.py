@@ -88,7 +88,8 @@ def test_stage_2_has_an_order_of_its_own_that_all_its_arms_share(scale: Path) ->
 
 def test_arms_of_equal_compute_await_their_flops(scale: Path) -> None:
     assert plan_of(scale).cells("stage2_long", 0) == []
-    assert [cell.step for cell in plan_of(scale, stage2_long=5).cells("stage2_long", 0)] == [1, 5]
+    # Their schedule is their own: only their end compares.
+    assert plan_of(scale, stage2_long=5).cells("stage2_long", 0) == [Cell("stage2_long", 0, 5, final=True)]
 
 
 def test_the_commands_of_a_row_are_whole(scale: Path) -> None:
@@ -140,6 +141,15 @@ def test_a_curve_begins_with_what_the_arm_starts_from(scored: StudyPlan) -> None
     assert curves["Stage II only (LoRA)"][0] == pytest.approx([10.0])
     assert curves["Stage I + II"][0] == pytest.approx([20.0])
     assert curves["Stage I + II"][3] == pytest.approx([70.0, 40.0])
+
+
+def test_an_arm_of_equal_compute_is_a_point(scored: StudyPlan) -> None:
+    plan = StudyPlan(scored.study, scored.arms, scored.data, {"stage2_long": 5})
+    for seed, score in ((0, 0.4), (1, 0.6)):
+        write_result(plan, plan.cells("stage2_long", seed)[-1], score)
+    label = plan.arm("stage2_long").label
+    curves = {curve.label: curve.points for curve in curves_of(read_results(plan.study.results_dir), "A")}
+    assert curves[label] == {5: pytest.approx([40.0, 60.0])}
 
 
 def test_tables_and_plots_are_made_of_the_results_alone(scored: StudyPlan, scale: Path, capsys) -> None:
