@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,7 +97,7 @@ def final_table(results: Sequence[Result], tasks: Sequence[str]) -> str:
         cost = cells[0]["with_before"]
         rows.append(
             [
-                *(cells[0]["label"], len(cells), cost["steps"], f"{cost['tokens']:,}", f"{cost['petaflops']:.1f}"),
+                *(cells[0]["label"], len(cells), cost["steps"], f"{cost['tokens']:,}", f"{cost['petaflops']:.3g}"),
                 spread([r["with_before"]["training_seconds"] / 60 for r in cells]),
                 *(spread([score_of(r, task) for r in cells]) for task in tasks),
             ]
@@ -172,7 +172,7 @@ def examples(results: Sequence[Result]) -> str:
             for e in shown["decoded"]["examples"][name]
         ]
         parts.append(f"The {len(rows)} {name} of {shown['decoded']['pairs']} ({shown['label']}, seed {shown['seed']}):")
-        parts.append(markdown(["query", "decoded from its document's embedding", "token F1"], rows))
+        parts.append(markdown(["query", "decoded from its document's embedding", "token F1"], rows, texts=2))
     return "\n\n".join(parts)
 
 
@@ -182,8 +182,7 @@ def _cell(text: str) -> str:
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; all columns but the first are figures."""
-    right: Callable[[int], str] = lambda i: "---:" if i else "---"  # noqa: E731
-    lines = [columns, [right(i) for i in range(len(columns))], *rows]
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]], texts: int = 1) -> str:
+    """A Markdown table; the first ``texts`` columns are texts, the others figures."""
+    lines = [columns, ["---" if i < texts else "---:" for i in range(len(columns))], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

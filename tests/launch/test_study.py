@@ -129,7 +129,7 @@ def test_tables_say_mean_spread_and_paired_differences(scored: StudyPlan) -> Non
     results = read_results(scored.study.results_dir)
     assert len(results) == 10
     final = final_table(results, ["A", "mean"])
-    assert "| Stage II only (LoRA) | 2 | 3 | 1,000 | 2.0 | 1.00 ± 0.00 | 60.00 ± 0.00 | 45.00 ± 0.00 |" in final
+    assert "| Stage II only (LoRA) | 2 | 3 | 1,000 | 2 | 1.00 ± 0.00 | 60.00 ± 0.00 | 45.00 ± 0.00 |" in final
     # 0.3 + 0.3 + 0.1 and 0.3 + 0.3 - 0.2: mean 55, standard deviation 30 / sqrt(2).
     assert "| 55.00 ± 21.21 |" in final
     assert "| Stage I + II | -5.00 ± 21.21 (1/2) |" in difference_table(results, ["A"], "stage2")
