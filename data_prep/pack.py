@@ -14,7 +14,7 @@ again after an interruption: units in step 1, files in step 3.
 import hashlib
 import logging
 import shutil
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from anchor.data.tokenization import (
     prepare_tokenizer,
     tokenizer_fingerprint,
 )
-from anchor.errors import DataError
+from anchor.errors import ConfigError, DataError
 from data_prep.gathered import Gathered, SourceUnits, find_parts, fingerprint
 from data_prep.mixture import Share, shares
 from data_prep.reading import read_part
@@ -42,7 +42,7 @@ from data_prep.writing import make_plan, write_shards
 
 log = logging.getLogger(__name__)
 
-_WORK, _PLAN, _MARK = "work", "plan", "parts.json"
+_WORK, _PLAN, _MARK, _INPUTS = "work", "plan", "parts.json", "inputs.json"
 DUPLICATE = "equal to an earlier pair"
 """Why a pair is dropped that :func:`data_prep.shuffle.keep_first` leaves out."""
 
@@ -94,6 +94,7 @@ def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[i
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
     found = _finished(recipe)
     if found is not None and not (missing := _missing_files(recipe.output_dir, found)):
+        _refuse_other_input(recipe, recipe_path)
         return _complete(recipe.output_dir, found)
     sources = resolve_sources(recipe.sources, recipe_path)
     run = _run(recipe_path, recipe)
@@ -142,6 +143,27 @@ def _finished(recipe: PackRecipe) -> Index | None:
     return index
 
 
+def _inputs(sources: list[Source]) -> list[tuple[str, int]]:
+    return [(str(file), file.stat().st_size) for source in sources for file in source.files]
+
+
+def _refuse_other_input(recipe: PackRecipe, recipe_path: str) -> None:
+    """Refuse shards that were packed from other files than there are now; files that are gone are no matter."""
+    kept = recipe.output_dir / _INPUTS
+    if not kept.is_file():
+        return
+    with suppress(ConfigError):
+        now = dict(_inputs(resolve_sources(recipe.sources, recipe_path)))
+        before: dict[str, int] = dict(read_json(kept))
+        for name in sorted({*now, *before}):
+            if now.get(name) != before.get(name) and Path(name).is_file():
+                was = f"had {before[name]:,} bytes" if name in before else "was not there"
+                raise DataError(
+                    f"{recipe.output_dir}: packed from other input: {name} {was}, has {Path(name).stat().st_size:,} "
+                    "now; delete the folder or choose another output_dir"
+                )
+
+
 def _complete(folder: Path, index: Index) -> Index:
     shutil.rmtree(folder / _WORK, ignore_errors=True)  # of a run that was interrupted after its last file
     log.info("%s: already complete, %d batches", folder, index.num_batches)
@@ -161,7 +183,7 @@ def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:
         "tokenizer_sha256": hashlib.sha256(run.segmenter.backend.to_str().encode()).hexdigest(),
         "units": [UNIT_ROWS, UNIT_BYTES],
         "sources": [source.traits() for source in sources],
-        "inputs": [[str(file), file.stat().st_size] for source in sources for file in source.files],
+        "inputs": [list(one) for one in _inputs(sources)],
     }
     folder = run.work / part_name(part, parts)
     others = sorted(other for other in run.work.glob("part-*-of-*") if (other / PART).is_file())
@@ -197,6 +219,7 @@ def _finish(run: _Run, workers: int) -> Index:
     if made["recipe"] != run.resolved:
         raise DataError(f"{run.work}: holds parts of another recipe; give merge the recipe and overrides of the parts")
     with closing(Gathered(parts, run.recipe.text.hard_negatives)) as gathered:
+        write_json(run.folder / _INPUTS, made["inputs"])
         index = _make_shards(run, gathered, made["sources"], fingerprint(parts), workers)
     shutil.rmtree(run.work)
     size = run.recipe.batch.pairs

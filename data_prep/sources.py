@@ -175,6 +175,20 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(section.dataset, section.config, split=section.split, streaming=True)
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"dataset {section.dataset}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    for number, row in enumerate(data):
+        raise DataError(f"dataset {section.dataset}: cannot be loaded: {_first_line(error)}") from error
+    rows, number = iter(data), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise DataError(
+                f"dataset {section.dataset}: row {number} of split {section.split} cannot be read: {_first_line(error)}"
+            ) from error
+        if row is None:
+            return
         yield Row(Place(f"{section.dataset}[{section.split}]", number, "row"), row)
+        number += 1
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

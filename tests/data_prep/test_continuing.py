@@ -138,6 +138,23 @@ def test_a_finished_folder_is_left_alone(
     assert f"{folder}: 00000.arrow missing or of another size; packing again" in caplog.messages
 
 
+def test_a_finished_folder_of_other_input_is_refused(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    rows = write_jsonl(tmp_path / "rows" / "a.jsonl", english_pairs(32))
+    recipe = make_recipe([files_source(tmp_path / "rows")])
+    index = pack(str(recipe), [])
+    size = rows.stat().st_size
+    write_jsonl(rows, english_pairs(40))
+    assert refusal(recipe) == (
+        f"{recipe.parent / 'shards'}: packed from other input: {rows} had {size:,} bytes, has "
+        f"{rows.stat().st_size:,} now; delete the folder or choose another output_dir"
+    )
+    write_jsonl(rows, english_pairs(32))
+    other = write_jsonl(tmp_path / "rows" / "b.jsonl", english_pairs(8, seed=1))
+    assert f"{other} was not there, has {other.stat().st_size:,} now" in refusal(recipe)
+    shutil.rmtree(tmp_path / "rows")  # packed data needs its input no more
+    assert pack(str(recipe), []) == index
+
+
 def test_other_folders_are_left_alone(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import english_pairs, write_jsonl
-from packs import MakeRecipe, contents, files_source, folder_bytes, packed
+from packs import MakeRecipe, contents, files_source, folder_bytes, packed, refusal
 
 import data_prep.units as units_module
 import data_prep.workers as workers_module
@@ -47,6 +47,14 @@ def test_every_kind_of_source_gives_the_same_shards(tmp_path: Path, make_recipe:
     read = [contents(packed(make_recipe([source]))) for source in sources]
     assert len(read[0]) == 8
     assert all(other == read[0] for other in read[1:])
+
+
+def test_a_dataset_that_breaks_off_is_one_line(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    file = write_jsonl(tmp_path / "plain" / "a.jsonl", english_pairs(3))
+    file.write_text(file.read_text() + '{"query": \n')
+    hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s"}
+    recipe = make_recipe([hub | {"columns": {"negatives": ["negative"]}, "instructions": []}])
+    assert refusal(recipe).startswith(f"dataset {tmp_path / 'plain'}: row 0 of split train cannot be read: ")
 
 
 def test_the_shards_hold_every_kept_pair_once_with_its_texts(make_recipe: MakeRecipe) -> None:
