@@ -7,7 +7,7 @@
 # `python -m data_prep pack` with the same tokenizer; their first batch is used, so pack the batch that you train on.
 # With PAIRS, a folder of NAME.jsonl.gz, 5,000 of its texts are embedded too. Takes minutes. flash-attn and liger_kernel
 # take part where they are installed; the kernel of the two step benchmarks is `flash` where flash-attn is, else
-# `varlen`, unless named.
+# `varlen`, unless named. What OUTPUT_FOLDER holds is not measured again.
 set -euo pipefail
 
 if [ $# -lt 3 ] || [ $# -gt 4 ]; then
@@ -41,6 +41,10 @@ EOF
 bench() {  # bench RESULT SCRIPT ARGUMENTS...: a failure is reported at the end and does not keep the others from running
     local name=$1 script=$2
     shift 2
+    if [ -e "$output/$name.json" ]; then
+        echo "== $name: measured already"
+        return
+    fi
     echo "== $name: $script $*"
     "$python" "bench/$script.py" "$@" --turns 10 --json "$output/$name.json" 2>&1 | tee "$output/$name.log" ||
         failed+=("$name")
@@ -50,7 +54,7 @@ failed=()
 nvidia-smi >"$output/nvidia-smi.txt" || true  # clocks, driver and other users of the GPU, for the record
 bench head head --rows 16384 --hidden "$hidden" --vocabulary "$vocabulary"
 bench attention attention --shards "$shards" --heads "$heads" --key-value-heads "$key_value_heads" --head-dim "$head_dim"
-bench reconstruction_step reconstruction_step --shards "$shards" --model "$model" --attention "$kernel"
+bench reconstruction_step reconstruction_step --shards "$shards" --model "$model" --attention "$kernel" --checkpointing yes
 # Throughput and MFU at the sizes that are trained: random weights of Llama-3.2-1B and 3.1-8B, every kernel, and padding.
 kernels=varlen$("$python" -c 'import importlib.util as u; print(",flash" if u.find_spec("flash_attn") else "")')
 for size in 1B 8B; do

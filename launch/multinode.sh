@@ -23,6 +23,9 @@ quote_all() { printf ' %q' "$@"; }
 hostfile= interface= address= port=29500 check=yes dry= extra=()
 while [ $# -gt 0 ]; do
   case $1 in
+    --hostfile | --interface | --master-addr | --master-port | --env) [ $# -gt 1 ] || fail "$1 needs a value" ;;
+  esac
+  case $1 in
     --hostfile) hostfile=${2-}; shift 2 ;;
     --interface) interface=${2-}; shift 2 ;;
     --master-addr) address=${2-}; shift 2 ;;

@@ -21,6 +21,9 @@ fail() { echo "error: gather: $*" >&2; exit 2; }
 models=() data=() benchmarks=() source=() gpu= wheels=yes
 while [ $# -gt 0 ]; do
   case $1 in
+    --model | --data | --benchmark | --source) [ $# -gt 1 ] || fail "$1 needs a value; see launch/airgap/gather.sh --help" ;;
+  esac
+  case $1 in
     --model) models+=("${2-}"); shift 2 ;;
     --data) data+=("${2-}"); shift 2 ;;
     --benchmark) benchmarks+=("${2-}"); shift 2 ;;
@@ -33,6 +36,11 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ $# = 1 ] || fail "expected one folder to write to, got '$*'; see launch/airgap/gather.sh --help"
+for kind in models data; do # each goes into a folder of its last name
+  [ $kind = models ] && names=(${models[@]+"${models[@]}"}) || names=(${data[@]+"${data[@]}"})
+  double=$(for one in ${names[@]+"${names[@]}"}; do basename "$one"; done | sort | uniq -d | head -n 1)
+  [ -z "$double" ] || fail "two $kind are called '$double'; link one under another name"
+done
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 rm -f "$folder/SHA256SUMS" # written last: a folder without it is unfinished
@@ -43,7 +51,7 @@ fetch() {
   local to="$folder/$1s/$(basename "$2")" kind=()
   [ "$1" = model ] || { to="$folder/data/$(basename "$2")"; kind=(--repo-type dataset); }
   mkdir -p "$to"
-  if [ -d "$2" ]; then cp -r --update "$2/." "$to/"; else HF_HUB_OFFLINE=0 .venv/bin/hf download ${kind[@]+"${kind[@]}"} "$2" --local-dir "$to"; fi
+  if [ -d "$2" ]; then cp -rL --update "$2/." "$to/"; else HF_HUB_OFFLINE=0 .venv/bin/hf download ${kind[@]+"${kind[@]}"} "$2" --local-dir "$to"; fi
 }
 
 [ -z "$(git status --porcelain)" ] || say "uncommitted changes stay behind; the code is that of $(git rev-parse --short HEAD)"

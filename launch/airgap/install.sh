@@ -9,10 +9,16 @@ fail() { echo "error: install: $*" >&2; exit 2; }
 broken=$(cd "$folder" && sha256sum --quiet --check SHA256SUMS 2>/dev/null | head -n 3 | cut -d: -f1 | paste -sd' ') || true
 [ -z "$broken" ] || fail "$folder: altered or missing: $broken; copy again"
 
-[ -d "$1/.git" ] || git clone --quiet "$folder/code.bundle" "$1"
+if [ -d "$1/.git" ]; then
+  git -C "$1" pull --quiet --ff-only "$folder/code.bundle" HEAD ||
+    fail "$1: its code cannot be brought to that of $folder/code.bundle; choose a new folder"
+else
+  git clone --quiet "$folder/code.bundle" "$1"
+fi
 cd "$1"
 if [ -d "$folder/wheels" ]; then
-  PIP_NO_INDEX=1 PIP_FIND_LINKS="$folder/wheels" bash launch/setup.sh
+  # A URL: pip divides this variable at blanks.
+  PIP_NO_INDEX=1 PIP_FIND_LINKS="file://${folder// /%20}/wheels" bash launch/setup.sh
   if compgen -G "$folder/wheels/flash_attn-*" >/dev/null; then
     .venv/bin/python -m pip install --quiet --no-index --find-links "$folder/wheels" --no-deps -r requirements-gpu.txt
   fi

@@ -11,8 +11,10 @@ restarts=${SLURM_RESTART_COUNT:-0}
 
 # run_ranks COMMAND...: one rank per GPU of every node (one per node without GPUs); ends all when one fails.
 run_ranks() {
-  local per_node=${SLURM_GPUS_PER_NODE:-1}
+  # --gpus-per-node is in the first, what --gres=gpu:N and the like have brought in the second.
+  local per_node=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
   per_node=${per_node##*:} # "h100:8" is 8
+  [ "$per_node" != 0 ] || per_node=1
   echo "job $SLURM_JOB_ID: $((SLURM_JOB_NUM_NODES * per_node)) ranks on $SLURM_JOB_NODELIST, restart $restarts of at most $max_restarts" >&2
   # A step number of its own after every restart: a request to end the old step may still be on its way to a node that
   # was away, and would end the new one of the same number.

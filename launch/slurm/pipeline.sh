@@ -20,6 +20,9 @@ fail() { echo "error: pipeline: $*; see launch/slurm/pipeline.sh --help" >&2; ex
 pack=() ranks=()
 while [ $# -gt 0 ]; do
   case $1 in
+    --parts | --nodes | --gpus-per-node) [ $# -gt 1 ] || fail "$1 needs a value" ;;
+  esac
+  case $1 in
     --parts) pack=("--array=0-$((${2-0} - 1))"); shift 2 ;;
     --nodes) ranks+=("--nodes=${2-}"); shift 2 ;;
     --gpus-per-node) ranks+=("--gpus-per-node=${2-}"); shift 2 ;;

