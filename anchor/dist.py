@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class Ranks:
     Attributes:
         rank: 0 ... world_size - 1.
         world_size: number of processes.
-        local_rank: ordinal on this host.
+        local_rank: ordinal on this host, of the GPUs that this process sees.
         device: where this rank computes.
     """
 
@@ -52,7 +53,9 @@ def set_rendezvous() -> None:
             env["SLURM_LOCALID"],
         )
         if "MASTER_ADDR" not in env:
-            raise ConfigError("environment: started by srun without MASTER_ADDR; use launch/slurm/train.sbatch")
+            raise ConfigError(
+                "environment: started by srun without MASTER_ADDR; start the program through launch/slurm/rank.sh"
+            )
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
     if "RANK" not in env:
         env.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
@@ -60,6 +63,11 @@ def set_rendezvous() -> None:
             free.bind(("127.0.0.1", 0))
             env["MASTER_PORT"] = str(free.getsockname()[1])
     env.setdefault("LOCAL_RANK", "0")
+
+
+def on_cuda() -> bool:
+    """Whether this process computes on a GPU: there is one, and DeepSpeed is not told to use CPUs."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def init(init_method: str = "env://", timeout: timedelta | None = None) -> Ranks:
@@ -70,14 +78,23 @@ def init(init_method: str = "env://", timeout: timedelta | None = None) -> Ranks
         timeout: how long to wait for other ranks, here and in every collective; torch's own when absent.
     """
     set_rendezvous()
+    cuda = on_cuda()
+    if cuda and torch.cuda.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # a scheduler may show every task its own GPU alone
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", init_method, timeout, world_size, rank)
     return Ranks(rank, world_size, local, device)
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Give every process group of this process a time-out, also those that were made with torch's own, by DeepSpeed."""
+    for group in tuple(c10d._world.pg_map):
+        if dist.get_rank(group) >= 0:
+            c10d._set_pg_timeout(timeout, group)
 
 
 def barrier() -> None:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from anchor import log
+from anchor.arguments import positive
 from anchor.config.load import load_recipe
 from anchor.config.schema import TrainRecipe
 from anchor.errors import exit_on_user_error
@@ -38,8 +39,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     dry = parser.add_argument_group("dry run")
     dry.add_argument("--dry-run", action="store_true", help="check everything, estimate memory, time and disk; no GPU")
-    dry.add_argument("--ranks", type=int, default=1, help="ranks of the run (1)")
-    dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks that share fast links (8)")
+    dry.add_argument("--ranks", type=positive, default=1, help="ranks of the run (1)")
+    dry.add_argument("--ranks-per-node", type=positive, default=8, help="ranks that share fast links (8)")
     dry.add_argument(
         "--gpu", default="h100-80gb", help="h100-80gb, h200, a100-80gb, a100-40gb, l40s, cpu ... (h100-80gb)"
     )

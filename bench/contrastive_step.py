@@ -74,7 +74,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = ShardReader(Path(options.shards)).read(0)
     dtype = DTYPES[options.dtype]
-    model: Any = load_causal_lm(options.model, dtype, implementation(options.attention, device.type))
+    model: Any = load_causal_lm(options.model, dtype, implementation(options.attention, device.type, dtype))
     model.to(device)
     objective = ContrastiveObjective(model, schema.ContrastiveObjective(kind="contrastive", temperature=TEMPERATURE))
     st = SentenceTransformer(options.model, device=str(device), model_kwargs={"torch_dtype": dtype})

@@ -142,7 +142,7 @@ def main() -> None:
         causal_lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def packed(kernel: str) -> dict[str, float]:
-        causal_lm.set_attn_implementation(implementation(kernel, device.type))
+        causal_lm.set_attn_implementation(implementation(kernel, device.type, DTYPES[options.dtype]))
         return packed_step(objective, batch, device)
 
     def padded() -> dict[str, float]:

@@ -98,6 +98,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     from anchor import dist
     from eval.embed import Options, embed
     from eval.opening import open_encoder
+    from eval.ranks import PATIENCE
     from eval.texts import Source
 
     path = None if arguments.input == "-" else Path(arguments.input)
@@ -110,7 +111,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         format=arguments.output_format,
         shard_texts=arguments.shard_texts,
     )
-    dist.init()
+    dist.init(timeout=PATIENCE)  # rank 0 merges the parts of all, whatever their size
     try:
         encoder = open_encoder(
             arguments.model,

@@ -21,6 +21,8 @@ from typing import Any
 import mteb
 import numpy as np
 import xxhash
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
@@ -38,6 +40,7 @@ from eval.vectors import write_json
 
 log = logging.getLogger(__name__)
 
+_HUB_ERRORS = (ConnectionError, DatasetsError, HfHubHTTPError, LocalEntryNotFoundError)
 _DEFAULT_FORMAT = "{instruction}: {text}"
 
 
@@ -193,7 +196,13 @@ def run_tasks(
         write_json(scores_file, about)
 
     def run(task: AbsTask) -> tuple[AbsTask, float]:
-        result = mteb.evaluate(model, [task], cache=results, show_progress_bar=False)
+        try:
+            result = mteb.evaluate(model, [task], cache=results, show_progress_bar=False)
+        except _HUB_ERRORS as error:
+            raise DataError(
+                f"{task.metadata.name}: its data cannot be loaded: {str(error).splitlines()[0]}; without a network "
+                "give --data-root (python -m eval fetch makes it)"
+            ) from error
         model.forget(task)
         return task, float(result.task_results[0].get_score())
 

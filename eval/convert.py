@@ -65,7 +65,7 @@ def convert(
     taken = tokenizer.backend_tokenizer.num_special_tokens_to_add(False)
     if max_tokens <= taken:
         raise ConfigError(f"--max-tokens ({max_tokens}) leaves no room for text: the template takes {taken} tokens")
-    causal_lm = load_causal_lm(path, torch.bfloat16, implementation("segments", "cpu"))
+    causal_lm = load_causal_lm(path, torch.bfloat16, implementation("segments", "cpu", torch.bfloat16))
     _check_base(folder, original, causal_lm, path)
     dimension = len(original.projections["alignment.bias"])
     said = Description(path, base_fingerprint(causal_lm), len(original.names), original.token_ids[0], dimension)

@@ -22,12 +22,13 @@ import xxhash
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
+from anchor import dist
 from anchor.config.model_path import resolve_model_path
 from anchor.data.batches import PackTensors, to_tensors
 from anchor.data.shards import Pack
 from anchor.data.tokenization import load_tokenizer
 from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
-from anchor.models.attention import implementation
+from anchor.models.attention import default_kernel, implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
 from anchor.models.embedder import Embedder
 
@@ -56,7 +57,7 @@ class TextEncoder(ABC):
         self.dtype = dtype
         self.prompts: dict[str, str] = about["prompts"]
         self.max_tokens: int = about["max_tokens"]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if dist.on_cuda() else "cpu")
 
     @property
     @abstractmethod
@@ -103,7 +104,7 @@ class PackedEncoder(TextEncoder):
     Args:
         folder: the folder.
         dtype: ``bf16`` or ``fp32``.
-        attention: ``segments``, ``varlen`` or ``flash``; by the device when None.
+        attention: ``segments``, ``varlen`` or ``flash``; by device and dtype when None.
         pack_tokens: most tokens of one forward pass, on a CPU never above 4,096; longer texts still pass alone.
 
     Attributes:
@@ -121,8 +122,8 @@ class PackedEncoder(TextEncoder):
         self.backend.no_padding()
         self.backend.enable_truncation(self.max_tokens)
         self.backend.encode_special_tokens = True
-        kernel = attention if attention is not None else "varlen" if self.device.type == "cuda" else "segments"
-        self.implementation = implementation(kernel, self.device.type)
+        kernel = attention or default_kernel(self.device.type, DTYPES[dtype])
+        self.implementation = implementation(kernel, self.device.type, DTYPES[dtype])
 
     @property
     @abstractmethod

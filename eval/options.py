@@ -30,7 +30,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="where a self-supervised folder's base model lies (as anchor.json says)")
     parser.add_argument("model", type=Path, help="folder exported by anchor.train")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="compute dtype (fp32)")
-    parser.add_argument("--attention", choices=("segments", "varlen", "flash"), help="kernel (by the device)")
+    parser.add_argument("--attention", choices=("segments", "varlen", "flash"), help="kernel (by device and dtype)")
     parser.add_argument("--pack-tokens", type=positive, default=8192, help="most tokens of one forward pass (8192)")
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from anchor.errors import AnchorError
 from eval.encoder import NotFiniteError, TextEncoder
 
-_PATIENCE = datetime.timedelta(days=14)
+PATIENCE = datetime.timedelta(days=14)
+"""Of a rank that waits for another that writes or scores."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -36,7 +37,7 @@ class RankedEncoder(TextEncoder):
         self._local = local
         self.raw = local.raw
         self.rank, self.world_size = rank_and_size()
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world_size > 1 else None
 
     @property
     def dimension(self) -> int:

@@ -180,6 +180,12 @@ def _checked(row: object, number: int, where: str, source: Source) -> tuple[str,
     if not isinstance(row, dict) or not isinstance(row.get(source.text), str):
         known = row if isinstance(row, dict) else {}
         raise DataError(f"{where}: no field '{source.text}' with a text{did_you_mean(source.text, known)}")
+    try:
+        row[source.text].encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: '{source.text}' holds half a surrogate pair at character {error.start + 1}"
+        ) from error
     one = row.get(source.id)
     name = str(number if one is None else one)
     if "\n" in name:

@@ -155,6 +155,15 @@ class TrainRecipe(Section):
     """Further loggers."""
 
     @model_validator(mode="after")
+    def _kernel_has_the_dtype(self) -> "TrainRecipe":
+        if self.engine.dtype == "fp32" and self.backbone.attention != "segments":
+            raise ValueError(
+                f"backbone.attention is {self.backbone.attention}, whose kernel knows no engine.dtype fp32; use "
+                "engine.dtype: bf16 or backbone.attention: segments"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _decoders_are_causal(self) -> "TrainRecipe":
         if self.backbone.direction == "bidirectional" and not isinstance(self.objective, ContrastiveObjective):
             raise ValueError(

@@ -208,11 +208,11 @@ class Engine:
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not partly)
         if self.universal:
             # DeepSpeed gives every parameter one and the same step counter, which each of them then counts up, and
-            # every group the settings of the first.
+            # leaves it on the CPU, where a GPU's kernel does not reach it. Every group gets the settings of the first.
             optimizer = self._engine.optimizer
             for state in getattr(optimizer, "optimizer", optimizer).state.values():
                 if isinstance(state.get("step"), Tensor):
-                    state["step"] = state["step"].clone()
+                    state["step"] = state["step"].to(state["exp_avg"].device, copy=True)
             for group, decay in zip(optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
 

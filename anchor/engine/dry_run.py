@@ -8,6 +8,7 @@
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from anchor.engine.gpus import ADAPTER_BYTES_PER_SECOND, Gpu, find_gpu
 from anchor.engine.plan import make_objective, make_plan
 from anchor.engine.special_tokens import special_tokens_shape
 from anchor.engine.step_shape import bounded_step, sampled_step
+from anchor.engine.vocabulary import check_vocabulary
 from anchor.errors import ConfigError, ModelError, ShardError
 from anchor.models.shape import ModelShape, meta_model, shape_of
 
@@ -101,6 +103,7 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     teacher = None if reader is None else reader.index.teacher
     shape = special_tokens_shape(shape_of(model), recipe, packing, teacher)
     if reader is not None:
+        check_vocabulary(model.config, recipe.backbone.path, reader.index, recipe.data.shards)
         objective = make_objective(model, recipe)
         sample = [reader.read(int(i)) for i in np.linspace(0, len(reader) - 1, min(len(reader), SAMPLED_BATCHES))]
         step, largest = sampled_step(objective, recipe, packing, sample)
@@ -229,10 +232,7 @@ def _disk(recipe: TrainRecipe, shape: ModelShape, setting: Setting) -> dict[str,
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     trained = shape.count(trained=True)
     one, export = checkpoint_bytes(trained, setting.element_bytes, setting.stage), export_bytes(shape, setting)
-    # The newest is written before the oldest goes.
-    kept = recipe.engine.keep_checkpoints + 1
-    if recipe.engine.checkpoint_every_steps is None:
-        kept = 1
+    kept = _checkpoints_at_once(recipe)
     needed, free = kept * one + export, shutil.disk_usage(existing).free
     return {
         "checkpoint_bytes": one,
@@ -243,6 +243,19 @@ def _disk(recipe: TrainRecipe, shape: ModelShape, setting: Setting) -> dict[str,
         "folder": str(recipe.output_dir),
         "fits": needed <= free,
     }
+
+
+def _checkpoints_at_once(recipe: TrainRecipe) -> int:
+    """Most checkpoints on the disk at a time, without those of signals."""
+    section, total = recipe.engine, recipe.optim.total_steps
+    if section.checkpoint_every_steps is None:
+        return 1
+    written = -(-total // section.checkpoint_every_steps)
+    for_good = 0
+    if section.keep_every_steps is not None:
+        for_good = total // math.lcm(section.checkpoint_every_steps, section.keep_every_steps)
+    # The newest is written before the oldest goes.
+    return min(written, for_good + section.keep_checkpoints + 1)
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,8 @@ with the template in its post-processor, the sentence-transformers modules (last
 tokens are stored without the causal LM, see :mod:`anchor.engine.export_special_tokens`.
 """
 
+import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,11 @@ from anchor.models.backbone import DTYPES, lora_config
 from anchor.models.embedder import Embedder
 from anchor.models.special_tokens import SpecialTokens
 
+log = logging.getLogger(__name__)
+
 _MERGED = ".base_layer.weight"
+_SCORES = "mteb"
+"""Where the evaluation writes unless told otherwise."""
 
 
 def export_model(
@@ -75,9 +81,21 @@ def export_model(
         _write_adapter(beside, adapter, recipe)
         (beside / "README.md").write_text(card, encoding="utf-8")
         write_json_files(beside, {"anchor.json": about})
+        _keep_scores(folder)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     dist.barrier()
+
+
+def _keep_scores(folder: Path) -> None:
+    """Move what the evaluation left in an earlier export out of it: hours of work, and not of the new weights."""
+    scores, about = folder / _SCORES, folder / "anchor.json"
+    if scores.is_dir() and about.is_file():
+        steps = json.loads(about.read_text(encoding="utf-8"))["recipe"]["optim"]["total_steps"]
+        kept = folder.parent / f"{_SCORES}-step-{steps:08d}"
+        if not kept.exists():
+            scores.rename(kept)
+            log.info("scores of the export before: %s", kept)
 
 
 def _adapter(engine: Engine, causal_lm: PreTrainedModel) -> dict[str, Tensor]:

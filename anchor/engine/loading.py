@@ -1,6 +1,7 @@
 """A plan -> the engine that trains it: backbone, objective, DeepSpeed."""
 
 import logging
+from datetime import timedelta
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from anchor import dist
 from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
 from anchor.engine.plan import Plan, make_objective
-from anchor.engine.special_tokens import check_vocabulary
+from anchor.engine.vocabulary import check_vocabulary
 from anchor.models.backbone import DTYPES, load_backbone
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,12 @@ def load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
         work_dir=recipe.output_dir,
         ds_config=ds_config,
     )
-    check_vocabulary(causal_lm, recipe.backbone.path, plan.reader.index)
+    check_vocabulary(causal_lm.config, recipe.backbone.path, plan.reader.index, recipe.data.shards)
     objective = make_objective(causal_lm, recipe)
     _log_parameters(objective)
-    return Engine(objective, ds_config, recipe.optim, ranks, universal=universal)
+    engine = Engine(objective, ds_config, recipe.optim, ranks, universal=universal)
+    dist.set_timeout(timedelta(seconds=recipe.engine.timeout_seconds))
+    return engine
 
 
 def _log_parameters(module: nn.Module) -> None:

@@ -38,7 +38,7 @@ from anchor.engine.metrics import JsonLines, Row, Sink, memory_metrics, open_sin
 from anchor.engine.optim import learning_rate
 from anchor.engine.plan import Plan, provenance
 from anchor.engine.progress import StepDisplay, print_summary
-from anchor.engine.resume import check_same_run
+from anchor.engine.resume import check_same_run, what_differs
 from anchor.engine.step import NotFiniteError, StepResult, objective_of, train_step
 from anchor.engine.stop import StopRequest, Watchdog
 from anchor.engine.utilisation import Utilisation
@@ -113,12 +113,13 @@ def _find_checkpoint(folder: Path, ranks: dist.Ranks, state: dict[str, Any], *, 
 
 
 def _is_finished(folder: Path, found: Path, recipe: TrainRecipe, about: dict[str, Any]) -> bool:
-    """Whether the last step's checkpoint and an export of this very recipe and data are there."""
+    """Whether the last step's checkpoint and an export of this very training and data are there."""
     exported = folder / "export/anchor.json"
     finished = False
     if dist.is_first_rank() and checkpoint_step(found) == recipe.optim.total_steps and exported.is_file():
         before = json.loads(exported.read_text(encoding="utf-8"))
-        finished = all(before.get(key) == about[key] for key in ("recipe_sha256", "data_index_sha256"))
+        finished = before.get("data_index_sha256") == about["data_index_sha256"]
+        finished = finished and not what_differs(before["recipe"], about["recipe"], exported)
     return dist.broadcast_object(finished)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,19 +111,21 @@ def template_prefix_tokens(shards: Path) -> int:
 def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:
     """What ``run.yaml`` and ``anchor.json`` record: recipe, data, ranks, device, commit, package versions."""
     recipe = plan.recipe.model_dump(mode="json")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
     return {
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
         "data_index_sha256": index_hash(plan.recipe.data.shards),
         "num_ranks": ranks.world_size,
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
-        "commit": git.stdout.strip() or None,
+        "commit": provenance_commit(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def provenance_commit() -> str | None:
+    """Of this checkout, marked where it is altered; None without git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None

@@ -38,24 +38,33 @@ def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
         ConfigError: the stored recipe has a key that this version does not know.
     """
     stored = read_state(checkpoint)
-    # Through the schema: a knob that did not exist then had what is its default now.
-    before = _flat(validate(stored["recipe"], TrainRecipe, str(checkpoint / "state.json")).model_dump(mode="json"))
-    now = _flat(state["recipe"])
-    further = {"optim.total_steps"} if _goes_further(now, stored["step"]) else set()
-    differing = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not _may_differ(key) and key not in further
-    ]
+    further = {"optim.total_steps"} if _goes_further(_flat(state["recipe"]), stored["step"]) else set()
+    changes = what_differs(stored["recipe"], state["recipe"], checkpoint / "state.json")
+    differing = [text for key, text in changes.items() if key not in further]
     if differing:
         raise TrainingError(f"{checkpoint}: written by another recipe: {'; '.join(differing)}; choose a new output_dir")
     if stored["zero_stage"] != state["zero_stage"]:
         raise TrainingError(
-            f"{checkpoint}: written under ZeRO-{stored['zero_stage']}, {now['engine.deepspeed']} says "
+            f"{checkpoint}: written under ZeRO-{stored['zero_stage']}, {state['recipe']['engine']['deepspeed']} says "
             f"ZeRO-{state['zero_stage']}; go on under ZeRO-{stored['zero_stage']}"
         )
     if stored["data_index_sha256"] != state["data_index_sha256"]:
         raise TrainingError(f"{checkpoint}: the shards have changed since; choose a new output_dir")
+
+
+def what_differs(stored: dict[str, Any], present: dict[str, Any], where: Path) -> dict[str, str]:
+    """Keys of two resolved recipes that differ and can change what is trained, each with both values in words.
+
+    Raises:
+        ConfigError: the stored recipe, of the file ``where``, has a key that this version does not know.
+    """
+    # Through the schema: a knob that did not exist then had what is its default now.
+    before, now = _flat(validate(stored, TrainRecipe, str(where)).model_dump(mode="json")), _flat(present)
+    return {
+        key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not _may_differ(key)
+    }
 
 
 def _may_differ(key: str) -> bool:

@@ -14,7 +14,7 @@ from anchor.config.schema import PackRecipe, TrainRecipe
 from anchor.data.shards import Index
 from anchor.data.templates import special_token_names
 from anchor.engine.deepspeed import whole
-from anchor.errors import ConfigError, ModelError, ShardError
+from anchor.errors import ConfigError, ShardError
 from anchor.models.shape import SPECIAL_TOKENS, ModelShape, ParameterSize
 from anchor.models.special_tokens import SpecialTokens
 from anchor.objectives.base import Objective
@@ -70,32 +70,6 @@ def _check_names(recipe: TrainRecipe, index: Index, count: int) -> None:
     if found != list(range(first, first + count)) or special_token_names(count + 1)[-1] in ids:
         raise ShardError(
             f"{file}: its special tokens are not the {count} from id {first} on that index.json says; pack again"
-        )
-
-
-def check_vocabulary(causal_lm: PreTrainedModel, path: str, index: Index) -> None:
-    """Refuse a backbone that does not have all tokens of the shards, special tokens left out.
-
-    Args:
-        causal_lm: the backbone.
-        path: where it comes from.
-        index: of the shards.
-
-    Raises:
-        ModelError: a token of the shards has no embedding.
-    """
-    vocabulary = causal_lm.config.vocab_size
-    if "special_tokens" in index.template:
-        first, end = first_special_id(index), index.end_token_id
-        if first > vocabulary or end is None or end >= vocabulary:
-            raise ModelError(
-                f"{path}: {vocabulary} tokens, the shards have {first} before the special tokens and end texts with "
-                f"{end}; pack with this model's tokenizer"
-            )
-    elif index.anchor_token_id >= vocabulary:
-        raise ModelError(
-            f"{path}: {vocabulary} tokens, the shards' anchor token is {index.anchor_token_id}; "
-            "pack with this model's tokenizer"
         )
 
 

@@ -65,7 +65,7 @@ class Watchdog:
     Args:
         timeout_seconds: the longest that a step, a checkpoint or an export may take.
         stop: after its signal a step may take 30 s or three times the slowest step so far, whichever is more, but no
-            longer than the time-out.
+            longer than the time-out; the first step, whose length nobody knows, has all of that.
         stacks: where the stacks of all threads go; standard error when None.
     """
 
@@ -117,7 +117,8 @@ class Watchdog:
         if self.stop.requested and self.doing.startswith("step "):
             self._stopping_since = self._stopping_since or now
             since = max(since, self._stopping_since)
-            limit = min(limit, max(_LEAST_PATIENCE_SECONDS, _SLOWEST_STEPS * self._slowest_step))
+            if self._slowest_step > 0.0:
+                limit = min(limit, max(_LEAST_PATIENCE_SECONDS, _SLOWEST_STEPS * self._slowest_step))
         return limit if now - since > limit else None
 
     def _bark(self, limit: float) -> None:

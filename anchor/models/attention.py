@@ -26,11 +26,16 @@ IMPLEMENTATIONS = {"segments": "anchor_segments", "varlen": "anchor_varlen", "fl
 """Recipe name -> transformers' ``attn_implementation``."""
 
 
-def implementation(kernel: str, device_type: str) -> str:
+def default_kernel(device_type: str, dtype: torch.dtype) -> str:
+    """The kernel of a model folder that is evaluated, where none is asked for: ``varlen`` where it can run."""
+    return "varlen" if device_type == "cuda" and dtype != torch.float32 else "segments"
+
+
+def implementation(kernel: str, device_type: str, dtype: torch.dtype) -> str:
     """transformers' name of a kernel, or the reason why it cannot run here.
 
     Raises:
-        ModelError: ``flash`` without the package or CUDA, ``varlen`` without CUDA.
+        ModelError: ``flash`` without the package or CUDA, ``varlen`` without CUDA, either in float32.
     """
     if kernel == "flash" and (device_type != "cuda" or not is_flash_attn_2_available()):
         raise ModelError(
@@ -39,6 +44,8 @@ def implementation(kernel: str, device_type: str) -> str:
         )
     if kernel == "varlen" and device_type != "cuda":
         raise ModelError("backbone.attention is 'varlen', which needs CUDA; use 'segments' on this machine")
+    if kernel != "segments" and dtype == torch.float32:
+        raise ModelError(f"attention is '{kernel}', whose kernel knows no fp32; use bf16, or 'segments'")
     return IMPLEMENTATIONS[kernel]
 
 

@@ -5,11 +5,15 @@
 3. LoRA adapters are injected into the linear layers; everything else is frozen.
 """
 
+import hashlib
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
@@ -55,7 +59,7 @@ def load_backbone(
     path = section.path
     if path.endswith(".gguf"):
         path = str(_convert_once(path, work_dir / "base"))
-    attention = implementation(section.attention, device_type)
+    attention = implementation(section.attention, device_type, dtype)
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config is not None else None  # alive while weights load
     try:
         model = load_causal_lm(path, dtype, attention)
@@ -135,17 +139,24 @@ def _first_line(error: Exception) -> str:
 
 
 def _convert_once(path: str, folder: Path) -> Path:
-    """Dequantise a GGUF file into a folder of safetensors (fp32), unless that was done before."""
-    location = resolve_model_path(path)
-    if dist.is_first_rank() and not (folder / "config.json").is_file():
-        log.info("converting %s to %s", path, folder)
-        model = AutoModelForCausalLM.from_pretrained(location.name, **location.kwargs(), dtype=torch.float32)
-        # transformers regards a dequantised model as quantised and would refuse to save it.
-        vars(model)["hf_quantizer"] = None
-        vars(model.config).pop("quantization_config")
-        beside = folder.with_name(folder.name + ".tmp")
-        model.save_pretrained(beside)
-        beside.rename(folder)
+    """Dequantise a GGUF file into a folder of safetensors (fp32), unless that was done with this very file before."""
+    read_config(path)  # on every rank: what cannot be read ends all of them
+    if dist.is_first_rank():
+        with Path(path).expanduser().open("rb") as file:
+            source = {"gguf_xxh3": hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()}
+        made_of = folder / "source.json"
+        if not made_of.is_file() or read_json(made_of) != source:
+            log.info("converting %s to %s", path, folder)
+            model = load_causal_lm(path, torch.float32, "sdpa")
+            # transformers regards a dequantised model as quantised and would refuse to save it.
+            vars(model)["hf_quantizer"] = None
+            vars(model.config).pop("quantization_config", None)
+            beside = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(beside, ignore_errors=True)
+            model.save_pretrained(beside)
+            (beside / made_of.name).write_text(json.dumps(source) + "\n", encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
     dist.barrier()
     return folder
 

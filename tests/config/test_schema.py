@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from anchor.config import schema
 from anchor.config.load import validate
-from anchor.config.schema import PackRecipe
+from anchor.config.schema import PackRecipe, TrainRecipe
 from anchor.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -114,3 +114,26 @@ def test_fields_that_do_not_fit_together_are_refused(change: dict[str, Any], exp
     with pytest.raises(ConfigError) as caught:
         validate(PACK | change, PackRecipe, "x.yaml")
     assert str(caught.value) == expected
+
+
+TRAIN: dict[str, Any] = {
+    "output_dir": "out",
+    "seed": 0,
+    "data": {"shards": "s"},
+    "backbone": {"path": "m", "trained": {"kind": "full"}, "attention": "varlen"},
+    "objective": {"kind": "reconstruction", "alpha": 0.2},
+    "optim": {"lr": 1e-3, "warmup_steps": 1, "total_steps": 6},
+    "engine": {"deepspeed": "ds.json", "dtype": "bf16"},
+}
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flash"])
+def test_a_kernel_without_float32_is_refused(kernel: str) -> None:
+    backbone = {"backbone": TRAIN["backbone"] | {"attention": kernel}}
+    validate(TRAIN | backbone, TrainRecipe, "x.yaml")
+    with pytest.raises(ConfigError) as caught:
+        validate(TRAIN | backbone | {"engine": TRAIN["engine"] | {"dtype": "fp32"}}, TrainRecipe, "x.yaml")
+    assert str(caught.value) == (
+        f"x.yaml: backbone.attention is {kernel}, whose kernel knows no engine.dtype fp32; use engine.dtype: bf16 or "
+        "backbone.attention: segments"
+    )

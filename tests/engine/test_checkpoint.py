@@ -11,7 +11,7 @@ import yaml
 from distributed import run_distributed
 from test_train import train_ranks, write_recipe
 
-from anchor.engine.checkpoint import complete_checkpoints, newest_intact, remove_unfinished
+from anchor.engine.checkpoint import complete_checkpoints, newest_intact, remove_unfinished, superseded
 from anchor.engine.resume import check_same_run
 from anchor.errors import TrainingError
 
@@ -37,6 +37,20 @@ def test_the_newest_and_every_mth_are_kept(trained):
     ]
     assert (trained / "latest").read_text() == "step-00000007\n"
     assert sorted(path.name for path in trained.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "step", "keep", "keep_every", "gone"),
+    [
+        ([1, 2, 3], 3, 2, None, [1]),
+        ([2, 3, 4, 5], 5, 2, 3, [2]),
+        ([100, 150, 200], 150, 1, None, [100]),  # that of step 200 is damaged
+        ([100, 150, 200], 150, 2, None, []),
+    ],
+)
+def test_a_damaged_checkpoint_of_a_later_step_takes_no_place(steps, step, keep, keep_every, gone):
+    found = [Path(f"step-{number:08d}") for number in steps]
+    assert superseded(found, step, keep, keep_every) == [Path(f"step-{number:08d}") for number in gone]
 
 
 FILES = tuple(

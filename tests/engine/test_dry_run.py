@@ -121,3 +121,26 @@ def test_a_share_of_the_peak_above_one_is_refused(capsys, tiny_model_dir, shards
     assert error_of(capsys, str(RECIPE), *changes) == (
         "error: --mfu: got 40.0, expected a share of the peak above 0 and at most 1, such as 0.4"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "at_once"),
+    [
+        ([], 1),
+        (["engine.checkpoint_every_steps=10"], 3),
+        (["engine.checkpoint_every_steps=60"], 2),  # of 100 steps: at 60 and at the end
+        (["engine.checkpoint_every_steps=10", "engine.keep_every_steps=20"], 8),
+        (["engine.checkpoint_every_steps=10", "engine.keep_every_steps=15"], 6),  # a checkpoint at 30, 60 and 90
+    ],
+)
+def test_checkpoints_that_are_kept_for_good_take_their_disk(capsys, tmp_path, tiny_model_dir, shards, changes, at_once):
+    words = [f"data.shards={shards}", f"backbone.path={tiny_model_dir}", "optim.total_steps=100", *changes]
+    run(capsys, str(RECIPE), *words, "--json", str(tmp_path / "report.json"))
+    disk = json.loads((tmp_path / "report.json").read_text())["disk"]
+    assert disk["checkpoints_at_once"] == at_once
+    assert disk["needed_bytes"] == at_once * disk["checkpoint_bytes"] + disk["export_bytes"]
+
+
+@pytest.mark.parametrize("option", ["--ranks", "--ranks-per-node"])
+def test_fewer_than_one_rank_is_refused(capsys, option):
+    assert error_of(capsys, str(RECIPE), option, "0").endswith("expected a number, at least 1, got '0'")

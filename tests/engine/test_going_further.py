@@ -26,6 +26,9 @@ def runs(tmp_path_factory, tiny_model_dir, make_shards):
     for folder, steps in ((halves, 2), (halves, 4), (whole, 4)):
         recipe = write_recipe(folder, tiny_model_dir, shards, optim__total_steps=steps, **HORIZON)
         run_distributed(train_ranks, 1, recipe, True)
+        if steps == 2:
+            (folder / "run/export/mteb").mkdir()
+            (folder / "run/export/mteb/scores.json").write_text("{}")
     return halves / "run", whole / "run"
 
 
@@ -36,6 +39,12 @@ def test_going_further_equals_having_gone_all_the_way(runs):
     ours, theirs = (load_file(run / "export/model.safetensors") for run in runs)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_scores_of_the_earlier_export_are_kept_beside_the_new_one(runs):
+    halves, _ = runs
+    assert (halves / "mteb-step-00000002/scores.json").read_text() == "{}"
+    assert not (halves / "export/mteb").exists()
 
 
 def state_of(run: Path, **optim) -> dict:

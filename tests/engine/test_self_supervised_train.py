@@ -317,20 +317,6 @@ def test_an_index_that_counts_other_special_tokens_is_refused(tmp_path, tiny_mod
     )
 
 
-def test_a_backbone_with_too_few_tokens_is_refused(shards, tiny_model_dir):
-    from anchor.engine.special_tokens import check_vocabulary
-
-    model = load_causal_lm(str(tiny_model_dir), torch.float32, "eager")
-    check_vocabulary(model, "m", read_index(shards[0]))
-    model.config.vocab_size = 399
-    with pytest.raises(ModelError) as error:
-        check_vocabulary(model, "m", read_index(shards[0]))
-    assert str(error.value) == (
-        "m: 399 tokens, the shards have 400 before the special tokens and end texts with 2; pack with this model's "
-        "tokenizer"
-    )
-
-
 def test_new_special_tokens_are_the_same_partitioned_or_not(runs, tiny_model_dir):
     """The untrained export of a ZeRO-3 engine holds what one process computes from the whole matrix."""
     model = load_causal_lm(str(tiny_model_dir), torch.float32, "eager")

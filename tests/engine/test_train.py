@@ -251,11 +251,36 @@ def test_a_run_that_exists_is_not_overwritten(runs, capsys):
     )
 
 
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    from anchor.engine.plan import provenance_commit
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance_commit() is None
+
+
+def group_timeouts(ranks) -> list[float]:
+    from datetime import timedelta
+
+    import torch.distributed as torch_dist
+
+    from anchor import dist
+
+    groups = [torch_dist.group.WORLD, torch_dist.new_group([0, 1]), torch_dist.new_group([1])]
+    dist.set_timeout(timedelta(seconds=77))
+    mine = [group for group in groups if torch_dist.get_rank(group) >= 0]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in mine]
+
+
+def test_every_process_group_gets_the_time_out():
+    assert run_distributed(group_timeouts, 2) == [[77.0, 77.0], [77.0, 77.0, 77.0]]
+
+
 def test_a_finished_run_is_not_trained_again(runs, capsys):
     folder, recipe = runs["one"]
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.suffix != ".log"}
-    main([str(recipe)])
-    assert f"{folder / 'run'}: finished already; nothing to do" in capsys.readouterr().err
+    for harmless in ([], ["engine.log_every_steps=7"]):
+        main([str(recipe), *harmless])
+        assert f"{folder / 'run'}: finished already; nothing to do" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.suffix != ".log"}
 
 

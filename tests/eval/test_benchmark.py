@@ -294,6 +294,19 @@ def test_an_error_in_one_task_ends_the_evaluation(export_dir, retrieval_folder, 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_data_that_only_the_hub_has_is_one_line_without_a_network(export_dir, tmp_path, monkeypatch, capsys, one_rank):
+    for library in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(SystemExit) as exit_:
+        main(["mteb", str(export_dir), "--tasks", "BIOSSES", "--output", str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: BIOSSES: its data cannot be loaded: ")
+    assert line.endswith("; without a network give --data-root (python -m eval fetch makes it)")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_half_written_results_of_a_killed_run_are_named(export_dir, retrieval_folder, tmp_path):
     encoder = Encoder(export_dir, dtype="fp32")
     scores = run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path)

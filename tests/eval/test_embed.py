@@ -237,6 +237,7 @@ def test_parquet_plain_text_and_other_columns_are_read(tmp_path):
         (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', ": the id '1' is given twice; ids must differ"),
         (b'{"id": "a\\nb", "text": "a"}\n', ":1: the id 'a\\nb' holds a line end"),
         (b'{"text": "\xff"}\n', ":1: not UTF-8: byte 11 is 0xff"),
+        (b'{"text": "ab\\ud800"}\n', ":1: 'text' holds half a surrogate pair at character 3"),
         (b"", ": holds no text"),
     ],
 )

@@ -15,7 +15,7 @@ from anchor.config import schema
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Pack
 from anchor.errors import ConfigError, ModelError
-from anchor.models.attention import implementation, segments_attention, varlen_attention
+from anchor.models.attention import default_kernel, implementation, segments_attention, varlen_attention
 from anchor.models.backbone import load_backbone, load_causal_lm
 from anchor.models.embedder import Embedder
 
@@ -217,8 +217,17 @@ def test_order_of_segments_does_not_change_their_embeddings(tiny_model_dir):
 )
 def test_a_kernel_that_cannot_run_here_is_refused(kernel, message):
     with pytest.raises(ModelError) as error:
-        implementation(kernel, "cpu")
+        implementation(kernel, "cpu", torch.bfloat16)
     assert str(error.value) == message
+
+
+def test_a_kernel_is_chosen_that_has_the_dtype():
+    for device, dtype in itertools.product(("cpu", "cuda"), (torch.float32, torch.bfloat16)):
+        kernel = default_kernel(device, dtype)
+        assert implementation(kernel, device, dtype) == f"anchor_{kernel}"
+    assert default_kernel("cuda", torch.bfloat16) == "varlen"
+    with pytest.raises(ModelError, match="attention is 'varlen', whose kernel knows no fp32; use bf16, or 'segments'"):
+        implementation("varlen", "cuda", torch.float32)
 
 
 def test_a_segment_beyond_the_sliding_window_is_refused():

@@ -62,3 +62,12 @@ def test_a_gguf_file_is_converted_once_and_loads_like_any_folder(tmp_path):
     again = load(next(package.glob("*.gguf")), tmp_path)
     assert (tmp_path / "base/model.safetensors").stat().st_mtime_ns == stamp
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    (tmp_path / "base/source.json").write_text('{"gguf_xxh3": "of another file"}')
+    load(next(package.glob("*.gguf")), tmp_path)
+    assert (tmp_path / "base/model.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_a_damaged_gguf_file_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(ModelError, match=r"model\.gguf: no model configuration could be read: "):
+        load(tmp_path / "model.gguf", tmp_path)
