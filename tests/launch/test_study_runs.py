@@ -309,7 +309,8 @@ def test_flops_follow_the_shards_and_the_recipe(scale: Path, monkeypatch: pytest
 
 def start(scale: Path, *argv: str) -> subprocess.Popen:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "launch.study", str(scale), *argv]
+    # A test run in the background of a shell ignores SIGINT, and so would what it starts.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "launch.study", str(scale), *argv]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
