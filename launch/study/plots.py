@@ -46,8 +46,9 @@ def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """
     rows = -(-len(panels) // _COLUMNS)
     columns = -(-len(panels) // rows)
+    legend_rows = -(-max(len(curves) for curves in panels.values()) // columns)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 0.9), layout="constrained")
+        figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 0.3 + 0.2 * legend_rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for axis, (task, curves) in zip(axes, panels.items(), strict=False):
             for number, curve in enumerate(curves):
@@ -66,6 +67,6 @@ def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
         for axis in list(figure.axes)[len(panels) :]:
             axis.set_visible(False)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         figure.savefig(path.with_suffix(".png"), dpi=150)
