@@ -103,7 +103,7 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     teacher = None if reader is None else reader.index.teacher
     shape = special_tokens_shape(shape_of(model), recipe, packing, teacher)
     if reader is not None:
-        check_vocabulary(model.config, recipe.backbone.path, reader.index, recipe.data.shards)
+        check_vocabulary(model.config.vocab_size, recipe.backbone.path, reader.index, recipe.data.shards)
         objective = make_objective(model, recipe)
         sample = [reader.read(int(i)) for i in np.linspace(0, len(reader) - 1, min(len(reader), SAMPLED_BATCHES))]
         step, largest = sampled_step(objective, recipe, packing, sample)

@@ -37,7 +37,7 @@ def load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
         work_dir=recipe.output_dir,
         ds_config=ds_config,
     )
-    check_vocabulary(causal_lm.config, recipe.backbone.path, plan.reader.index, recipe.data.shards)
+    check_vocabulary(causal_lm.config.vocab_size, recipe.backbone.path, plan.reader.index, recipe.data.shards)
     objective = make_objective(causal_lm, recipe)
     _log_parameters(objective)
     engine = Engine(objective, ds_config, recipe.optim, ranks, universal=universal)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import PretrainedConfig
 
 from anchor.data.shards import Index
 from anchor.engine.special_tokens import first_special_id
@@ -12,14 +11,14 @@ from anchor.errors import ModelError
 _REMEDY = "pack with this model's tokenizer"
 
 
-def check_vocabulary(config: PretrainedConfig, path: str, index: Index, shards: Path) -> None:
+def check_vocabulary(vocabulary: int, path: str, index: Index, shards: Path) -> None:
     """Refuse a backbone whose tokens are not those of the shards, special tokens left out.
 
     Tokens that were added to a tokenizer's own are not compared: what a model never saw may lie beyond its embeddings.
     Of a hub name and of a GGUF file the tokenizer is not read, only the number of tokens compared.
 
     Args:
-        config: the backbone's.
+        vocabulary: tokens that the backbone has embeddings of (``vocab_size``).
         path: where it comes from, a folder with its tokenizer or not.
         index: of the shards.
         shards: their folder.
@@ -27,7 +26,6 @@ def check_vocabulary(config: PretrainedConfig, path: str, index: Index, shards: 
     Raises:
         ModelError: a token of the shards has no embedding, or the folder's tokenizer gives its id to another.
     """
-    vocabulary = config.vocab_size
     if "special_tokens" in index.template:
         first, end = first_special_id(index), index.end_token_id
         if first > vocabulary or end is None or end >= vocabulary:

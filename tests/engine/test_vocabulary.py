@@ -17,8 +17,8 @@ from anchor.train import main
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model_dir):
-    return AutoConfig.from_pretrained(tiny_model_dir)
+def vocabulary(tiny_model_dir) -> int:
+    return AutoConfig.from_pretrained(tiny_model_dir).vocab_size
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +26,19 @@ def shards(make_shards):
     return make_shards(num_rows=32)
 
 
-def refusal(config, path: str, shards: Path) -> str:
+def refusal(vocabulary: int, path: str, shards: Path) -> str:
     with pytest.raises(ModelError) as error:
-        check_vocabulary(config, path, read_index(shards), shards)
+        check_vocabulary(vocabulary, path, read_index(shards), shards)
     return str(error.value)
 
 
-def test_too_few_tokens(config, shards, tiny_model_dir):
-    check_vocabulary(config, str(tiny_model_dir), read_index(shards), shards)
-    few = type(config)(**{**config.to_dict(), "vocab_size": 399})
-    assert refusal(few, "m", shards) == (
+def test_too_few_tokens(vocabulary, shards, tiny_model_dir):
+    check_vocabulary(vocabulary, str(tiny_model_dir), read_index(shards), shards)
+    assert refusal(399, "m", shards) == (
         f"m: 399 tokens, {shards}/tokenizer/tokenizer.json has ids up to 399; pack with this model's tokenizer"
     )
-    few.vocab_size, anchor = 2, read_index(shards).anchor_token_id
-    assert refusal(few, "m", shards) == (
+    anchor = read_index(shards).anchor_token_id
+    assert refusal(2, "m", shards) == (
         f"m: 2 tokens, the shards' anchor token is {anchor}; pack with this model's tokenizer"
     )
 
@@ -58,12 +57,12 @@ def swap(stored: dict) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
 
-def test_another_tokenizer_of_the_same_size(config, shards, tiny_model_dir, tmp_path, capsys):
+def test_another_tokenizer_of_the_same_size(vocabulary, shards, tiny_model_dir, tmp_path, capsys):
     other = altered(tiny_model_dir, tmp_path / "other", swap)
     ids = json.loads((tiny_model_dir / "tokenizer.json").read_text())["model"]["vocab"]
     first = min("ab", key=ids.__getitem__)
     second = "ab".replace(first, "")
-    assert refusal(config, str(other), shards) == (
+    assert refusal(vocabulary, str(other), shards) == (
         f"{other}: its tokenizer is not the one of {shards}: {first!r} is {ids[second]} there and {ids[first]} in the "
         "shards; pack with this model's tokenizer"
     )
@@ -75,19 +74,18 @@ def test_another_tokenizer_of_the_same_size(config, shards, tiny_model_dir, tmp_
         assert "its tokenizer is not the one of" in capsys.readouterr().err
 
 
-def test_added_tokens_do_not_matter(config, shards, tiny_model_dir, tmp_path):
+def test_added_tokens_do_not_matter(vocabulary, shards, tiny_model_dir, tmp_path):
     def add(stored: dict) -> None:
         stored["added_tokens"].append({**stored["added_tokens"][0], "id": 5000, "content": "<|pad|>"})
 
     more = altered(tiny_model_dir, tmp_path / "more", add)
-    check_vocabulary(config, str(more), read_index(shards), shards)
+    check_vocabulary(vocabulary, str(more), read_index(shards), shards)
 
 
-def test_special_tokens_stand_behind_the_models_own(config, make_shards, tiny_model_dir):
+def test_special_tokens_stand_behind_the_models_own(vocabulary, make_shards, tiny_model_dir):
     shards = make_shards(num_rows=32, template=TEMPLATE)
-    check_vocabulary(config, str(tiny_model_dir), read_index(shards), shards)
-    few = type(config)(**{**config.to_dict(), "vocab_size": 399})
-    assert refusal(few, "m", shards) == (
+    check_vocabulary(vocabulary, str(tiny_model_dir), read_index(shards), shards)
+    assert refusal(399, "m", shards) == (
         "m: 399 tokens, the shards have 400 before the special tokens and end texts with 2; pack with this model's "
         "tokenizer"
     )
