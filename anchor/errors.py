@@ -58,6 +58,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known are {', '.join(names)}" if names else ""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, cut to one line; its name where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print an :class:`AnchorError`, or a disk's refusal, as one line on stderr and exit with code 2."""

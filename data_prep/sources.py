@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor.config.schema import Columns, E5Source, FilesSource, HubSource
-from anchor.errors import ConfigError, DataError, did_you_mean
+from anchor.errors import ConfigError, DataError, did_you_mean, first_line
 from data_prep.e5 import E5_TRAITS
 from data_prep.layouts import Layout, layout_of
 from data_prep.readers import JSON_SUFFIXES, TABLE_SUFFIXES, Meter, Place, Row, raw_rows
@@ -175,20 +175,16 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
     try:
         data = datasets.load_dataset(section.dataset, section.config, split=section.split, streaming=True)
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"dataset {section.dataset}: cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"dataset {section.dataset}: cannot be loaded: {first_line(error)}") from error
     rows, number = iter(data), 0
     while True:
         try:
             row = next(rows, None)
         except (OSError, ValueError, DatasetsError) as error:
             raise DataError(
-                f"dataset {section.dataset}: row {number} of split {section.split} cannot be read: {_first_line(error)}"
+                f"dataset {section.dataset}: row {number} of split {section.split} cannot be read: {first_line(error)}"
             ) from error
         if row is None:
             return
         yield Row(Place(f"{section.dataset}[{section.split}]", number, "row"), row)
         number += 1
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

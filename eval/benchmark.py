@@ -30,7 +30,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from anchor.data.templates import Template
-from anchor.errors import DataError
+from anchor.errors import DataError, first_line
 from eval.cache import VectorCache
 from eval.encoder import TextEncoder
 from eval.prompts import PromptSet
@@ -200,7 +200,7 @@ def run_tasks(
             result = mteb.evaluate(model, [task], cache=results, show_progress_bar=False)
         except _HUB_ERRORS as error:
             raise DataError(
-                f"{task.metadata.name}: its data cannot be loaded: {str(error).splitlines()[0]}; without a network "
+                f"{task.metadata.name}: its data cannot be loaded: {first_line(error)}; without a network "
                 "give --data-root (python -m eval fetch makes it)"
             ) from error
         model.forget(task)

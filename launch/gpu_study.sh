@@ -6,8 +6,8 @@
 # Prepares data and model of launch/recipes/study/gpu.yaml, measures kernels, steps, embedding and the throughput of 1B
 # and 8B shapes (bench/gpu.sh, into OUTPUT_FOLDER/bench), then runs the study (OUTPUT_FOLDER/study), arms and seeds as its
 # arguments say: --only, --seeds, section.key=value. Started again, it goes on; a measurement that fails keeps nothing
-# else from running. PYTHON names another interpreter than
-# .venv's; launch/airgap/gpu_wheels.txt lists what one lacks that has only torch and its usual companions. Example:
+# else from running. PYTHON names another interpreter than .venv's; launch/airgap/gpu_wheels.txt lists what one lacks
+# that has only torch and its usual companions. Example:
 #
 #     bash launch/gpu_study.sh gpu-results --only stage2,stage1_stage2 --seeds 0
 set -euo pipefail

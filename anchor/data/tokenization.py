@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 from anchor.config.model_path import resolve_model_path
 from anchor.data.templates import Template, special_token_names
-from anchor.errors import DataError, ModelError
+from anchor.errors import DataError, ModelError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.kwargs())
     except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{path}: no tokenizer could be loaded: {first}") from error
+        raise ModelError(f"{path}: no tokenizer could be loaded: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{path}: the tokenizer is not a fast one (tokenizer.json); convert it first")
     return tokenizer

@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from anchor import dist
 from anchor.config.model_path import resolve_model_path
 from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
-from anchor.errors import ConfigError, ModelError, did_you_mean
+from anchor.errors import ConfigError, ModelError, did_you_mean, first_line
 from anchor.models.adapters import checkpoint_contexts
 from anchor.models.attention import implementation
 from anchor.models.special_tokens import read_json
@@ -102,7 +102,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
             location.name, **location.kwargs(), **packed, config=config, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: the model could not be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{path}: the model could not be loaded: {first_line(error)}") from error
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -116,7 +116,7 @@ def read_config(path: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(location.name, **location.kwargs())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no model configuration could be read: {_first_line(error)}") from error
+        raise ModelError(f"{path}: no model configuration could be read: {first_line(error)}") from error
     if config.model_type not in SUPPORTED:
         raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")
     return config
@@ -131,11 +131,6 @@ def _refuse_special_tokens_alone(folder: Path) -> None:
             f"{folder}: holds special tokens for {name}, not a model of its own; give that model, or embed "
             "with this folder through `python -m eval`"
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _convert_once(path: str, folder: Path) -> Path:
