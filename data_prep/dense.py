@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anchor.errors import ConfigError
+from anchor.errors import ConfigError, first_line
 from data_prep.progress import tracked
 from data_prep.ranking import Query, Window, ranked
 
@@ -39,9 +39,9 @@ def load_model(folder: Path, device: str, option: str = "--model") -> Any:
         torch.zeros(1, device=device)
         return SentenceTransformer(str(folder), device=device, local_files_only=True)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--device {device}: cannot be used: {first_line(error)}") from error
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{option} {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{option} {folder}: cannot be loaded: {first_line(error)}") from error
 
 
 class Dense:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anchor.errors import ConfigError
+from anchor.errors import ConfigError, first_line
 
 NUM_BINS = 16
 _WIDTH = 40
@@ -55,4 +55,4 @@ def draw(sources: dict[str, list[tuple[int, int, int]]], file: Path) -> None:
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--png {file}: cannot be written: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--png {file}: cannot be written: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from mteb.abstasks.abstask import AbsTask
 
-from anchor.errors import DataError
+from anchor.errors import DataError, first_line
 from eval.tasks import hub_datasets
 from eval.vectors import write_json
 
@@ -102,7 +102,7 @@ def _copy(path: str, revision: str | None, data_root: Path, source: Path | None)
     try:
         snapshot_download(path, repo_type="dataset", revision=revision, local_dir=beside)
     except OSError as error:  # root of the hub client's own errors: no network, no such repository, no access
-        raise DataError(f"{path} ({str(error).strip().splitlines()[0]})") from error
+        raise DataError(f"{path} ({first_line(error)})") from error
     shutil.rmtree(beside / ".cache", ignore_errors=True)  # the hub client's own notes
     shutil.rmtree(data_root / path, ignore_errors=True)
     os.replace(beside, data_root / path)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anchor.errors import ModelError
+from anchor.errors import ModelError, first_line
 from anchor.models.special_tokens import read_json, shape_text
 
 _FILES = (
@@ -162,8 +162,7 @@ def _read_projection(file: Path, width: int) -> dict[str, Tensor]:
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{file}: not readable without running code: {reason}") from error
+        raise ModelError(f"{file}: not readable without running code: {first_line(error)}") from error
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in ("state_dict", "config")):
         raise ModelError(f"{file}: expected state_dict and config")
     state, config = stored["state_dict"], stored["config"]
@@ -203,7 +202,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _PlainLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{file}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file}: expected names and values")
     return content

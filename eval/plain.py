@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from anchor.errors import ModelError
+from anchor.errors import ModelError, first_line
 from anchor.models.backbone import DTYPES
 from eval.encoder import TextEncoder, finite
 
@@ -33,8 +33,7 @@ class PlainEncoder(TextEncoder):
         try:
             model = SentenceTransformer(str(folder), model_kwargs={"dtype": DTYPES[dtype]}, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{folder}: sentence-transformers cannot read it: {reason}") from error
+            raise ModelError(f"{folder}: sentence-transformers cannot read it: {first_line(error)}") from error
         limit = model.max_seq_length or 512
         super().__init__(folder, {"prompts": dict(model.prompts), "max_tokens": limit}, dtype)
         self.model = model

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sklearn.manifold import TSNE
 
 from anchor.engine.metrics import read_rows as read_metrics
-from anchor.errors import ConfigError, DataError
+from anchor.errors import ConfigError, DataError, first_line
 from eval.decode import read_pairs
 from eval.encoder import TextEncoder
 from eval.plots import histogram, scatter
@@ -112,7 +112,7 @@ def commit_of(run: Run) -> str:
     try:
         about = yaml.safe_load(run.provenance) if run.provenance else None
     except yaml.YAMLError as error:
-        raise DataError(f"{run.folder / 'run.yaml'}: not readable: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{run.folder / 'run.yaml'}: not readable: {first_line(error)}") from error
     return str(about.get("commit") or "–") if isinstance(about, dict) else "–"
 
 

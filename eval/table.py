@@ -13,7 +13,7 @@ from mteb.benchmarks.benchmark import Benchmark, BenchmarkAggregation
 from mteb.results import ModelResult, TaskResult
 from rich.table import Table
 
-from anchor.errors import DataError
+from anchor.errors import DataError, first_line
 
 PUBLISHED = "published"
 MEAN_TASK, MEAN_TYPE = "Mean(Task)", "Mean(TaskType)"
@@ -103,7 +103,7 @@ def task_results(folder: Path) -> list[TaskResult]:
         try:
             results.append(TaskResult.from_disk(path))
         except (ValueError, KeyError) as error:
-            raise DataError(f"{path}: not a result of mteb: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path}: not a result of mteb: {first_line(error)}") from error
     return results
 
 

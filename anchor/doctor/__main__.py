@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from anchor import log
-from anchor.errors import ConfigError, exit_on_user_error
+from anchor.errors import ConfigError, exit_on_user_error, first_line
 
 _EXAMPLE = """examples:
   python -m anchor.doctor
@@ -126,7 +126,7 @@ def _measure(console: Console, facts: object, sizes_mib: list[int]) -> list[str]
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         return [
             f"rank {os.environ['RANK']}: the ranks did not meet at {where} within {_JOIN_SECONDS} s "
-            f"({str(error).splitlines()[0]}); is every rank started, is the address rank 0's, is the port open?"
+            f"({first_line(error)}); is every rank started, is the address rank 0's, is the port open?"
         ]
     if ranks.rank == 0:
         hosts = {one.host: one for one in everyone}

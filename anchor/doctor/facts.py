@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from anchor.engine.extensions import extensions_folder
+from anchor.errors import first_line
 
 ROOT = Path(__file__).parents[2]
 GIB = 1024**3
@@ -173,4 +174,4 @@ def _flash_attn() -> str | None:
     try:
         return str(importlib.import_module("flash_attn").__version__)
     except (ImportError, OSError) as error:  # built for another torch or CUDA
-        return f"cannot be imported: {str(error).splitlines()[0]}"
+        return f"cannot be imported: {first_line(error)}"

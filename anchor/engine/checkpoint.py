@@ -27,7 +27,7 @@ import xxhash
 from anchor import dist
 from anchor.engine.deepspeed import Engine
 from anchor.engine.estimate_work import checkpoint_bytes
-from anchor.errors import TrainingError
+from anchor.errors import TrainingError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _full_disk_explained(beside: Path, rank: int, step: int) -> Iterator[None]:
         for path in _own_files(beside, rank):
             path.unlink(missing_ok=True)
         raise TrainingError(
-            f"{beside}: rank {rank} could not write the checkpoint of step {step} ({str(error).splitlines()[0]}); "
+            f"{beside}: rank {rank} could not write the checkpoint of step {step} ({first_line(error)}); "
             f"free some disk and start again{_goes_on_from(beside.parent)}"
         ) from error
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from anchor.config.model_path import resolve_model_path
-from anchor.errors import ConfigError, ModelError
+from anchor.errors import ConfigError, ModelError, first_line
 from anchor.models.backbone import DTYPES, load_causal_lm, read_config
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -118,7 +118,7 @@ def device_kind(name: str) -> str:
     try:
         return torch.zeros(1, device=name).device.type
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--device {name}: cannot be used: {first_line(error)}") from error
 
 
 class _Quantile(LogitsProcessor):

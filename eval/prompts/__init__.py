@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from anchor.errors import ConfigError, did_you_mean
+from anchor.errors import ConfigError, did_you_mean, first_line
 
 _FOLDER = Path(__file__).parent
 _KEYS = {"tasks", "same_as", "ours", "query", "document", "instruction_format"}
@@ -55,7 +55,7 @@ def load_prompts(name: str) -> PromptSet:
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict) or set(content) - _KEYS:
         raise ConfigError(f"{path}: expected the keys {', '.join(sorted(_KEYS))}; 'tasks' is required")
     tasks: dict[str, str] = {}

@@ -12,7 +12,8 @@ usage: launch/slurm/pipeline.sh [options] RECIPE_DIR EVAL_ARGUMENTS...
   --parts N          tasks of the packing array (pack.sbatch)
   --nodes N          nodes of each training and evaluation job (train.sbatch, mteb.sbatch)
   --gpus-per-node N  likewise; 0 trains on CPUs, one rank per node
-example: launch/slurm/pipeline.sh --nodes 4 launch/recipes/llama3.2-1b --benchmark 'MTEB(eng, v2)' --data-root data/mteb
+example:
+  launch/slurm/pipeline.sh --nodes 4 launch/recipes/llama3.2-1b --benchmark 'MTEB(eng, v2)' --data-root data/mteb --dtype bf16
 TEXT
 }
 fail() { echo "error: pipeline: $*; see launch/slurm/pipeline.sh --help" >&2; exit 2; }
