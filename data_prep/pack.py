@@ -144,7 +144,7 @@ def _finished(recipe: PackRecipe) -> Index | None:
 
 
 def _inputs(sources: list[Source]) -> list[tuple[str, int]]:
-    return [(str(file), file.stat().st_size) for source in sources for file in source.files]
+    return [(str(file), file.stat().st_size) for source in sources for file in (*source.files, *source.local_copy)]
 
 
 def _refuse_other_input(recipe: PackRecipe, recipe_path: str) -> None:

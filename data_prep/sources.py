@@ -21,6 +21,7 @@ class Source:
         name: name in the index and in the metrics.
         rows: opens a fresh stream of rows that are not yet parsed; the meter is told how far it is.
         files: its files; none where `datasets` reads.
+        local_copy: files of a local dataset that `datasets` reads.
         layout: of its rows.
         positives: which of several positives of a row are used, ``first`` or ``each``.
         instructions: none, one, or several that alternate by row.
@@ -32,6 +33,7 @@ class Source:
     name: str
     rows: Callable[[Meter], Iterator[Row]]
     files: tuple[Path, ...]
+    local_copy: tuple[Path, ...]
     layout: Layout
     positives: str
     instructions: tuple[str, ...]
@@ -59,7 +61,7 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
     """Turn the recipe's sections into sources; an E5 folder yields one per file.
 
     Raises:
-        ConfigError: missing path, unknown source, two sources of one name.
+        ConfigError: missing path, unknown source, two sources of one name, a local folder's revision.
     """
     sources: list[Source] = []
     for number, section in enumerate(sections):
@@ -70,6 +72,8 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
             files = tuple(input_files(section.path, TABLE_SUFFIXES, here))
             sources.append(_named(section, _reader(files, section.max_rows), files))
         else:
+            if section.revision is not None and Path(section.dataset).exists():
+                raise ConfigError(f"{here}: {section.dataset} is a local folder, which has no revision; remove it")
             sources.append(_named(section, lambda _, section=section: islice(_hub_rows(section), section.max_rows), ()))
     names = [source.name for source in sources]
     for name in names:
@@ -83,6 +87,7 @@ def _named(section: FilesSource | HubSource, rows: Callable[[Meter], Iterator[Ro
         name=section.name,
         rows=rows,
         files=files,
+        local_copy=_files_below(Path(section.dataset)) if isinstance(section, HubSource) else (),
         layout=layout_of(section),
         positives=section.positives,
         instructions=section.instructions,
@@ -90,6 +95,12 @@ def _named(section: FilesSource | HubSource, rows: Callable[[Meter], Iterator[Ro
         weight=section.weight,
         languages=section.languages,
     )
+
+
+def _files_below(folder: Path) -> tuple[Path, ...]:
+    """All but hidden ones; none of a folder that is not there."""
+    paths = sorted(folder.rglob("*"))
+    return tuple(p for p in paths if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts))
 
 
 def _reader(files: Sequence[Path], max_rows: int | None) -> Callable[[Meter], Iterator[Row]]:
@@ -124,6 +135,7 @@ def _e5_sources(section: E5Source, where: str) -> list[Source]:
                 name=name,
                 rows=_reader([by_name[name]], section.max_rows),
                 files=(by_name[name],),
+                local_copy=(),
                 layout=Layout(Columns(negatives=("negative",)), None),
                 positives="first",
                 instructions=instructions,
@@ -173,7 +185,9 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
     from datasets.exceptions import DatasetsError
 
     try:
-        data = datasets.load_dataset(section.dataset, section.config, split=section.split, streaming=True)
+        data = datasets.load_dataset(
+            section.dataset, section.config, split=section.split, revision=section.revision, streaming=True
+        )
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"dataset {section.dataset}: cannot be loaded: {first_line(error)}") from error
     rows, number = iter(data), 0

@@ -138,6 +138,8 @@ class HubSource(_NamedSource):
     """Hub name or local folder."""
     config: str | None = None
     """Configuration of the dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset; only a commit stays the same while parts are packed and run again."""
     split: str
     """Split of the dataset."""
 

@@ -138,9 +138,13 @@ def test_a_finished_folder_is_left_alone(
     assert f"{folder}: 00000.arrow missing or of another size; packing again" in caplog.messages
 
 
-def test_a_finished_folder_of_other_input_is_refused(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_finished_folder_of_other_input_is_refused(tmp_path: Path, make_recipe: MakeRecipe, kind: str) -> None:
     rows = write_jsonl(tmp_path / "rows" / "a.jsonl", english_pairs(32))
-    recipe = make_recipe([files_source(tmp_path / "rows")])
+    source = files_source(tmp_path / "rows")
+    if kind == "hub":
+        source |= {"kind": "hub", "dataset": source.pop("path"), "split": "train"}
+    recipe = make_recipe([source])
     index = pack(str(recipe), [])
     size = rows.stat().st_size
     write_jsonl(rows, english_pairs(40))

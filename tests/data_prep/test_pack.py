@@ -21,7 +21,7 @@ import data_prep.workers as workers_module
 import data_prep.writing as writing_module
 from anchor.data.shards import ShardReader
 from anchor.data.tokenization import tokenizer_fingerprint
-from anchor.errors import DataError
+from anchor.errors import ConfigError, DataError
 from data_prep.__main__ import main
 from data_prep.e5 import E5_TRAITS
 from data_prep.pack import pack
@@ -55,6 +55,15 @@ def test_a_dataset_that_breaks_off_is_one_line(tmp_path: Path, make_recipe: Make
     hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s"}
     recipe = make_recipe([hub | {"columns": {"negatives": ["negative"]}, "instructions": []}])
     assert refusal(recipe).startswith(f"dataset {tmp_path / 'plain'}: row 0 of split train cannot be read: ")
+
+
+def test_a_local_dataset_has_no_revision(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_jsonl(tmp_path / "plain" / "a.jsonl", english_pairs(3))
+    hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s", "revision": "main"}
+    recipe = make_recipe([hub | {"columns": {"negatives": ["negative"]}, "instructions": []}])
+    assert refusal(recipe, ConfigError) == (
+        f"{recipe}: sources.0: {tmp_path / 'plain'} is a local folder, which has no revision; remove it"
+    )
 
 
 def test_the_shards_hold_every_kept_pair_once_with_its_texts(make_recipe: MakeRecipe) -> None:
