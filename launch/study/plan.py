@@ -100,11 +100,13 @@ class StudyPlan:
         if last:
             warmup = max(1, round(self.study.warmup_fraction * last))
             schedule = [f"optim.total_steps={cell.step}", f"optim.decay_steps={last}", f"optim.warmup_steps={warmup}"]
-        rate = self.study.learning_rates.get(arm.recipe)
+        rates = self.study.learning_rates
+        of_recipe, of_arm = ([f"optim.lr={rates[key]:g}"] if key in rates else [] for key in (arm.recipe, cell.arm))
         return [
             *self.study.train,
-            *([] if rate is None else [f"optim.lr={rate:g}"]),
+            *of_recipe,
             *arm.overrides,
+            *(of_arm if cell.arm != arm.recipe else []),
             f"output_dir={self.run_folder(cell.arm, cell.seed)}",
             f"seed={self.recipe_seed(cell)}",
             f"data.shards={self.data.shards}",

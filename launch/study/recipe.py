@@ -109,7 +109,8 @@ class StudyRecipe(Section):
     warmup_fraction: Fraction
     """Of a run's steps, at least one step; then the learning rate falls linearly to zero at its end."""
     learning_rates: Annotated[dict[FileStem, Annotated[float, Field(gt=0.0)]], Field(default_factory=dict)]
-    """By training recipe, in its place: what suits so few steps, see `--tune`; an arm's own comes after."""
+    """By training recipe or arm, in its place: what suits so few steps, see `--tune`. A recipe's is that of its arms
+    that have no own, here or in their `overrides`."""
     heldout_pairs: PositiveInt
     """Pairs of every source, the last ones, that are not trained on: for learning rates and decoding."""
     pack: tuple[str, ...] = ()
@@ -147,10 +148,10 @@ def load_arms(study: StudyRecipe) -> ArmsRecipe:
                 f"{study.arms}: arms.{name}: no recipe '{arm.recipe}' in {study.recipes}"
                 f"{did_you_mean(arm.recipe, known)}"
             )
-    used = {arm.recipe for arm in arms.arms.values()}
+    used = {arm.recipe for arm in arms.arms.values()} | set(arms.arms)
     for name in study.learning_rates:
         if name not in used:
-            raise ConfigError(f"learning_rates: no arm has a recipe '{name}'{did_you_mean(name, used)}")
+            raise ConfigError(f"learning_rates: no arm is '{name}' or has such a recipe{did_you_mean(name, used)}")
     return arms
 
 

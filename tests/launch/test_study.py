@@ -59,17 +59,21 @@ def test_the_horizon_of_a_curve_is_its_last_step(scale: Path) -> None:
     assert plan.seeds("untrained") == (0,)
 
 
-def test_a_scale_sets_the_rate_of_a_recipe_but_an_arm_has_its_own(scale: Path) -> None:
-    scale.write_text(yaml.safe_dump(yaml.safe_load(scale.read_text()) | {"learning_rates": {"stage2": 3e-4}}))
-    plan = plan_of(scale, stage2_long=5, stage2_full_long=4)
+def test_a_scale_sets_the_rate_of_a_recipe_or_of_an_arm(scale: Path) -> None:
+    text = yaml.safe_load(scale.read_text())
 
-    def rate_of(name: str) -> float:
+    def rate_of(name: str, rates: dict[str, float]) -> float:
+        scale.write_text(yaml.safe_dump(text | {"learning_rates": rates}))
+        plan = plan_of(scale, stage2_long=5, stage2_full_long=4)
         cell = plan.cells(name, 0)[-1]
         return load_recipe(plan.recipe_file(name), TrainRecipe, plan.overrides(cell)).optim.lr
 
-    assert [rate_of(name) for name in ("stage2", "stage1_stage2", "stage2_long")] == [3e-4] * 3
-    assert rate_of("stage2_full_long") == 4e-5
-    assert rate_of("stage1") == load_recipe(plan.recipe_file("stage1"), TrainRecipe).optim.lr
+    rates = {"stage2": 3e-4}
+    assert [rate_of(name, rates) for name in ("stage2", "stage1_stage2", "stage2_long")] == [3e-4] * 3
+    assert rate_of("stage2_full_long", rates) == 4e-5  # its own, in arms.yaml
+    assert rate_of("stage1", rates) == rate_of("stage1", {}) == 4e-5
+    rates |= {"stage2_long": 5e-4, "stage2_full_long": 6e-4}
+    assert [rate_of(name, rates) for name in ("stage2", "stage2_long", "stage2_full_long")] == [3e-4, 5e-4, 6e-4]
 
 
 def test_stage_2_has_an_order_of_its_own_that_all_its_arms_share(scale: Path) -> None:
@@ -252,7 +256,10 @@ def test_settings_do_not_depend_on_where_things_lie_but_on_what_is_done(scale: P
         (["--seeds", "a"], "--seeds: got 'a', expected numbers separated by commas, such as 0,1,2"),
         (["--tables"], "{results}: holds no result; run the study first"),
         (["curve_steps=[3,1]"], "{scale}: curve_steps (3, 1) must ascend"),
-        (["learning_rates={stage3: 1e-3}"], "learning_rates: no arm has a recipe 'stage3'; did you mean 'stage2'?"),
+        (
+            ["learning_rates={stage3: 1e-3}"],
+            "learning_rates: no arm is 'stage3' or has such a recipe; did you mean 'stage2'?",
+        ),
     ],
 )
 def test_a_wrong_call_is_one_line(argv: list[str], message: str, scale: Path, capsys) -> None:
