@@ -123,9 +123,14 @@ def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:
 
 
 def provenance_commit() -> str | None:
-    """Of this checkout, marked where it is altered; None without git."""
+    """Of this checkout, marked where it is altered, results apart; None without git."""
     if shutil.which("git") is None:
         return None
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False, cwd=here)
+    if not done.stdout.strip():
+        return None
+    # A study alters its own tables between two of its runs.
+    compare = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)bench/results"]
+    altered = subprocess.run(compare, capture_output=True, check=False, cwd=here).returncode != 0
+    return done.stdout.strip() + "-dirty" * altered

@@ -251,6 +251,31 @@ def test_a_run_that_exists_is_not_overwritten(runs, capsys):
     )
 
 
+def test_an_altered_checkout_is_marked_but_not_for_its_results(tmp_path: Path, monkeypatch) -> None:
+    from anchor.engine import plan
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    code, result = tmp_path / "anchor" / "plan.py", tmp_path / "bench" / "results" / "tables.md"
+    for file in (code, result):
+        file.parent.mkdir(parents=True)
+        file.write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("describe", "--always")
+    monkeypatch.setattr(plan, "__file__", str(code))
+    assert plan.provenance_commit() == commit
+    result.write_text("after")
+    assert plan.provenance_commit() == commit
+    code.write_text("after")
+    assert plan.provenance_commit() == f"{commit}-dirty"
+
+
 def test_a_machine_without_git_has_no_commit(monkeypatch):
     from anchor.engine.plan import provenance_commit
 
