@@ -48,19 +48,16 @@ def write_tables(folder: Path, arms: ArmsRecipe) -> Path | None:
     results.sort(key=lambda r: (order.index(r["arm"]), r["seed"], r["step"]))
     _refuse_mixed(folder, results)
     tasks = [*dict.fromkeys(task for result in results for task in result["scores"]), MEAN]
-    parts = [
-        "Scores x 100, mean ± standard deviation over seeds.",
-        final_table(results, tasks),
-        f"Difference to `{arms.baseline}` of the same seed: mean ± standard deviation, seeds that gained.",
-        difference_table(results, tasks, arms.baseline),
-        "Mean over the tasks by steps of Stage II.",
-        curve_table(results),
-        "Decoding of held-out documents' embeddings into queries.",
-        decoding_table(results),
-        examples(results),
-    ]
+    differences = f"Difference to `{arms.baseline}` of the same seed: mean ± standard deviation, seeds that gained."
+    tables = {
+        "Scores x 100, mean ± standard deviation over seeds.": final_table(results, tasks),
+        differences: difference_table(results, tasks, arms.baseline),
+        "Mean over the tasks by steps of Stage II.": curve_table(results),
+        "Decoding of held-out documents' embeddings into queries.": decoding_table(results),
+    }
+    parts = [part for caption, table in tables.items() if table for part in (caption, table)]
     path = folder / "tables.md"
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join([*parts, *examples(results)]) + "\n", encoding="utf-8")
     curves = {task: curves_of(results, task) for task in tasks}
     if any(curves.values()):
         draw_curves(curves, folder / "curves")
@@ -160,11 +157,11 @@ def decoding_table(results: Sequence[Result]) -> str:
     return markdown(["arm", "seeds", "pairs", "token F1", "ROUGE-L"], rows) if rows else ""
 
 
-def examples(results: Sequence[Result]) -> str:
+def examples(results: Sequence[Result]) -> list[str]:
     """The best and the worst decoded queries of the first arm that reconstructs, first seed."""
     shown = next((r for r in results if r["decoded"] and r["with_before"]["steps"]), None)
     if shown is None:
-        return ""
+        return []
     parts = []
     for name in ("best", "worst"):
         rows = [
@@ -173,7 +170,7 @@ def examples(results: Sequence[Result]) -> str:
         ]
         parts.append(f"The {len(rows)} {name} of {shown['decoded']['pairs']} ({shown['label']}, seed {shown['seed']}):")
         parts.append(markdown(["query", "decoded from its document's embedding", "token F1"], rows, texts=2))
-    return "\n\n".join(parts)
+    return parts
 
 
 def _cell(text: str) -> str:

@@ -16,7 +16,7 @@ from launch.study.plan import Cell, StudyPlan
 from launch.study.prepare import pack_recipe
 from launch.study.recipe import StudyRecipe
 from launch.study.run import commands, missing, result_file
-from launch.study.tables import curves_of, difference_table, final_table, read_results
+from launch.study.tables import curves_of, difference_table, final_table, read_results, write_tables
 
 ROOT = Path(__file__).parents[2]
 SCALES = sorted((ROOT / "launch/recipes/study").glob("[cg]pu.yaml"))
@@ -137,6 +137,16 @@ def test_tables_say_mean_spread_and_paired_differences(scored: StudyPlan) -> Non
     # 0.3 + 0.3 + 0.1 and 0.3 + 0.3 - 0.2: mean 55, standard deviation 30 / sqrt(2).
     assert "| 55.00 ± 21.21 |" in final
     assert "| Stage I + II | -5.00 ± 21.21 (1/2) |" in difference_table(results, ["A"], "stage2")
+
+
+def test_a_table_without_rows_is_left_out_with_its_caption(scored: StudyPlan) -> None:
+    def tables() -> str:
+        return (write_tables(scored.study.results_dir, scored.arms) or pytest.fail("no result")).read_text()
+
+    assert "Difference to `stage2`" in tables()
+    for file in scored.study.results_dir.glob("stage2-seed*"):
+        file.unlink()
+    assert "Difference to" not in tables()
 
 
 def test_a_curve_begins_with_what_the_arm_starts_from(scored: StudyPlan) -> None:
