@@ -13,6 +13,7 @@ from launch.study.prepare import StudyData, prepare
 from launch.study.recipe import StudyRecipe, chosen_arms, load_arms
 from launch.study.run import commands, matched_steps, missing, run_study
 from launch.study.tables import markdown, write_tables
+from launch.study.tuning import tune, tuned
 
 _EXAMPLE = """examples:
   python -m launch.study launch/recipes/study/cpu.yaml --list
@@ -63,12 +64,13 @@ def main(argv: list[str] | None = None) -> None:
         plan = StudyPlan(study, arms, data, {})
         if (data.shards / "index.json").is_file():
             plan = StudyPlan(study, arms, data, matched_steps(plan))
+            plan = tuned(plan, names, run=False)
         if arguments.list or arguments.commands:
             console.print((_listed if arguments.list else _commands)(plan, names, seeds))
         elif arguments.tune is not None:
             _tune(plan, names, arguments.tune, console)
         else:
-            run_study(plan, names, seeds)
+            run_study(tuned(plan, names), names, seeds)
             console.print((study.results_dir / "tables.md").read_text(encoding="utf-8"))
 
 
@@ -84,20 +86,22 @@ def _listed(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
     for name in names:
         for seed in (s for s in seeds if s in plan.seeds(name)):
             cells = plan.cells(name, seed)
-            left = missing(plan, name, seed)
+            left = cells if plan.untuned(name) else missing(plan, name, seed)
             steps = "after packing" if not cells else " ".join(str(cell.step) for cell in left) or "none"
+            steps += ", after tuning" if plan.untuned(name) else ""
             rows.append([name, seed, f"{len(cells) - len(left)}/{len(cells)}", steps])
     return markdown(["arm", "seed", "cells done", "missing steps"], rows)
 
 
 def _commands(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
-    cells = [cell for seed in seeds for name in names if seed in plan.seeds(name) for cell in missing(plan, name, seed)]
-    return "\n".join(f"# {cell.name}\n" + "\n".join(commands(plan, cell)) for cell in cells)
+    ready = [name for name in names if not plan.untuned(name)]
+    cells = [cell for seed in seeds for name in ready if seed in plan.seeds(name) for cell in missing(plan, name, seed)]
+    lines = [f"# {cell.name}\n" + "\n".join(commands(plan, cell)) for cell in cells]
+    waiting = [f"# {name}: after tuning {', '.join(plan.untuned(name))}" for name in names if name not in ready]
+    return "\n".join([*lines, *waiting])
 
 
 def _tune(plan: StudyPlan, names: list[str], rates: str, console: Console) -> None:
-    from launch.study.tuning import tune
-
     try:
         numbers = [float(rate) for rate in rates.split(",")]
     except ValueError as error:

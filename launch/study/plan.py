@@ -7,7 +7,7 @@ stated (``optim.decay_steps``), so that a run may stop at every step of the curv
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,14 @@ class StudyPlan:
         arms: what is compared.
         data: where shards and tasks lie, or will.
         matched_steps: steps of the arms with ``compute_of``, once their FLOPs are known.
+        tuned: learning rates chosen from the scale's lists, once the losses are known.
     """
 
     study: StudyRecipe
     arms: ArmsRecipe
     data: StudyData
     matched_steps: dict[str, int]
+    tuned: dict[str, float] = field(default_factory=dict)
 
     def arm(self, name: str) -> Arm:
         return self.arms.arms[name]
@@ -81,6 +83,26 @@ class StudyPlan:
     def run_folder(self, name: str, seed: int) -> Path:
         return self.study.work_dir / "runs" / name / f"seed{seed}"
 
+    def _rate_key(self, name: str) -> str | None:
+        """Which of the scale's learning rates is an arm's; None where it has none or states its own."""
+        arm, rates = self.arm(name), self.study.learning_rates
+        if name in rates:
+            return name
+        stated = arm.steps == "none" or any(override.startswith("optim.lr=") for override in arm.overrides)
+        return arm.recipe if arm.recipe in rates and not stated else None
+
+    def _rate(self, key: str) -> float | None:
+        rate = self.study.learning_rates[key]
+        return self.tuned.get(key) if isinstance(rate, tuple) else rate
+
+    def untuned(self, name: str) -> list[str]:
+        """Keys of the learning rates that an arm and what it starts from await, in the order they can be tuned in."""
+        after, key = self.arm(name).after, self._rate_key(name)
+        out = [] if after is None else self.untuned(after)
+        if key is not None and self._rate(key) is None:
+            out += [*(self.untuned(key) if key != name else ()), key]
+        return list(dict.fromkeys(out))
+
     def recipe_file(self, name: str) -> Path:
         return self.study.recipes / f"{self.arm(name).recipe}.yaml"
 
@@ -100,13 +122,12 @@ class StudyPlan:
         if last:
             warmup = max(1, round(self.study.warmup_fraction * last))
             schedule = [f"optim.total_steps={cell.step}", f"optim.decay_steps={last}", f"optim.warmup_steps={warmup}"]
-        rates = self.study.learning_rates
-        of_recipe, of_arm = ([f"optim.lr={rates[key]:g}"] if key in rates else [] for key in (arm.recipe, cell.arm))
+        key = self._rate_key(cell.arm)
+        rate = None if key is None else self._rate(key)
         return [
             *self.study.train,
-            *of_recipe,
             *arm.overrides,
-            *(of_arm if cell.arm != arm.recipe else []),
+            *([] if rate is None else [f"optim.lr={rate:g}"]),
             f"output_dir={self.run_folder(cell.arm, cell.seed)}",
             f"seed={self.recipe_seed(cell)}",
             f"data.shards={self.data.shards}",

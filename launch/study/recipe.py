@@ -9,6 +9,9 @@ from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt
 from anchor.config.load import load_recipe
 from anchor.errors import ConfigError, did_you_mean
 
+LearningRate = Annotated[float, Field(gt=0.0)]
+Candidates = Annotated[tuple[LearningRate, ...], Field(min_length=2)]
+
 
 class Arm(Section):
     """One training run per seed, and where it starts from."""
@@ -108,9 +111,10 @@ class StudyRecipe(Section):
     own, whose middle compares with nothing."""
     warmup_fraction: Fraction
     """Of a run's steps, at least one step; then the learning rate falls linearly to zero at its end."""
-    learning_rates: Annotated[dict[FileStem, Annotated[float, Field(gt=0.0)]], Field(default_factory=dict)]
+    learning_rates: Annotated[dict[FileStem, LearningRate | Candidates], Field(default_factory=dict)]
     """By training recipe or arm, in its place: what suits so few steps, see `--tune`. A recipe's is that of its arms
-    that have no own, here or in their `overrides`."""
+    that have no own, here or in their `overrides`. Of a list, the study tunes the arm of that name before its seeds and
+    takes the rate with the lowest held-out loss."""
     heldout_pairs: PositiveInt
     """Pairs of every source, the last ones, that are not trained on: for learning rates and decoding."""
     pack: tuple[str, ...] = ()
@@ -149,9 +153,11 @@ def load_arms(study: StudyRecipe) -> ArmsRecipe:
                 f"{did_you_mean(arm.recipe, known)}"
             )
     used = {arm.recipe for arm in arms.arms.values()} | set(arms.arms)
-    for name in study.learning_rates:
+    for name, rate in study.learning_rates.items():
         if name not in used:
             raise ConfigError(f"learning_rates: no arm is '{name}' or has such a recipe{did_you_mean(name, used)}")
+        if isinstance(rate, tuple) and name not in arms.arms:
+            raise ConfigError(f"learning_rates.{name}: a list is tuned on the arm of that name, and there is none")
     return arms
 
 

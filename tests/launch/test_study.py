@@ -72,6 +72,8 @@ def test_a_scale_sets_the_rate_of_a_recipe_or_of_an_arm(scale: Path) -> None:
     assert [rate_of(name, rates) for name in ("stage2", "stage1_stage2", "stage2_long")] == [3e-4] * 3
     assert rate_of("stage2_full_long", rates) == 4e-5  # its own, in arms.yaml
     assert rate_of("stage1", rates) == rate_of("stage1", {}) == 4e-5
+    # Without a step there is no rate: a result of the untrained model belongs to every one of them.
+    assert rate_of("untrained", {"stage1": 3e-4}) == 4e-5
     rates |= {"stage2_long": 5e-4, "stage2_full_long": 6e-4}
     assert [rate_of(name, rates) for name in ("stage2", "stage2_long", "stage2_full_long")] == [3e-4, 5e-4, 6e-4]
 
@@ -190,6 +192,17 @@ def test_the_list_counts_what_is_missing(scored: StudyPlan, scale: Path, capsys)
     ]
 
 
+def test_what_awaits_tuning_is_said(scored: StudyPlan, scale: Path, capsys) -> None:
+    arguments = [str(scale), "learning_rates.stage1=[1e-4,1e-5]", "--only", "stage2,stage1_stage2", "--seeds", "0"]
+    main([*arguments, "--list"])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| stage2 | 0 | 2/2 | none |",
+        "| stage1_stage2 | 0 | 0/2 | 1 3, after tuning |",
+    ]
+    main([*arguments, "--commands"])
+    assert capsys.readouterr().out.splitlines() == ["# stage1_stage2: after tuning stage1"]
+
+
 def test_a_result_of_other_settings_is_refused(scored: StudyPlan, scale: Path, capsys) -> None:
     file = write_result(scored, scored.cells("stage2", 0)[0], 0.5, settings_sha256="other")
     with pytest.raises(SystemExit) as exit_:
@@ -270,9 +283,16 @@ def test_settings_do_not_depend_on_where_things_lie_but_on_what_is_done(scale: P
             ["learning_rates={stage3: 1e-3}"],
             "learning_rates: no arm is 'stage3' or has such a recipe; did you mean 'stage2'?",
         ),
+        (
+            ["learning_rates={plain: [1e-3, 1e-4]}"],
+            "learning_rates.plain: a list is tuned on the arm of that name, and there is none",
+        ),
     ],
 )
 def test_a_wrong_call_is_one_line(argv: list[str], message: str, scale: Path, capsys) -> None:
+    arms = scale.parent / "arms.yaml"
+    arms.write_text(arms.read_text() + "  other: {label: other, recipe: plain, steps: stage1}\n")
+    (arms.parent / "plain.yaml").write_text((arms.parent / "stage1.yaml").read_text())
     with pytest.raises(SystemExit) as exit_:
         main([str(scale), *(argv if "--tables" in argv else [*argv, "--list"])])
     assert exit_.value.code == 2

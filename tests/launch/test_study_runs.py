@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import english_pairs, write_jsonl
 from studies import plan_of, write_result
 
@@ -124,23 +126,32 @@ def test_a_run_of_other_settings_is_neither_used_nor_deleted(scale: Path, events
     )
 
 
-def test_losses_of_learning_rates_are_of_one_setting(
-    scale: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_of(scale)
-    trained: list[str] = []
+@pytest.fixture
+def trained(events: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What tuning trains, as `arm rate`; the loss falls with the rate."""
+    happened: list[str] = []
 
     def train(plan: StudyPlan, cell: Cell, more: list[str]) -> None:
         given = dict(word.split("=", 1) for word in more)
         assert json.loads(given["evaluation"])["shards"] == str(plan.data.heldout_shards)
-        trained.append(given["optim.lr"])
-        rows = [{"step": step, "held_out/loss_total_nats": 2.0 - step * float(given["optim.lr"])} for step in (0, 3)]
-        write_jsonl(Path(given["output_dir"]) / "held_out.jsonl", rows)
+        happened.append(f"{cell.arm} {given['optim.lr']}")
+        folder = Path(given["output_dir"])
+        losses = {0: 2.0, cell.step: 2.0 - 3 * float(given["optim.lr"])}
+        rows = [{"step": step, "held_out/loss_total_nats": loss} for step, loss in losses.items()]
+        write_jsonl(folder / "held_out.jsonl", rows)
+        (folder / "checkpoints").mkdir()
 
     monkeypatch.setattr(tuning, "train", train)
+    return happened
+
+
+def test_losses_of_learning_rates_are_of_one_setting(scale: Path, trained: list[str]) -> None:
+    plan = plan_of(scale)
     tuning.tune(plan, "stage2", [1e-4])
     table = tuning.tune(plan, "stage2", [1e-4, 1e-1])
-    assert trained == ["0.0001", "0.1"]
+    assert trained == ["stage2 0.0001", "stage2 0.1"]
+    assert list(plan.study.work_dir.rglob("held_out.jsonl")) != []
+    assert list(plan.study.work_dir.rglob("checkpoints")) == []
     assert table.splitlines()[-1] == "| 0.1 | 2.0000 | 1.7000 |"
     (plan.data.shards / "index.json").write_text("[]")
     with pytest.raises(ConfigError) as caught:
@@ -150,6 +161,54 @@ def test_losses_of_learning_rates_are_of_one_setting(
         "another results_dir"
     )
     assert len(trained) == 2
+
+
+def test_a_list_of_rates_is_tuned_before_the_arms_that_need_it(
+    scale: Path, trained: list[str], events: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = {"stage1": [1e-1, 1e-3], "stage2": [1e-4, 1e-2, 1e-3], "language_model": [1e-3, 1e-2]}
+    scale.write_text(yaml.safe_dump(yaml.safe_load(scale.read_text()) | {"learning_rates": rates}))
+    plan = plan_of(scale, stage2_long=5, stage2_full_long=4)
+    names = ["untrained", "stage1_stage2", "stage2_full_long"]
+    assert [plan.untuned(name) for name in names] == [[], ["stage1", "stage2"], []]
+    assert tuning.tuned(plan, names, run=False).tuned == {}
+    assert tuning.tuned(plan, ["untrained", "stage2_full_long"]).tuned == {}
+    assert trained == []
+    assert [len(study_run.missing(plan, name, 0)) for name in names] == [1, 2, 1]
+
+    known = tuning.tuned(plan, names)
+    assert trained == [
+        *(f"stage1 {rate}" for rate in ("0.1", "0.001")),
+        *(f"stage2 {r}" for r in ("0.0001", "0.01", "0.001")),
+    ]
+    assert known.tuned == {"stage1": 0.1, "stage2": 0.01}
+    assert "stage1: 0.1 is the first or the last of the list; one beyond it may be better" in caplog.text
+    assert known.untuned("stage1_stage2") == []
+    lr = {}
+    for name in ("stage1", "stage2", "stage2_long", "stage2_full_long"):
+        cell = known.cells(name, 0)[-1]
+        lr[name] = load_recipe(known.recipe_file(name), TrainRecipe, known.overrides(cell)).optim.lr
+    assert lr == {"stage1": 0.1, "stage2": 0.01, "stage2_long": 0.01, "stage2_full_long": 4e-5}
+    # Nothing is trained twice, and a start that trains nothing knows what is known.
+    assert tuning.tuned(plan, names) == tuning.tuned(plan, names, run=False) == known
+    assert len(trained) == 5
+    # What --tune has found besides is not the scale's to choose.
+    tuning.tune(plan, "stage2", [1e-1])
+    assert tuning.tuned(plan, names).tuned == known.tuned
+    study_run.run_study(known, ["stage1"], [0])
+    with pytest.raises(ConfigError, match="made with other settings"):
+        missing(replace(known, tuned={**known.tuned, "stage1": 1e-3}), "stage1", 0)
+
+
+def test_an_arm_is_tuned_after_what_it_starts_from(scale: Path, trained: list[str]) -> None:
+    rates = {"stage1": [1e-3, 1e-2], "stage1_stage2": [1e-4, 1e-3]}
+    scale.write_text(yaml.safe_dump(yaml.safe_load(scale.read_text()) | {"learning_rates": rates}))
+    plan = plan_of(scale)
+    assert plan.untuned("stage1_stage2") == ["stage1", "stage1_stage2"]
+    assert plan.untuned("stage2") == []
+    tuning.tune(plan, "stage1_stage2", [5e-4])
+    assert trained == ["stage1 0.001", "stage1 0.01", "stage1_stage2 0.0005"]
+    assert tuning.tuned(plan, ["stage1_stage2"]).tuned == {"stage1": 0.01, "stage1_stage2": 0.001}
 
 
 def test_a_cell_that_another_process_finished_meanwhile_is_not_run(
