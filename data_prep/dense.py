@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from anchor.errors import ConfigError, first_line
-from data_prep.progress import tracked
+from anchor.progress import tracked
 from data_prep.ranking import Query, Window, ranked
 
 _ENCODED_TEXTS = 8192

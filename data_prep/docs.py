@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from anchor.errors import ConfigError, DataError
+from anchor.progress import tracked
 from data_prep.docstrings import Docstring, docstrings_of
-from data_prep.progress import tracked
 from data_prep.retrieval_task import write_jsonl, write_retrieval_task
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anchor.errors import DataError
-from data_prep.progress import tracked
+from anchor.progress import tracked
 from data_prep.readers import open_input
 
 SIDES = ("query", "positive")

@@ -22,11 +22,11 @@ from typing import Any
 
 from anchor.data.shards import text_id
 from anchor.errors import ConfigError
+from anchor.progress import tracked
 from data_prep.dense import Dense, load_model
 from data_prep.e5_rows import Line, negatives_of, read_lines
 from data_prep.lexical import Lexical
 from data_prep.new_folder import new_folder
-from data_prep.progress import tracked
 from data_prep.ranking import Query, Scorer, Window
 from data_prep.readers import open_output
 from data_prep.sources import e5_files

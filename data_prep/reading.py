@@ -14,8 +14,8 @@ from pathlib import Path
 from anchor.config.schema import PackRecipe
 from anchor.data.tokenization import SegmentTokenizer
 from anchor.errors import DataError
+from anchor.progress import tracked
 from data_prep.checking import Check, Checked, check_unit, record_type
-from data_prep.progress import tracked
 from data_prep.sources import Source
 from data_prep.spool import DONE, PartWriter
 from data_prep.units import Unit, units

@@ -5,22 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_README = """---
-configs:
-- config_name: default
-  data_files:
-  - split: test
-    path: qrels/test.jsonl
-- config_name: corpus
-  data_files:
-  - split: corpus
-    path: corpus.jsonl
-- config_name: queries
-  data_files:
-  - split: queries
-    path: queries.jsonl
----
-"""
+from anchor.data.retrieval_files import RETRIEVAL_README
 
 
 def write_retrieval_task(
@@ -35,7 +20,7 @@ def write_retrieval_task(
         relevant: id of the one relevant document, by query id.
     """
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(_README, encoding="utf-8")
+    (folder / "README.md").write_text(RETRIEVAL_README, encoding="utf-8")
     write_jsonl(folder / "corpus.jsonl", ({"_id": i, "title": "", "text": text} for i, text in documents.items()))
     write_jsonl(folder / "queries.jsonl", ({"_id": i, "text": text} for i, text in queries.items()))
     qrels = ({"query-id": query, "corpus-id": document, "score": 1} for query, document in relevant.items())

@@ -19,7 +19,7 @@ from anchor.data.shards import Batch, Pack, ShardReader, make_batch
 from anchor.data.templates import Template, special_token_names
 from anchor.data.tokenization import end_token_id, tokenizer_fingerprint
 from anchor.errors import ShardError
-from data_prep.progress import tracked
+from anchor.progress import tracked
 
 
 def batches_of(reader: ShardReader, description: str) -> Iterator[tuple[int, Batch]]:

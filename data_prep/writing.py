@@ -11,9 +11,9 @@ import numpy as np
 from anchor.config.schema import BatchShape, PackRecipe
 from anchor.data.packing import plan_packs
 from anchor.data.shards import BATCHES_PER_SHARD, Batch, ShardWriter, make_batch
+from anchor.progress import tracked
 from data_prep.gathered import Gathered
 from data_prep.mixture import Share, epoch_batches
-from data_prep.progress import tracked
 from data_prep.shuffle import Kept, read_batch, shuffled
 from data_prep.spool import read_json, write_json
 from data_prep.workers import open_workers

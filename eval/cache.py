@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Float
 
+from anchor.progress import tracked
 from eval.encoder import TextEncoder
 from eval.vectors import Part, read_part, read_part_ids, write_part
 
@@ -47,9 +48,9 @@ class VectorCache:
         new = {name: text for name, text in zip(names, texts, strict=True) if name not in self._where}
         size = BLOCK_TEXTS * getattr(encoder, "world_size", 1)
         pending = list(new)
-        log.info("%s: %d texts embedded, %d known", self.folder.name, len(pending), len({*names}) - len(pending))
-        for start in range(0, len(pending), size):
-            block = pending[start : start + size]
+        log.info("%s: %d texts to embed, %d known", self.folder.name, len(pending), len({*names}) - len(pending))
+        blocks = [pending[start : start + size] for start in range(0, len(pending), size)]
+        for block in tracked(blocks, self.folder.name, len(pending), unit=" texts", amount=len):
             vectors = encoder.encode([new[name] for name in block], prompt)
             self._write(Part(block, vectors, np.ones(len(block), dtype=np.float32)))
         return self._read(names, encoder.dimension)

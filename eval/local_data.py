@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets.config
 import xxhash
 
+from anchor.data.retrieval_files import RETRIEVAL_FILES, RETRIEVAL_README
+
 
 def data_hash(folder: Path) -> str:
     """A hash of the folder's path and of its files' names, sizes and times."""
@@ -37,3 +39,23 @@ def distinct_path(folder: Path) -> Path:
     with suppress(FileExistsError):  # made by an earlier run, or by another rank just now
         link.symlink_to(folder, target_is_directory=True)
     return link
+
+
+def retrieval_path(folder: Path) -> Path:
+    """A retrieval task's folder as :func:`distinct_path` names it, with the README.md that `datasets` reads it by.
+
+    A folder without one is not written to: links to its files and the README.md lie in the library's cache.
+
+    Args:
+        folder: holds ``RETRIEVAL_FILES``.
+    """
+    path = distinct_path(folder)
+    if (folder / "README.md").is_file():
+        return path
+    listed = path.with_name(f"{path.name}-listed")
+    (listed / "qrels").mkdir(parents=True, exist_ok=True)
+    for name in RETRIEVAL_FILES:
+        with suppress(FileExistsError):
+            (listed / name).symlink_to(folder.resolve() / name)
+    (listed / "README.md").write_text(RETRIEVAL_README, encoding="utf-8")
+    return listed

@@ -16,9 +16,10 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.benchmarks.benchmark import Benchmark
 
+from anchor.data.retrieval_files import RETRIEVAL_FILES
 from anchor.errors import ConfigError, DataError
 from eval.advbench import ADVBENCH, AdvBenchIR, own_metadata
-from eval.local_data import data_hash, distinct_path
+from eval.local_data import data_hash, distinct_path, retrieval_path
 
 LITE_TASKS = (
     *("ArguAna", "ClimateFEVERHardNegatives", "AskUbuntuDupQuestions", "ArXivHierarchicalClusteringP2P"),
@@ -131,18 +132,18 @@ def _holds_files(folder: Path) -> bool:
 
 
 def local_retrieval_task(folder: Path) -> AbsTask:
-    """A retrieval task from a folder in MTEB's layout: corpus.jsonl, queries.jsonl, qrels/test.jsonl, README.md.
+    """A retrieval task from a folder in MTEB's layout: corpus.jsonl, queries.jsonl, qrels/test.jsonl.
 
     Raises:
         DataError: a file is missing.
     """
-    for name in ("README.md", "corpus.jsonl", "queries.jsonl", "qrels/test.jsonl"):
+    for name in RETRIEVAL_FILES:
         if not (folder / name).is_file():
             raise DataError(f"{folder}: no {name}; expected a retrieval task in MTEB's folder layout")
 
     class LocalRetrieval(AbsTaskRetrieval):
         metadata = own_metadata(
-            f"Local-{folder.resolve().name}", str(distinct_path(folder)), f"local-{data_hash(folder)}"
+            f"Local-{folder.resolve().name}", str(retrieval_path(folder)), f"local-{data_hash(folder)}"
         )
 
     return LocalRetrieval()

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from anchor.errors import ModelError
 
+_TRUE = ("1", "ON", "YES", "TRUE")
+"""What huggingface_hub reads as yes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelPath:
@@ -26,7 +29,8 @@ class ModelPath:
 def resolve_model_path(path: str, files: tuple[str, ...] = ("config.json",)) -> ModelPath:
     """Tell a folder, a GGUF file and a hub name apart.
 
-    A path that exists is local. ``owner/name`` that does not exist is a hub name. Everything else is missing.
+    A path that exists is local. ``owner/name`` that does not exist is a hub name: without a network
+    (``HF_HUB_OFFLINE``) one that the hub's cache holds. Everything else is missing.
 
     Args:
         path: as the recipe or the command line gives it.
@@ -48,6 +52,12 @@ def resolve_model_path(path: str, files: tuple[str, ...] = ("config.json",)) -> 
         return ModelPath(str(local), None)
     if local.exists():
         raise ModelError(f"{path}: expected a model folder, a .gguf file or a hub name, got a file")
-    if path.count("/") == 1 and path[0] not in "./~" and os.environ.get("HF_HUB_OFFLINE", "0") not in ("1", "true"):
-        return ModelPath(path, None)
-    raise ModelError(f"{path}: no such model folder (hub names are looked up only when HF_HUB_OFFLINE is not 1)")
+    remedy = "hub names are looked up only when HF_HUB_OFFLINE is not 1"
+    if path.count("/") == 1 and path[0] not in "./~":
+        from huggingface_hub import try_to_load_from_cache
+
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+        if not offline or any(isinstance(try_to_load_from_cache(path, file), str) for file in files):
+            return ModelPath(path, None)
+        remedy = f"its cache has none either, and {remedy}"
+    raise ModelError(f"{path}: no such model folder ({remedy})")

@@ -36,13 +36,29 @@ def test_a_tokenizer_alone_is_enough_only_for_a_tokenizer(tmp_path: Path) -> Non
         ("no/such.gguf", "no/such.gguf: no such GGUF file"),
         (
             "owner/name",
-            "owner/name: no such model folder (hub names are looked up only when HF_HUB_OFFLINE is not 1)",
+            "owner/name: no such model folder (its cache has none either, and hub names are looked up only when "
+            "HF_HUB_OFFLINE is not 1)",
         ),
         ("./own/x", "./own/x: no such model folder (hub names are looked up only when HF_HUB_OFFLINE is not 1)"),
     ],
 )
-def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, path: str, expected: str) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize("yes", ["1", "True"])
+def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, path: str, expected: str, yes: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", yes)
     with pytest.raises(ModelError) as caught:
         resolve_model_path(path)
     assert str(caught.value) == expected
+
+
+def test_without_a_network_the_cache_of_the_hub_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was refused, while transformers would have loaded it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--owner--name/refs").mkdir()
+    (tmp_path / "models--owner--name/refs/main").write_text("abc")
+    assert resolve_model_path("owner/name") == ModelPath("owner/name", None)
+    with pytest.raises(ModelError, match="its cache has none either"):
+        resolve_model_path("owner/other")

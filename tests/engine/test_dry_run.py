@@ -96,9 +96,9 @@ def test_memory_that_does_not_fit_is_said_with_what_to_do(capsys, tmp_path, tiny
 def test_a_model_that_is_not_here_is_named_with_what_to_do(capsys, shards):
     message = error_of(capsys, str(RECIPE), "backbone.path=HuggingFaceTB/nothing", f"data.shards={shards}")
     assert message == (
-        f"error: {RECIPE}: backbone.path: HuggingFaceTB/nothing: no such model folder (hub names are looked up "
-        "only when HF_HUB_OFFLINE is not 1); a dry run reads the configuration only: give any folder with this "
-        "model's config.json, as backbone.path=FOLDER"
+        f"error: {RECIPE}: backbone.path: HuggingFaceTB/nothing: no such model folder (its cache has none either, and "
+        "hub names are looked up only when HF_HUB_OFFLINE is not 1); a dry run reads the configuration only: give any "
+        "folder with this model's config.json, as backbone.path=FOLDER"
     )
 
 

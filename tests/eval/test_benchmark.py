@@ -4,6 +4,7 @@ embedded; a result of other prompts is not reused;
 missing data and unknown tasks are named."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -382,6 +383,24 @@ def test_a_folder_is_read_as_it_is_now_not_as_one_of_its_name_was_before(tmp_pat
     assert documents(folders[1]) == [row["positive"] for row in english_pairs(40, seed=2)]
 
 
+def test_a_retrieval_folder_needs_no_readme_and_gets_none(retrieval_folder, tmp_path):
+    bare = Path(shutil.copytree(retrieval_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("README.md")))
+    before = sorted(tmp_path.rglob("*"))
+
+    def read(folder: Path) -> list[list]:
+        task = local_retrieval_task(folder)
+        task.load_data()
+        parts = task.dataset["default"]["test"]
+        return [list(parts["corpus"]), list(parts["queries"]), sorted(parts["relevant_docs"].items())]
+
+    assert read(bare) == read(retrieval_folder)
+    assert all(len(part) >= 10 for part in read(bare))
+    write_retrieval(bare, seed=3)
+    (bare / "README.md").unlink()
+    assert read(bare)[0] != read(retrieval_folder)[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_two_local_tasks_of_one_name_are_refused(retrieval_folder, tmp_path, capsys):
     other = write_retrieval(tmp_path / "small")
     with pytest.raises(SystemExit) as stop:
@@ -393,4 +412,4 @@ def test_two_local_tasks_of_one_name_are_refused(retrieval_folder, tmp_path, cap
 def test_a_retrieval_folder_lacking_a_file_is_refused(tmp_path):
     with pytest.raises(DataError) as error:
         local_retrieval_task(tmp_path)
-    assert str(error.value) == f"{tmp_path}: no README.md; expected a retrieval task in MTEB's folder layout"
+    assert str(error.value) == f"{tmp_path}: no corpus.jsonl; expected a retrieval task in MTEB's folder layout"

@@ -19,7 +19,7 @@ LOG_EVERY_SECONDS = 30.0
 def tracked(
     items: Iterable[Item],
     description: str,
-    total: float | None,
+    total: int | float | None,
     *,
     unit: str = "",
     amount: Callable[[Item], float] | None = None,
@@ -50,7 +50,7 @@ def tracked(
 
 
 def _logged(
-    items: Iterable[Item], description: str, total: float | None, unit: str, amount: Callable[[Item], float]
+    items: Iterable[Item], description: str, total: int | float | None, unit: str, amount: Callable[[Item], float]
 ) -> Iterator[Item]:
     start = last = time.monotonic()
     done = 0.0
@@ -64,13 +64,13 @@ def _logged(
             log.info("%s: %s%s", description, _state(done, total, unit, now - start), left)
 
 
-def _state(done: float, total: float | None, unit: str, seconds: float) -> str:
+def _state(done: float, total: int | float | None, unit: str, seconds: float) -> str:
     of = f" of {total:,.0f}" if total is not None else ""
     rate = done / seconds if seconds > 0.0 else 0.0
     return f"{done:,.0f}{of}{unit}, {rate:,.{0 if rate >= 10 else 1}f}{unit}/s"
 
 
-def _remaining(done: float, total: float | None, seconds: float) -> str:
+def _remaining(done: float, total: int | float | None, seconds: float) -> str:
     if total is None or done <= 0.0:
         return ""
     return f", {timedelta(seconds=round(seconds * max(total - done, 0.0) / done))} left"

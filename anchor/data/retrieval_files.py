@@ -1,0 +1,19 @@
+"""The files of a retrieval task in MTEB's folder layout, and the README.md that tells `datasets` which is which."""
+
+RETRIEVAL_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.jsonl")
+RETRIEVAL_README = """---
+configs:
+- config_name: default
+  data_files:
+  - split: test
+    path: qrels/test.jsonl
+- config_name: corpus
+  data_files:
+  - split: corpus
+    path: corpus.jsonl
+- config_name: queries
+  data_files:
+  - split: queries
+    path: queries.jsonl
+---
+"""
