@@ -3,7 +3,8 @@
     python bench/contrastive_step.py --shards data/squad --model EXPORTED_FOLDER [--json PATH]
 
 The same weights, texts (query, positive, one hard negative), temperature and dtype. ``plain`` and MNRL hold the whole
-batch in one forward; ``cached`` and CachedMNRL in pieces of ``mini`` texts.
+batch in one forward; ``cached`` and CachedMNRL hold as many texts at a time: ours all of ``mini`` pairs, theirs as many
+of one column.
 """
 
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,9 +81,9 @@ def main() -> None:
     objective = ContrastiveObjective(model, schema.ContrastiveObjective(kind="contrastive", temperature=TEMPERATURE))
     st = SentenceTransformer(options.model, device=str(device), model_kwargs={"torch_dtype": dtype})
 
-    merged = Pack(
-        *(torch.cat([torch.from_numpy(getattr(p, n).copy()) for p in batch.packs]).numpy() for n in Pack.__slots__)
-    )
+    # What the teacher's embeddings are needed for is not measured here.
+    fields = [name for name in Pack.__slots__ if name != "teacher"]
+    merged = Pack(*(np.concatenate([getattr(pack, name) for pack in batch.packs]) for name in fields))
     columns = []
     for role in range(int(merged.roles.max()) + 1):
         chosen = merged.select(merged.roles == role)
@@ -93,7 +95,7 @@ def main() -> None:
     plain = [to_tensors(merged, device)]
     cached = [to_tensors(part, device) for part in split(merged, options.mini)]
     mnrl = MultipleNegativesRankingLoss(st, scale=1 / TEMPERATURE)
-    cmnrl = CachedMultipleNegativesRankingLoss(st, scale=1 / TEMPERATURE, mini_batch_size=options.mini)
+    cmnrl = CachedMultipleNegativesRankingLoss(st, scale=1 / TEMPERATURE, mini_batch_size=options.mini * len(columns))
     rows = alternate(
         {
             "plain": lambda: ours(objective, batch, plain),

@@ -17,6 +17,8 @@ fi
 model=$(realpath "$1") shards=$(realpath "$2") output=$3
 mkdir -p "$output"
 output=$(realpath "$output")
+[ -z "${PAIRS:-}" ] || PAIRS=$(realpath "$PAIRS")
+unset DS_ACCELERATOR OMP_NUM_THREADS # of a shell that has worked on CPUs
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 
@@ -53,7 +55,8 @@ bench() {  # bench RESULT SCRIPT ARGUMENTS...: a failure is reported at the end 
 failed=()
 nvidia-smi >"$output/nvidia-smi.txt" || true  # clocks, driver and other users of the GPU, for the record
 bench head head --rows 16384 --hidden "$hidden" --vocabulary "$vocabulary"
-bench attention attention --shards "$shards" --heads "$heads" --key-value-heads "$key_value_heads" --head-dim "$head_dim"
+bench attention attention --shards "$shards" --heads "$heads" --key-value-heads "$key_value_heads" --head-dim "$head_dim" \
+    --calls 20
 bench reconstruction_step reconstruction_step --shards "$shards" --model "$model" --attention "$kernel" --checkpointing yes
 # Throughput and MFU at the sizes that are trained: random weights of Llama-3.2-1B and 3.1-8B, every kernel, and padding.
 kernels=varlen$("$python" -c 'import importlib.util as u; print(",flash" if u.find_spec("flash_attn") else "")')
@@ -61,7 +64,7 @@ for size in 1B 8B; do
     bench "throughput_$size" reconstruction_step --shards "$shards" --shape "$size" --attention "$kernels" \
         --checkpointing yes
 done
-bench contrastive_step contrastive_step --shards "$shards" --model "$model" --attention "$kernel" --mini 32
+bench contrastive_step contrastive_step --shards "$shards" --model "$model" --attention "$kernel" --mini 8
 
 if [ -n "${PAIRS:-}" ]; then
     bench embed embed --model "$model" --pairs "$PAIRS"

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from anchor.engine.plan import provenance_commit
 
 PACKAGES = ("torch", "transformers", "deepspeed", "sentence-transformers", "tokenizers")
 
@@ -34,10 +39,10 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
 
 
 def reset_peak() -> None:
-    """Begin anew with :func:`peak_gib`."""
+    """Begin anew with :func:`peak_gib`; on CUDA the allocator keeps what it holds, as it does in training."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -64,6 +69,8 @@ def alternate(contestants: dict[str, Callable[[], dict[str, float]]], turns: int
     figures: dict[str, dict[str, float]] = {}
     for turn in range(turns + 1):
         for name, run in contestants.items():
+            if not turn and torch.cuda.is_available():
+                torch.cuda.empty_cache()
             reset_peak()
             start = time.perf_counter()
             figures[name] = run()
@@ -94,7 +101,7 @@ def _processor() -> str:
 
 
 def report(name: str, rows: list[dict[str, Any]], ratios: dict[str, float], options: argparse.Namespace) -> None:
-    """Print the table and, when asked, write ``{"name", "hardware", "versions", "rows", "ratios"}``."""
+    """Print the table and, when asked, write ``{"name", "hardware", "commit", "versions", "rows", "ratios"}``."""
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     hardware = f"{hardware}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -108,5 +115,6 @@ def report(name: str, rows: list[dict[str, Any]], ratios: dict[str, float], opti
     console.print("ours over theirs: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
     if options.json is not None:
         settings = {k: str(v) for k, v in vars(options).items() if k != "json"}
-        result = {"name": name, "hardware": hardware, "versions": versions, "settings": settings, "rows": rows}
-        options.json.write_text(json.dumps({**result, "ratios": ratios}, indent=1) + "\n", encoding="utf-8")
+        result = {"name": name, "hardware": hardware, "commit": provenance_commit(), "versions": versions}
+        result |= {"settings": settings, "rows": rows, "ratios": ratios}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

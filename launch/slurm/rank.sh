@@ -3,6 +3,7 @@
 # 1. srun ends the step at the first exit code that is not 0, so 85 ("checkpoint written, start me again") is held back
 #    until the other ranks, too, have had the time to leave with it.
 # 2. A program that USR1 ended before it could listen has lost nothing: 85 as well.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} # compute nodes need no network
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 # Rank 0 is on the first node of the step, which may have fewer nodes than the job. The names are expanded locally.
 first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)

@@ -80,6 +80,11 @@ def prepare(study: StudyRecipe) -> StudyData:
     data = StudyData(study.work_dir / "data")
     with locked(data.folder) as lock:
         recipe = pack_recipe(study)
+        if study.heldout_pairs < recipe.batch.pairs:
+            raise ConfigError(
+                f"heldout_pairs is {study.heldout_pairs}, expected at least the {recipe.batch.pairs} pairs of a batch "
+                "(pack: batch.pairs), better some more: a pair without tokens makes none"
+            )
         keep_settings(data.folder, data_settings(study, recipe))
         if not data.retrieval.exists():
             _retrieval_task(study, data)

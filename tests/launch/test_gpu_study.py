@@ -3,6 +3,7 @@ for it are those that requirements.txt and setup.sh install."""
 
 import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,37 @@ def test_without_a_gpu_nothing_is_begun(tmp_path: Path) -> None:
         f"error: {sys.executable}: torch sees no CUDA device; install a CUDA build of torch, or name another PYTHON\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_its_arguments_reach_every_study_it_starts(tmp_path: Path) -> None:
+    """`pairs=` was read by the last call only: the first prepared other data, and its settings refused the last."""
+    calls = tmp_path / "calls"
+    python = tmp_path / "python"
+    # Says that there is a GPU and notes every module that is run.
+    python.write_text(
+        "#!/bin/bash\n"
+        'case "$1 $2" in\n'
+        f'  "-m "*) echo "$*" >> {calls};;\n'
+        '  "-c import sys, torch"*) exit 0;;\n'
+        f'  *) exec {sys.executable} "$@";;\n'
+        "esac\n"
+    )
+    python.chmod(0o755)
+    given = [f"pairs={tmp_path}/pairs", f"work_dir={tmp_path}/work", f"base={tmp_path}/model"]
+    subprocess.run(
+        ["bash", ROOT / "launch/gpu_study.sh", tmp_path / "out", "--only", "stage2", *given],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    first, pack, last = (shlex.split(line) for line in calls.read_text().splitlines())
+    for call in (first, last):
+        assert call[:3] == ["-m", "launch.study", "launch/recipes/study/gpu.yaml"]
+        assert {f"results_dir={tmp_path}/out/study", *given} < set(call)
+    assert (first[-1], last[last.index("--only") + 1]) == ("untrained", "stage2")
+    assert f"output_dir={tmp_path}/work/bench-shards" in pack
+    assert f"{{kind: e5, path: {tmp_path}/pairs, only: [squad]}}" in " ".join(pack)
 
 
 def test_listed_wheels_are_of_the_pinned_versions() -> None:

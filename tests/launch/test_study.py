@@ -28,7 +28,9 @@ def test_the_shipped_scales_name_arms_and_recipes_that_exist(path: Path, monkeyp
     plan = plan_of(path, stage2_long=60, stage2_full_long=50)
     assert len(SCALES) == 2
     assert {"untrained", "stage1", "stage2", "stage1_stage2", "language_model_stage2"} <= set(plan.arms.arms)
-    assert pack_recipe(plan.study).text.hard_negatives == 1
+    packed = pack_recipe(plan.study)
+    assert packed.text.hard_negatives == 1
+    assert plan.study.heldout_pairs > packed.batch.pairs  # or there would be no held-out batch
     for name in plan.arms.arms:
         for cell in plan.cells(name, 0):
             recipe = load_recipe(plan.recipe_file(name), TrainRecipe, plan.overrides(cell))

@@ -268,6 +268,18 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
+def test_too_few_held_out_pairs_for_a_batch_are_refused_before_the_work(scale: Path, prepared: list[str]) -> None:
+    """The shipped scale for a GPU held out 200 pairs for batches of 256, and failed after minutes of preparation."""
+    study = load_recipe(scale, StudyRecipe, ["heldout_pairs=7"])
+    with pytest.raises(ConfigError) as caught:
+        prepare(study)
+    assert str(caught.value) == (
+        "heldout_pairs is 7, expected at least the 8 pairs of a batch (pack: batch.pairs), better some more: a pair "
+        "without tokens makes none"
+    )
+    assert prepared == []
+
+
 def test_data_of_other_settings_is_refused(scale: Path, prepared: list[str]) -> None:
     study = load_recipe(scale, StudyRecipe)
     folder = study.work_dir / "data"
