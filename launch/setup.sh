@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything and compiles DeepSpeed's communication kernel; does nothing when all is there.
-# Run it, or source it: then PATH and the environment of this shell are ready too.
+# Run it; then `. .venv/bin/activate`. The scripts here source it.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"

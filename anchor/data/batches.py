@@ -10,7 +10,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +134,3 @@ def batch_stream(
         finally:
             for future in pending:
                 future.cancel()
-
-
-def local_share(batch: Batch, rank: int, world_size: int) -> Batch:
-    """The batch with only a rank's packs; its totals stay those of the whole batch."""
-    return replace(batch, packs=tuple(batch.packs[i] for i in rank_packs(len(batch.packs), rank, world_size)))

@@ -193,8 +193,3 @@ def waiting_seconds(transfer: Transfer, links: Links) -> float:
     inside = transfer.num_ranks - 1 - between
     hop = inside * _HOP_SECONDS + between * _NODE_HOP_SECONDS
     return transfer.messages * transfer.rounds * hop
-
-
-def transfer_seconds(sent: list[Transfer], links: Links) -> float:
-    """Time on the links if nothing overlapped."""
-    return sum((moving_seconds(t, links) + waiting_seconds(t, links) for t in sent), start=0.0)

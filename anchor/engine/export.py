@@ -6,6 +6,7 @@ with the template in its post-processor, the sentence-transformers modules (last
 tokens are stored without the causal LM, see :mod:`anchor.engine.export_special_tokens`.
 """
 
+import itertools
 import json
 import logging
 import shutil
@@ -92,10 +93,11 @@ def _keep_scores(folder: Path) -> None:
     scores, about = folder / _SCORES, folder / "anchor.json"
     if scores.is_dir() and about.is_file():
         steps = json.loads(about.read_text(encoding="utf-8"))["recipe"]["optim"]["total_steps"]
-        kept = folder.parent / f"{_SCORES}-step-{steps:08d}"
-        if not kept.exists():
-            scores.rename(kept)
-            log.info("scores of the export before: %s", kept)
+        name = f"{_SCORES}-step-{steps:08d}"
+        names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
+        kept = next(folder.parent / name for name in names if not (folder.parent / name).exists())
+        scores.rename(kept)
+        log.info("scores of the export before: %s", kept)
 
 
 def _adapter(engine: Engine, causal_lm: PreTrainedModel) -> dict[str, Tensor]:

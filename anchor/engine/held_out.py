@@ -148,7 +148,8 @@ def _retrieval(queries: _Side, documents: _Side, device: torch.device) -> dict[s
     for rows in torch.arange(len(queries.vectors), device=device).split(_CHUNK_QUERIES):
         scores = queries.vectors[rows] @ pool.T
         other: Bool[Tensor, "C N"] = queries.text_ids[rows, None] != pool_ids[None, :]
-        rank = ((scores >= queries.scores[rows, None] - _TIE) & other).sum(dim=1)
+        # Not "at least as similar": a similarity that is no number would be less than nothing.
+        rank = (~(scores < queries.scores[rows, None] - _TIE) & other).sum(dim=1)
         gain = torch.where(rank < _TOP, 1 / torch.log2(rank.double() + 2), 0.0)
         found += torch.stack([gain.sum(), (rank == 0).double().sum()])
     found = dist.all_reduce_sum(found) / sum(count for count, _ in counts)

@@ -72,7 +72,7 @@ def train(
     state = {key: about[key] for key in ("recipe", "data_index_sha256", "num_ranks")} | {"zero_stage": zero_stage}
     # 1.
     found = _find_checkpoint(folder, ranks, state, resume=resume)
-    if found is not None and _is_finished(folder, found, recipe, about):
+    if (found is not None or resume) and _is_finished(folder, found, recipe, about):
         log.info("%s: finished already; nothing to do", folder)
         return True
     if dist.is_first_rank():
@@ -112,11 +112,12 @@ def _find_checkpoint(folder: Path, ranks: dist.Ranks, state: dict[str, Any], *, 
     return found
 
 
-def _is_finished(folder: Path, found: Path, recipe: TrainRecipe, about: dict[str, Any]) -> bool:
-    """Whether the last step's checkpoint and an export of this very training and data are there."""
+def _is_finished(folder: Path, found: Path | None, recipe: TrainRecipe, about: dict[str, Any]) -> bool:
+    """Whether the last step's checkpoint, if it has a step, and an export of this very training and data are there."""
     exported = folder / "export/anchor.json"
     finished = False
-    if dist.is_first_rank() and checkpoint_step(found) == recipe.optim.total_steps and exported.is_file():
+    steps = 0 if found is None else checkpoint_step(found)
+    if dist.is_first_rank() and steps == recipe.optim.total_steps and exported.is_file():
         before = json.loads(exported.read_text(encoding="utf-8"))
         finished = before.get("data_index_sha256") == about["data_index_sha256"]
         finished = finished and not what_differs(before["recipe"], about["recipe"], exported)
@@ -172,7 +173,8 @@ class _Run:
         if dist.is_first_rank():
             self.sinks = open_sinks(plan.recipe.telemetry, folder, first, about)
             if plan.held_out is not None:
-                self.held_out_sinks = [JsonLines(folder / "held_out.jsonl", first), *self.sinks[1:]]
+                # Step 0 is evaluated at every start that has no checkpoint.
+                self.held_out_sinks = [JsonLines(folder / "held_out.jsonl", first or -1), *self.sinks[1:]]
             self.display = StepDisplay(first, self.total, plan.recipe.engine.log_every_steps)
             zero = plan.ds_config["zero_optimization"]
             self.utilisation = Utilisation(objective_of(engine), plan.recipe, plan.reader.index, zero, engine.ranks)
@@ -199,22 +201,23 @@ class _Run:
             self._evaluate(0)
         end = time.perf_counter()
         for step, batch in batch_stream(self.plan.reader, recipe.seed, self.first, self.total):
-            self.watchdog.begin(f"step {step + 1}")
+            self.watchdog.begin(f"step {step + 1}", tokens=sum(pack.num_tokens for pack in batch.packs))
             start = time.perf_counter()
             try:
                 lr = learning_rate(step, recipe.optim)
                 result = train_step(
-                    self.engine, batch, step=step, seed=recipe.seed, lr=lr, stop_requested=stop.requested
+                    self.engine, batch, step=step, seed=recipe.seed, lr=lr, stop_requested=lambda: stop.requested
                 )
             except NotFiniteError as error:
                 self._write_report(error, step)
                 raise
             self._write(step + 1, batch, result, start, end)
-            self._evaluate(step + 1)
-            stopping = result.stop
-            if every is not None and (step + 1) % every == 0:
+            evaluated = self._evaluate(step + 1)
+            saved = every is not None and (step + 1) % every == 0
+            if saved:
                 self._checkpoint(step + 1)
-                stopping = stopping or not self._all_ranks_go_on(stop)
+            # Both may last; a signal meanwhile need not wait for another step.
+            stopping = result.stop or ((evaluated or saved) and not self._all_ranks_go_on(stop))
             if stopping and step + 1 < self.total:
                 if self.saved < step + 1:
                     self._checkpoint(step + 1)
@@ -249,10 +252,11 @@ class _Run:
         if self.display is not None:
             self.display.step(row)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> bool:
+        """Held-out loss and retrieval where this step has them; whether it has."""
         held_out, section = self.plan.held_out, self.plan.recipe.evaluation
         if held_out is None or section is None or (step % section.every_steps and step != self.total):
-            return
+            return False
         self.watchdog.begin(f"held-out evaluation after step {step}")
         metrics = held_out(self.engine)
         for sink in self.held_out_sinks:
@@ -263,6 +267,7 @@ class _Run:
             metrics["held_out/loss_total_nats"],
             100 * metrics["held_out/ndcg_at_10"],
         )
+        return True
 
     def _checkpoint(self, step: int) -> None:
         self.watchdog.begin(f"checkpoint of step {step}")

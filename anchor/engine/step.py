@@ -66,7 +66,13 @@ def objective_of(engine: Engine) -> Objective:
 
 
 def train_step(
-    engine: Engine, batch: Batch, *, step: int, seed: int, lr: float, stop_requested: bool = False
+    engine: Engine,
+    batch: Batch,
+    *,
+    step: int,
+    seed: int,
+    lr: float,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Train on one batch.
 
@@ -76,7 +82,7 @@ def train_step(
         step: number of the step, from 0.
         seed: the recipe's.
         lr: learning rate of the update.
-        stop_requested: whether this rank was asked to stop after the step.
+        stop_requested: whether this rank was asked to stop after the step; asked after its backward.
 
     Raises:
         NotFiniteError: parameters and optimiser have not moved.
@@ -95,7 +101,7 @@ def train_step(
     else:
         shares = _separable_backward(engine, len(packs), batch, forward)
 
-    metrics = reduced(shares | {_STOP: torch.tensor(float(stop_requested), device=ranks.device)})
+    metrics = reduced(shares | {_STOP: torch.tensor(float(stop_requested()), device=ranks.device)})
     stop = metrics.pop(_STOP) > 0
     if not all(math.isfinite(value) for value in metrics.values()):
         raise NotFiniteError("loss", step, batch, metrics)

@@ -64,8 +64,9 @@ class Watchdog:
 
     Args:
         timeout_seconds: the longest that a step, a checkpoint or an export may take.
-        stop: after its signal a step may take 30 s or three times the slowest step so far, whichever is more, but no
-            longer than the time-out; the first step, whose length nobody knows, has all of that.
+        stop: after its signal a step may take 30 s or three times as long as the slowest step so far would for as many
+            tokens, whichever is more, but no longer than the time-out; the first step, whose length nobody knows, has
+            all of that.
         stacks: where the stacks of all threads go; standard error when None.
     """
 
@@ -74,18 +75,25 @@ class Watchdog:
         self.doing = "starting"
         self._since: float | None = None
         self._stopping_since: float | None = None
-        self._slowest_step = 0.0
+        self._tokens = 1
+        self._most_seconds_per_token = 0.0
         self._done = threading.Event()
 
-    def begin(self, doing: str) -> None:
-        """Something begins that must end within the time limit; what was being done before is over."""
+    def begin(self, doing: str, tokens: int = 1) -> None:
+        """Something begins that must end within the time limit; what was being done before is over.
+
+        Args:
+            doing: as the log names it; a step begins with "step ".
+            tokens: of a step: batches of one source are short, of another long.
+        """
         self.end()
-        self.doing, self._since = doing, time.monotonic()
+        self.doing, self._tokens, self._since = doing, tokens, time.monotonic()
 
     def end(self) -> None:
         """Nothing is being watched until the next :meth:`begin`."""
         if self._since is not None and self.doing.startswith("step "):
-            self._slowest_step = max(self._slowest_step, time.monotonic() - self._since)
+            seconds_per_token = (time.monotonic() - self._since) / self._tokens
+            self._most_seconds_per_token = max(self._most_seconds_per_token, seconds_per_token)
         self._since = None
 
     @contextmanager
@@ -117,8 +125,9 @@ class Watchdog:
         if self.stop.requested and self.doing.startswith("step "):
             self._stopping_since = self._stopping_since or now
             since = max(since, self._stopping_since)
-            if self._slowest_step > 0.0:
-                limit = min(limit, max(_LEAST_PATIENCE_SECONDS, _SLOWEST_STEPS * self._slowest_step))
+            if self._most_seconds_per_token > 0.0:
+                slow = _SLOWEST_STEPS * self._most_seconds_per_token * self._tokens
+                limit = min(limit, max(_LEAST_PATIENCE_SECONDS, slow))
         return limit if now - since > limit else None
 
     def _bark(self, limit: float) -> None:

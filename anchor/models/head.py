@@ -21,12 +21,13 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, chunk_rows: int
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, chunk_rows: int, gradient: bool
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         row_weight = row_weight.to(wide)
         nll = torch.empty(len(target), dtype=wide, device=hidden.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        # Inside torch.no_grad() tensors still say that they require a gradient.
+        need_hidden, need_weight = (gradient and needed for needed in ctx.needs_input_grad[:2])
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
         # A sum over many chunks in bfloat16 would lose small gradients.
         weight_grad = torch.zeros_like(weight, dtype=wide) if need_weight else None
@@ -49,12 +50,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (nll * row_weight).sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight = ctx.hidden_grad, ctx.weight_grad
         del ctx.hidden_grad, ctx.weight_grad
         hidden = None if hidden is None else hidden.mul_(grads[0])
         weight = None if weight is None else weight.mul_(grads[0]).to(ctx.weight_dtype)
-        return hidden, weight, None, None, None
+        return hidden, weight, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -81,7 +82,8 @@ def chunked_cross_entropy(
     """
     if chunk_rows is None:
         chunk_rows = max(64, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // weight.shape[0])
-    total, nll = _ChunkedCrossEntropy.apply(hidden, weight, target, row_weight, chunk_rows)
+    gradient = torch.is_grad_enabled()
+    total, nll = _ChunkedCrossEntropy.apply(hidden, weight, target, row_weight, chunk_rows, gradient)
     return total, nll
 
 

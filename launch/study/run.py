@@ -51,6 +51,11 @@ def result_file(plan: StudyPlan, cell: Cell) -> Path:
     return plan.study.results_dir / f"{cell.name}.json"
 
 
+def results_of(plan: StudyPlan, name: str, seed: int) -> set[Path]:
+    """Files of an arm and a seed that are there, whatever their steps."""
+    return set(plan.study.results_dir.glob(f"{name}-seed{seed}-step*.json"))
+
+
 def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
     """Cells of an arm and a seed without a result.
 
@@ -73,7 +78,7 @@ def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
 def _refuse_strays(plan: StudyPlan, name: str, seed: int) -> None:
     """Results of steps that the plan does not have would stand in its tables: they must be of the same run."""
     cells = plan.cells(name, seed)
-    files = set(plan.study.results_dir.glob(f"{name}-seed{seed}-step*.json")) if cells else set()
+    files = results_of(plan, name, seed) if cells else set()
     for file in sorted(files - {result_file(plan, cell) for cell in cells}):
         result = json.loads(file.read_text(encoding="utf-8"))
         same = result["settings_sha256"] == plan.settings_sha256(Cell(name, seed, result["step"], final=False))

@@ -1,6 +1,7 @@
 """Invariants: a finished run whose recipe states the learning rate's horizon goes on to more steps, with the bits of a
 run that took them all at once, and exports again; fewer steps than were taken, or an unstated horizon, are refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,69 @@ def test_scores_of_the_earlier_export_are_kept_beside_the_new_one(runs):
     halves, _ = runs
     assert (halves / "mteb-step-00000002/scores.json").read_text() == "{}"
     assert not (halves / "export/mteb").exists()
+
+
+def test_an_untrained_export_is_made_once_and_no_scores_are_lost(tmp_path, tiny_model_dir, make_shards):
+    """It was exported at every start; from the third on, its scores were deleted."""
+    shards = make_shards(pairs=8, pack_multiple=2, num_rows=32)
+    held_out = {"shards": str(shards), "every_steps": 1, "max_batches": 1}
+    untrained = {"optim__total_steps": 0, "optim__warmup_steps": 0, "evaluation": held_out}
+
+    def start(**changes) -> Path:
+        recipe = write_recipe(tmp_path, tiny_model_dir, shards, **untrained, **changes)
+        run_distributed(train_ranks, 1, recipe, True)
+        return tmp_path / "run/export"
+
+    export = start()
+    (export / "mteb").mkdir()
+    (export / "mteb/scores.json").write_text("first")
+    weights = (export / "model.safetensors").stat().st_mtime_ns
+    start()
+    assert (export / "model.safetensors").stat().st_mtime_ns == weights
+    assert (export / "mteb/scores.json").read_text() == "first"
+    for scores in ("first", "second"):
+        (export / "anchor.json").write_text((export / "anchor.json").read_text().replace('"lr": 0.003', '"lr": 1.0'))
+        (export / "mteb").mkdir(exist_ok=True)
+        (export / "mteb/scores.json").write_text(scores)
+        start()
+        assert not (export / "mteb").exists()
+    kept = sorted(path.name for path in export.parent.glob("mteb-step-*"))
+    assert kept == ["mteb-step-00000000", "mteb-step-00000000-2"]
+    assert [(export.parent / name / "scores.json").read_text() for name in kept] == ["first", "second"]
+    rows = [json.loads(line) for line in (export.parent / "held_out.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0]
+
+
+def stopped_within_a_step(ranks, recipe_path: Path) -> tuple[bool, int]:
+    """Train, with a stop asked for in the second step's forward; whether that finished, and the forwards."""
+    from anchor.engine.deepspeed import Engine
+    from anchor.engine.loop import train
+    from anchor.engine.plan import make_plan
+    from anchor.engine.stop import StopRequest
+
+    recipe, stop, forwards = load_recipe(recipe_path, TrainRecipe), StopRequest(), []
+    forward = Engine.forward
+
+    def asked(self, *args):
+        forwards.append(args)
+        stop.requested = len(forwards) > num_packs
+        return forward(self, *args)
+
+    plan = make_plan(recipe, str(recipe_path), ranks.world_size)
+    num_packs = len(plan.reader.read(0).packs)
+    Engine.forward = asked
+    try:
+        return train(plan, ranks, stop), len(forwards) // num_packs
+    finally:
+        Engine.forward = forward
+
+
+def test_a_signal_within_a_step_ends_the_run_after_that_step(tmp_path, tiny_model_dir, make_shards):
+    """It was asked for before the step began, and so cost another one."""
+    shards = make_shards(pairs=8, pack_multiple=2, num_rows=32)
+    recipe = write_recipe(tmp_path, tiny_model_dir, shards, optim__total_steps=4, **HORIZON)
+    assert run_distributed(stopped_within_a_step, 1, recipe) == [(False, 2)]
+    assert [path.name for path in complete_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000002"]
 
 
 def state_of(run: Path, **optim) -> dict:

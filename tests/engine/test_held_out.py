@@ -95,6 +95,13 @@ def test_equal_vectors_score_nothing():
     assert found == {"held_out/ndcg_at_10": 0.0, "held_out/accuracy_at_1": 0.0}
 
 
+def test_vectors_that_are_no_numbers_score_nothing():
+    """They scored 1.0: nothing is at least as similar as NaN."""
+    ids, none = list(range(20)), [[math.nan, math.nan]] * 20
+    found = _retrieval(side(none, ids, [math.nan] * 20), side(none, ids, [1.0] * 20), torch.device("cpu"))
+    assert found == {"held_out/ndcg_at_10": 0.0, "held_out/accuracy_at_1": 0.0}
+
+
 def test_held_out_shards_of_another_template_are_refused(tmp_path, tiny_model_dir, packed, make_shards):
     from anchor.config.load import load_recipe
     from anchor.config.schema import TrainRecipe

@@ -27,3 +27,20 @@ def test_a_later_step_has_thirty_seconds() -> None:
     now = time.monotonic()
     assert watchdog._overdue(now) is None
     assert watchdog._overdue(now + 31) == 30.0
+
+
+def test_a_step_of_many_tokens_has_as_much_more_time() -> None:
+    """It was ended 30 s after the signal where the steps before were of short texts, and its checkpoint was lost."""
+    stop = StopRequest()
+    watchdog = Watchdog(1000.0, stop)
+    watchdog.begin("step 1", tokens=100)
+    assert watchdog._since is not None
+    watchdog._since -= 5
+    watchdog.begin("step 2", tokens=2000)  # some 100 s
+    stop.requested = True
+    now = time.monotonic()
+    assert watchdog._overdue(now) is None
+    assert watchdog._overdue(now + 290) is None
+    overdue = watchdog._overdue(now + 310)
+    assert overdue is not None
+    assert 300 <= overdue < 310

@@ -190,8 +190,13 @@ def test_the_list_counts_what_is_missing(scored: StudyPlan, scale: Path, capsys)
     assert lines[2:] == [
         "| stage2 | 0 | 2/2 | none |",
         "| stage1_stage2 | 0 | 1/2 | 3 |",
-        "| stage2_long | 0 | 0/0 | after packing |",
+        "| stage2_long | 0 | 0/? | after packing |",
     ]
+    # As in a fresh checkout, which has results but no shards yet.
+    known = plan_of(scale, stage2_long=5)
+    write_result(known, known.cells("stage2_long", 0)[-1], 0.5)
+    main([str(scale), "--list", "--only", "stage2_long", "--seeds", "0"])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| stage2_long | 0 | 1/? | after packing |"]
 
 
 def test_what_awaits_tuning_is_said(scored: StudyPlan, scale: Path, capsys) -> None:

@@ -54,6 +54,21 @@ def test_a_frozen_head_gets_no_gradient():
     assert weight.grad is None
 
 
+def test_without_gradient_none_is_made(monkeypatch):
+    """Held-out evaluation made the head's gradient: inside no_grad, tensors still say that they require one."""
+    made = []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, **k: made.append("weight") or zeros_like(*a, **k))
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: made.append("hidden"))
+    hidden, weight, target, row_weight = _inputs()
+    with torch.no_grad():
+        total, _ = chunked_cross_entropy(hidden, weight, target, row_weight, chunk_rows=5)
+    assert made == []
+    with_, _ = chunked_cross_entropy(hidden, weight, target, row_weight, chunk_rows=5)
+    assert set(made) == {"weight", "hidden"}
+    assert float(total) == float(with_.detach()) > 0
+
+
 def test_rows_of_weight_zero_count_for_nothing():
     hidden, weight, target, row_weight = _inputs()
     row_weight[10:] = 0

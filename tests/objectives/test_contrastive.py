@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference import naive_contrastive, relative
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anchor.config import schema
@@ -162,6 +163,30 @@ def test_loss_and_gradient_equal_loops_over_single_cosines_whatever_the_chunks(o
     )
     assert ours == pytest.approx(expected, rel=1e-12)
     assert relative(gradient, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+def test_loss_and_gradient_equal_those_of_sentence_transformers(hard_negatives):
+    """In float64, where nothing but the equation is left: texts that all differ, one positive each."""
+    pairs, columns = 6, 2 + hard_negatives
+    batch = make_batch([make_pack([tuple(range(i * columns, (i + 1) * columns)) for i in range(pairs)])], "x")
+    section = schema.ContrastiveTerm(temperature=0.05)
+    theirs = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=1 / 0.05)
+
+    def rows() -> torch.Tensor:
+        drawn = torch.randn(pairs, columns, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return torch.nn.functional.normalize(drawn, dim=-1).requires_grad_()
+
+    ours, other = rows(), rows()
+    loss = ContrastiveTerm(section, 8).loss(ours.flatten(0, 1), batch, 0, 1)[0]
+    expected = theirs.compute_loss_from_embeddings(list(other.unbind(1)), torch.zeros(pairs))
+    (gradient,), (wanted,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, other)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12) != 0
+    # Theirs divides by the length of every vector; ours has taken it that they are of length one.
+    radial = (wanted * other.detach()).sum(-1, keepdim=True) * other.detach()
+    tangent = gradient - (gradient * ours.detach()).sum(-1, keepdim=True) * ours.detach()
+    assert float(tangent.norm()) > 1e-3
+    assert relative(tangent, wanted - radial) < 1e-12
 
 
 class LargestTensor(TorchDispatchMode):
