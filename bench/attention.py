@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from anchor.data.packing import cu_seqlens
 from anchor.data.shards import ShardReader
+from anchor.errors import exit_on_user_error
 from anchor.models.attention import segments_attention, varlen_attention
 from anchor.models.backbone import DTYPES
 from bench.harness import alternate, arguments, report
@@ -94,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

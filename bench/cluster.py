@@ -27,6 +27,7 @@ from anchor.engine.estimate import Setting, StepShape, memory
 from anchor.engine.estimate_traffic import links_of, moving_seconds, transfers, waiting_seconds
 from anchor.engine.estimate_work import step_seconds, work
 from anchor.engine.gpus import find_gpu
+from anchor.errors import exit_on_user_error
 from anchor.models.backbone import choose_trained
 from anchor.models.shape import ModelShape, shape_of
 from bench.harness import arguments
@@ -128,4 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

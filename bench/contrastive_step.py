@@ -24,6 +24,7 @@ from anchor.data.records import QUERY
 from anchor.data.shards import Batch, Pack, ShardReader
 from anchor.engine.deepspeed import Engine
 from anchor.engine.grad_cache import pooled_backward
+from anchor.errors import exit_on_user_error
 from anchor.models.attention import implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
 from anchor.objectives.contrastive import ContrastiveObjective
@@ -119,4 +120,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from anchor.data.tokenization import load_tokenizer
+from anchor.errors import exit_on_user_error
 from bench.harness import alternate, arguments, report
 from data_prep.pack import pack
 
@@ -175,4 +176,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from anchor.errors import exit_on_user_error
 from anchor.models.backbone import DTYPES
 from bench.harness import alternate, arguments, report
 from eval.encoder import Encoder
@@ -88,4 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

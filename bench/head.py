@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from anchor.errors import exit_on_user_error
 from anchor.models.backbone import DTYPES
 from anchor.models.head import chunked_cross_entropy
 from bench.harness import alternate, arguments, report
@@ -63,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from anchor.data.batches import batch_stream
 from anchor.data.shards import FORMAT_VERSION, Batch, Index, Pack, ShardReader, ShardWriter, make_batch
+from anchor.errors import exit_on_user_error
 from bench.harness import alternate, arguments, report
 
 VOCABULARY = 128_000
@@ -127,4 +128,5 @@ def read_all(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from anchor.errors import exit_on_user_error
 from bench.harness import arguments, peak_gib, report, reset_peak
 
 OBJECTIVES = {1: {"kind": "reconstruction", "alpha": 0.2}, 2: {"kind": "contrastive", "temperature": 0.02}}
@@ -115,4 +116,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

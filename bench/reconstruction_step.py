@@ -34,6 +34,7 @@ from anchor.engine.dry_run import Options, setting_of
 from anchor.engine.estimate_work import work
 from anchor.engine.gpus import peak_of_device
 from anchor.engine.step_shape import sampled_step
+from anchor.errors import exit_on_user_error
 from anchor.models.attention import implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
 from anchor.models.shape import shape_of
@@ -168,4 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()
