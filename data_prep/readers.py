@@ -2,7 +2,8 @@
 
 Every row comes with its place. :func:`raw_rows` leaves JSON lines as bytes, so that whoever needs the row parses it, in
 another process perhaps. A row that cannot be parsed is passed on with its problem, so that the caller can put it aside;
-a file that cannot be read is a :class:`DataError`.
+a file that cannot be read is a :class:`DataError`. So is a malformed CSV row of several lines: its quotes are wrong,
+and nobody knows how many rows it has swallowed.
 """
 
 import csv
@@ -82,7 +83,8 @@ def read_rows(file: Path) -> Iterator[Row]:
     """Rows of a file of :data:`TABLE_SUFFIXES`, in order.
 
     Raises:
-        DataError: the file cannot be read or decompressed, or a table has no usable header.
+        DataError: the file cannot be read or decompressed; a table has no usable header, or a malformed row of several
+            lines.
     """
     return map(parsed, raw_rows(file, Meter()))
 
@@ -175,6 +177,7 @@ def _table_rows(file: Path, reader: Any, kind: str) -> Iterator[Row]:
         except csv.Error as error:
             if header is None:
                 raise DataError(f"{place}: malformed header: {error}") from error
+            _refuse_lines(place, reader.line_num, f"malformed {kind}: {error}")
             yield Row(place, None, f"malformed {kind}: {error}")
             continue
         if cells is None:
@@ -187,9 +190,20 @@ def _table_rows(file: Path, reader: Any, kind: str) -> Iterator[Row]:
             if twice:
                 raise DataError(f"{place}: the header names column '{twice[0]}' twice; rename one")
             continue
+        if len(cells) != len(header):
+            _refuse_lines(place, reader.line_num, f"{len(cells)} fields, the header has {len(header)}")
         yield _csv_row(place, header, cells)
     if header is None:
         raise DataError(f"{file}: empty; expected a header line with the names of the columns")
+
+
+def _refuse_lines(place: Place, last: int, problem: str) -> None:
+    """Refuse a malformed row that a quote has made of several lines, up to ``last``: they may have been good rows."""
+    if last > place.number:
+        raise DataError(
+            f"{place}: {problem}; a quote makes one row of lines {place.number} to {last}: close it, or double it "
+            "where it is text"
+        )
 
 
 def _csv_row(place: Place, header: list[str], cells: list[str]) -> Row:

@@ -1,5 +1,6 @@
 """Invariants: every malformed row is one line with file, place and reason under `on_bad_row: fail`, and under `skip`
-one row of quarantine with the same reason and the content, while the rows around it are packed.
+one row of quarantine with the same reason and the content, while the rows around it are packed. What swallows other
+rows is refused under both.
 """
 
 import csv
@@ -131,6 +132,19 @@ def test_a_malformed_table_row_is_refused_or_put_aside(
     file = tmp_path / f"bad{suffix}"
     file.write_bytes(b"".join([*lines[:3], bad + b"\n", *lines[3:]]))
     check(tmp_path, make_recipe, file, ":4", expected)
+
+
+def test_rows_that_a_quote_has_swallowed_are_not_skipped_silently(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    """500 good rows behind an unbalanced quote vanished: one of 201 rows was dropped, the run was a success."""
+    file = tmp_path / "bad.csv"
+    good = [f"query {i} of many,answer {i} of many" for i in range(700)]
+    file.write_text("\n".join(["query,positive", *good[:200], 'bad,"unbalanced', *good[200:], ""]))
+    source = files_source(file, columns={})
+    recipe = make_recipe([source], on_bad_row="skip", text__hard_negatives=0)
+    assert refusal(recipe) == (
+        f"{file}:202: malformed CSV: unexpected end of data; a quote makes one row of lines 202 to 702: close it, or "
+        "double it where it is text"
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,28 @@ def test_a_malformed_row_is_named_and_the_next_is_read(
     assert read[0].value == read[2].value == {"a": "1", "b": "2"}
 
 
-def test_a_quote_that_is_never_closed_ends_in_one_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bad", "good", "expected"),
+    [
+        ('3,"4', "5,6", "malformed CSV: unexpected end of data"),
+        ('3,"4', '5,"6"', "malformed CSV: ',' expected after '\"'"),
+        ('3,"4', '5",6', "3 fields, the header has 2"),
+    ],
+)
+def test_a_quote_that_takes_in_other_rows_is_refused(tmp_path: Path, bad: str, good: str, expected: str) -> None:
+    """One row was put aside for the quote, and those that it had swallowed were lost without being counted."""
     file = tmp_path / "a.csv"
-    file.write_text('a,b\n1,2\n"3,4\n5,6\n')
+    file.write_text(f"a,b\n1,2\n{bad}\n7,8\n{good}\n")
+    with pytest.raises(DataError) as caught:
+        list(read_rows(file))
+    assert str(caught.value) == (
+        f"{file}:3: {expected}; a quote makes one row of lines 3 to 5: close it, or double it where it is text"
+    )
+
+
+def test_a_quote_that_is_not_closed_on_the_last_line_costs_that_row_alone(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('a,b\n1,2\n"3,4\n')
     assert [(row.place.number, row.problem) for row in read_rows(file)] == [
         (2, None),
         (3, "malformed CSV: unexpected end of data"),
