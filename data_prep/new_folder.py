@@ -1,6 +1,5 @@
 """Folders that appear whole or not at all."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from anchor.errors import DataError
+from data_prep.locks import take
 
 _LOCK = ".lock"
 
@@ -39,13 +39,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def _take(lock: IO[str], beside: Path) -> None:
     """Lock and empty the folder."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its writer may have renamed or removed the folder in between.
-        held = os.path.samestat(os.fstat(lock.fileno()), (beside / _LOCK).stat())
-    except (BlockingIOError, FileNotFoundError):
-        held = False
-    if not held:
+    if not take(lock, beside / _LOCK):
         raise DataError(f"{beside}: another process is writing it; wait for it or choose another --output")
     for path in beside.iterdir():
         if path.is_dir() and not path.is_symlink():

@@ -2,7 +2,7 @@
 
 1. Plan all batches (:mod:`data_prep.questions`); with ``--part i/n`` every n-th of them is this part's.
 2. Answer batch by batch (:mod:`data_prep.answering`). Each finished batch is one line, appended at once to
-   ``work/PART.jsonl``: a run that was killed keeps all but the batch at hand.
+   ``work/PART.jsonl``: a run that was killed keeps all but the batch at hand. ``work/PART.lock`` is held meanwhile.
 3. In the order of the questions: ``answers/PART.jsonl`` (``{"id", "question", "answer"}``, as `pack` reads it),
    ``rejects/PART.jsonl`` (rows that could not be used, and empty answers), and last the report ``PART.json``.
 
@@ -28,6 +28,7 @@ from anchor.models.backbone import read_config
 from anchor.models.generation import Answer, Sampling, device_kind, read_sampling
 from anchor.progress import tracked
 from data_prep.answering import BATCH_TOKENS, choose_engine, open_engine
+from data_prep.locks import locked
 from data_prep.questions import Prompts, Question, Reject, plan_prompts, read_questions
 from data_prep.spool import read_json, write_json
 from data_prep.tables import print_table
@@ -88,7 +89,7 @@ def respond(options: Options, *, as_json: bool) -> dict[str, Any]:
 
     Raises:
         AnchorError: a missing model, file, field or device; a tokenizer without chat template; a folder with other
-            answers.
+            answers, or whose part another process is answering.
     """
     engine = choose_engine(options.engine, options.model)
     budget = options.batch_tokens or BATCH_TOKENS[engine]
@@ -121,12 +122,17 @@ def respond(options: Options, *, as_json: bool) -> dict[str, Any]:
     }
     done = options.output / f"{options.name}.json"
     _open(options, settings)
-    if done.is_file():
-        log.info("%s: already complete", done)
-        return _show(read_json(done), as_json)
-    journal = _Journal(options.output / WORK / f"{options.name}.jsonl")
-    _answer_missing(options, engine, sampling, tokenizer, prompts, journal)
-    return _show(_finish(options, settings, prompts, journal), as_json)
+    busy = (
+        f"{options.output}: another process is answering part {options.part[0]} of {options.part[1]}; wait for it or "
+        "choose another --output"
+    )
+    with locked(options.output / WORK / f"{options.name}.lock", busy):
+        if done.is_file():
+            log.info("%s: already complete", done)
+            return _show(read_json(done), as_json)
+        journal = _Journal(options.output / WORK / f"{options.name}.jsonl")
+        _answer_missing(options, engine, sampling, tokenizer, prompts, journal)
+        return _show(_finish(options, settings, prompts, journal), as_json)
 
 
 def _answer_missing(
@@ -218,7 +224,7 @@ def _row(question: Question, text: str, answer: Answer) -> dict[str, Any]:
 
 
 class _Journal:
-    """Finished batches, one line each; a last line that an interruption cut short is none.
+    """Finished batches, one line each; a last line that an interruption cut short is none, a batch's second neither.
 
     Args:
         file: need not exist.
@@ -243,8 +249,9 @@ class _Journal:
         os.truncate(file, whole)
 
     def _take(self, batch: int, rows: list[dict[str, Any]]) -> None:
-        self.batches.add(batch)
-        self.rows += rows
+        if batch not in self.batches:
+            self.batches.add(batch)
+            self.rows += rows
 
     def append(self, batch: int, rows: list[dict[str, Any]]) -> None:
         line = json.dumps({"batch": batch, "rows": rows}, ensure_ascii=False) + "\n"

@@ -17,6 +17,7 @@ import pytest
 from conftest import WORDS, write_jsonl
 from transformers import AutoTokenizer
 
+import data_prep.respond as respond_module
 from anchor.errors import AnchorError
 from anchor.models.generation import Answer, Sampling
 from data_prep.__main__ import main
@@ -118,6 +119,48 @@ def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, model: Path, q
         assert read(output, kind) == read(whole, kind)
     assert (output / "00000-of-00001.json").read_bytes() == (whole / "00000-of-00001.json").read_bytes()
     assert names(output) == names(whole)
+
+
+def test_a_batch_that_is_twice_in_the_journal_is_taken_once(
+    whole: Path, model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of one part, both killed, left every batch twice, and the third gave every answer twice."""
+    with monkeypatch.context() as patch:
+        patch.setattr(respond_module, "_finish", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            respond(options(model, questions, tmp_path / "out"), as_json=True)
+    journal = tmp_path / "out" / "work" / "00000-of-00001.jsonl"
+    lines = journal.read_bytes()
+    assert lines.count(b"\n") > 5
+    journal.write_bytes(lines + lines)
+    report = respond(options(model, questions, tmp_path / "out"), as_json=True)
+    assert report["answered"] == 30
+    assert read(tmp_path / "out", "answers") == read(whole, "answers")
+    assert names(tmp_path / "out") == names(whole)
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_part_that_another_process_answers_is_refused(
+    model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, answer, refused = tmp_path / "out", respond_module._answer_missing, []
+
+    def and_another(*arguments: Any) -> None:
+        monkeypatch.setattr(respond_module, "_answer_missing", answer)
+        with pytest.raises(AnchorError) as caught:
+            respond(options(model, questions, output, part=(0, 2)), as_json=True)
+        refused.append(str(caught.value))
+        respond(options(model, questions, output, part=(1, 2)), as_json=True)  # the other part is free
+        answer(*arguments)
+
+    monkeypatch.setattr(respond_module, "_answer_missing", and_another)
+    respond(options(model, questions, output, part=(0, 2)), as_json=True)
+    assert refused == [f"{output}: another process is answering part 0 of 2; wait for it or choose another --output"]
+    assert len(read(output, "answers")) == 30
+    assert not list(output.rglob("*.lock"))
 
 
 def test_a_finished_run_says_so_and_loads_no_model(

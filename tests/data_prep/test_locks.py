@@ -1,0 +1,47 @@
+"""Invariants: one process holds a lock at a time and leaves no file; a file system without locks is warned of."""
+
+import errno
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from anchor.errors import DataError
+from data_prep.locks import locked
+
+
+def test_a_lock_is_held_by_one_and_leaves_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.lock"
+    for _ in range(2):
+        with locked(file, "busy"):
+            with pytest.raises(DataError, match=r"^busy$"), locked(file, "busy"):
+                pass
+            assert file.is_file()
+        assert not file.exists()
+    file.touch()  # a killed process leaves the file, not the lock
+    with locked(file, "busy"):
+        pass
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, flock = tmp_path / "x.lock", fcntl.flock
+
+    def late(lock: int, how: int) -> None:
+        file.unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(DataError, match=r"^busy$"), locked(file, "busy"):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path / "x.lock", "busy"):
+        pass
+    assert caplog.messages == [f"{tmp_path}/x.lock: the file system has no locks; let no other process write here"]
