@@ -8,13 +8,14 @@
 
 ``pack`` does all three, ``pack --part`` the first, ``merge`` the others. Everything is a pure function of the recipe
 and the inputs, for any number of worker processes and of parts. What was finished is kept when the program is run
-again after an interruption: units in step 1, files in step 3.
+again after an interruption: units in step 1, files in step 3. A lock beside ``work`` keeps each part, and steps 2 and
+3, to one process at a time.
 """
 
 import hashlib
 import logging
 import shutil
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from anchor.data.tokenization import (
 )
 from anchor.errors import ConfigError, DataError
 from data_prep.gathered import Gathered, SourceUnits, find_parts, fingerprint
+from data_prep.locks import locked
 from data_prep.mixture import Share, shares
 from data_prep.reading import read_part
 from data_prep.shuffle import Kept, keep_first
@@ -42,7 +44,7 @@ from data_prep.writing import make_plan, write_shards
 
 log = logging.getLogger(__name__)
 
-_WORK, _PLAN, _MARK, _INPUTS = "work", "plan", "parts.json", "inputs.json"
+_WORK, _PLAN, _MARK, _INPUTS, _LOCK = "work", "plan", "parts.json", "inputs.json", ".lock"
 DUPLICATE = "equal to an earlier pair"
 """Why a pair is dropped that :func:`data_prep.shuffle.keep_first` leaves out."""
 
@@ -89,7 +91,8 @@ def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[i
         The index written, or the one found when the folder is finished and of the same recipe; None for a part.
 
     Raises:
-        AnchorError: bad recipe, bad row under ``on_bad_row: fail``, no pair left, folder of another recipe.
+        AnchorError: bad recipe, bad row under ``on_bad_row: fail``, no pair left, folder of another recipe, or one that
+            another process writes.
     """
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
     found = _finished(recipe)
@@ -100,21 +103,25 @@ def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[i
     run = _run(recipe_path, recipe)
     number, parts = part or (0, 1)
     folder = _open_part(run, sources, number, parts)
-    if found is not None:
-        log.warning("%s: %s missing or of another size; packing again", run.folder, ", ".join(missing))
-        (run.folder / INDEX_NAME).unlink()
-    read_part(folder, sources, recipe, run.segmenter, part=number, parts=parts, workers=workers)
-    if part is not None:
-        log.info("%s: part %d of %d is finished; when all are, run `merge`", run.folder, number, parts)
-        return None
-    return _finish(run, workers)
+    with _locked(run, folder.name):
+        if found is None and (run.folder / INDEX_NAME).is_file():
+            raise DataError(_busy(run))  # it has just finished
+        if found is not None:
+            log.warning("%s: %s missing or of another size; packing again", run.folder, ", ".join(missing))
+            (run.folder / INDEX_NAME).unlink(missing_ok=True)
+        read_part(folder, sources, recipe, run.segmenter, part=number, parts=parts, workers=workers)
+        if part is not None:
+            log.info("%s: part %d of %d is finished; when all are, run `merge`", run.folder, number, parts)
+            return None
+        return _finish(run, workers)
 
 
 def merge(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
     """Make shards of the parts that ``pack --part`` has left; the inputs are not read again.
 
     Raises:
-        AnchorError: a missing, unfinished or double part, parts of different recipes, no pair left.
+        AnchorError: a missing, unfinished or double part, parts of different recipes, no pair left, a folder that
+            another process writes.
     """
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
     found = _finished(recipe)
@@ -165,7 +172,10 @@ def _refuse_other_input(recipe: PackRecipe, recipe_path: str) -> None:
 
 
 def _complete(folder: Path, index: Index) -> Index:
-    shutil.rmtree(folder / _WORK, ignore_errors=True)  # of a run that was interrupted after its last file
+    # Of a run that was interrupted after its last file.
+    shutil.rmtree(folder / _WORK, ignore_errors=True)
+    for lock in folder.glob(f"*{_LOCK}"):
+        lock.unlink(missing_ok=True)
     log.info("%s: already complete, %d batches", folder, index.num_batches)
     return index
 
@@ -188,7 +198,7 @@ def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:
     folder = run.work / part_name(part, parts)
     others = sorted(other for other in run.work.glob("part-*-of-*") if (other / PART).is_file())
     if not others and run.folder.is_dir() and not (run.folder / INDEX_NAME).is_file():
-        strange = [file for file in run.folder.iterdir() if file.name != _WORK]
+        strange = [file for file in run.folder.iterdir() if file.name != _WORK and file.suffix != _LOCK]
         if strange:
             raise DataError(
                 f"{run.folder}: not empty and not an unfinished run; choose another output_dir or delete it"
@@ -212,16 +222,28 @@ def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:
     return folder
 
 
+def _locked(run: _Run, name: str) -> AbstractContextManager[None]:
+    # Beside `work`, which is removed while the lock is held.
+    return locked(run.folder / f"{name}{_LOCK}", _busy(run))
+
+
+def _busy(run: _Run) -> str:
+    return f"{run.folder}: another process is packing it; wait for it or choose another output_dir"
+
+
 def _finish(run: _Run, workers: int) -> Index:
     """Steps 2 and 3."""
     parts = find_parts(run.work, f"python -m data_prep pack {run.path}")
     made = read_json(parts[0] / PART)
     if made["recipe"] != run.resolved:
         raise DataError(f"{run.work}: holds parts of another recipe; give merge the recipe and overrides of the parts")
-    with closing(Gathered(parts, run.recipe.text.hard_negatives)) as gathered:
-        write_json(run.folder / _INPUTS, made["inputs"])
-        index = _make_shards(run, gathered, made["sources"], fingerprint(parts), workers)
-    shutil.rmtree(run.work)
+    with _locked(run, "merge"):
+        if not parts[0].is_dir():
+            raise DataError(_busy(run))  # it has just finished
+        with closing(Gathered(parts, run.recipe.text.hard_negatives)) as gathered:
+            write_json(run.folder / _INPUTS, made["inputs"])
+            index = _make_shards(run, gathered, made["sources"], fingerprint(parts), workers)
+        shutil.rmtree(run.work)
     size = run.recipe.batch.pairs
     log.info("%s: %d batches of %d pairs in %d files", run.folder, index.num_batches, size, len(index.shards))
     return index

@@ -1,5 +1,5 @@
 """Invariants: a run that is interrupted anywhere continues and ends in the same bytes, without doing finished work
-again; a finished folder, and a folder of anything else, is left alone.
+again; a finished folder, and a folder of anything else or of another process, is left alone.
 """
 
 import shutil
@@ -14,8 +14,9 @@ import data_prep.pack as pack_module
 import data_prep.units as units_module
 import data_prep.writing as writing_module
 from anchor.data.shards import ShardWriter
+from anchor.errors import DataError
 from data_prep.checking import Checked
-from data_prep.pack import pack
+from data_prep.pack import merge, pack
 from data_prep.spool import PartWriter, read_journal
 
 
@@ -104,6 +105,71 @@ def test_what_an_interruption_left_beyond_the_journal_is_cut_off(
         (part / name).write_bytes(data)
         packed(recipe)
         assert folder_bytes(folder) == expected
+
+
+BUSY = "another process is packing it; wait for it or choose another output_dir"
+
+
+@pytest.mark.parametrize("step", ["read_part", "_make_shards"])
+def test_a_folder_that_another_process_packs_is_refused_and_left_alone(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Two runs appended their units to one spool; both ended in an error, and so did every later one."""
+    recipe = make_recipe()
+    folder = recipe.parent / "shards"
+    expected = folder_bytes(packed(recipe).folder)
+    shutil.rmtree(folder)
+    work, refused = getattr(pack_module, step), []
+
+    def and_another(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(pack_module, step, work)
+        refused.append(refusal(recipe))
+        return work(*arguments, **named)
+
+    monkeypatch.setattr(pack_module, step, and_another)
+    pack(str(recipe), [])
+    assert refused == [f"{folder}: {BUSY}"]
+    assert folder_bytes(folder) == expected
+
+
+def test_other_parts_may_be_packed_meanwhile_but_one_process_merges(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    folder = recipe.parent / "shards"
+    expected = folder_bytes(packed(recipe).folder)
+    shutil.rmtree(folder)
+    read, make, refused = pack_module.read_part, pack_module._make_shards, []
+
+    def and_the_other_part(*arguments: Any, **named: Any) -> None:
+        monkeypatch.setattr(pack_module, "read_part", read)
+        pack(str(recipe), [], part=(1, 2))
+        read(*arguments, **named)
+
+    def and_another(*arguments: Any) -> Any:
+        monkeypatch.setattr(pack_module, "_make_shards", make)
+        with pytest.raises(DataError) as caught:
+            merge(str(recipe), [])
+        refused.append(str(caught.value))
+        return make(*arguments)
+
+    monkeypatch.setattr(pack_module, "read_part", and_the_other_part)
+    monkeypatch.setattr(pack_module, "_make_shards", and_another)
+    pack(str(recipe), [], part=(0, 2))
+    merge(str(recipe), [])
+    assert refused == [f"{folder}: {BUSY}"]
+    assert folder_bytes(folder) == expected
+
+
+def test_a_lock_that_a_killed_run_left_is_taken_or_removed(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe()
+    folder = recipe.parent / "shards"
+    folder.mkdir()
+    (folder / "part-00000-of-00001.lock").touch()
+    expected = folder_bytes(packed(recipe).folder)
+    assert not [name for name in expected if name.endswith(".lock")]
+    (folder / "merge.lock").touch()
+    assert folder_bytes(packed(recipe).folder) == expected
 
 
 def test_an_input_that_changed_is_not_continued(tmp_path: Path, make_recipe: MakeRecipe) -> None:
