@@ -41,6 +41,7 @@ INSTRUCTION = "Given a summary of a function or class, retrieve its documentatio
 _SAME_BEGINNING_CHARACTERS = 200
 _SKIPPED_FOLDERS = {"tests", "testing", "test", "externals", "_vendor", "vendor", "extern", "_vendored", "benchmarks"}
 _MARK = "docs.json"
+_FILES = (f"pairs/{SOURCE_NAME}.jsonl", *(f"heldout/{name}.jsonl" for name in ("corpus", "queries", "qrels/test")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,9 @@ def _finished(output: Path, about: dict[str, Any]) -> dict[str, Any]:
     before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
     if before is None or {key: before.get(key) for key in about} != about:
         raise DataError(f"{output}: already exists and is not the result of this command; choose another --output")
+    missing = [name for name in _FILES if not (output / name).is_file()]
+    if missing:
+        raise DataError(f"{output}: {', '.join(missing)} missing; delete the folder and run again")
     log.info("%s: already complete", output)
     return before
 

@@ -40,7 +40,7 @@ from data_prep.shuffle import Kept, keep_first
 from data_prep.sources import Source, resolve_sources
 from data_prep.spool import PART, part_name, read_json, write_json
 from data_prep.units import UNIT_BYTES, UNIT_ROWS
-from data_prep.writing import make_plan, write_shards
+from data_prep.writing import make_plan, missing_files, write_shards
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[i
     """
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
     found = _finished(recipe)
-    if found is not None and not (missing := _missing_files(recipe.output_dir, found)):
+    if found is not None and not (missing := missing_files(recipe.output_dir, found)):
         _refuse_other_input(recipe, recipe_path)
         return _complete(recipe.output_dir, found)
     sources = resolve_sources(recipe.sources, recipe_path)
@@ -125,7 +125,7 @@ def merge(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
     """
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
     found = _finished(recipe)
-    if found is not None and not _missing_files(recipe.output_dir, found):
+    if found is not None and not missing_files(recipe.output_dir, found):
         return _complete(recipe.output_dir, found)
     return _finish(_run(recipe_path, recipe), workers)
 
@@ -178,12 +178,6 @@ def _complete(folder: Path, index: Index) -> Index:
         lock.unlink(missing_ok=True)
     log.info("%s: already complete, %d batches", folder, index.num_batches)
     return index
-
-
-def _missing_files(folder: Path, index: Index) -> list[str]:
-    names = {shard["file"]: shard["bytes"] for shard in index.shards}
-    gone = [n for n, size in names.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size]
-    return gone + ["tokenizer"] * (not (folder / "tokenizer" / "tokenizer.json").is_file())
 
 
 def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:

@@ -127,9 +127,15 @@ def respond(options: Options, *, as_json: bool) -> dict[str, Any]:
         "choose another --output"
     )
     with locked(options.output / WORK / f"{options.name}.lock", busy):
-        if done.is_file():
+        missing = [
+            kind for kind in (ANSWERS, REJECTS) if not (options.output / kind / f"{options.name}.jsonl").is_file()
+        ]
+        if done.is_file() and not missing:
             log.info("%s: already complete", done)
             return _show(read_json(done), as_json)
+        if done.is_file():
+            log.warning("%s: %s missing; answering again", done, " and ".join(f"its {kind}" for kind in missing))
+            done.unlink()
         journal = _Journal(options.output / WORK / f"{options.name}.jsonl")
         _answer_missing(options, engine, sampling, tokenizer, prompts, journal)
         return _show(_finish(options, settings, prompts, journal), as_json)

@@ -41,6 +41,7 @@ from data_prep.dense import load_model
 from data_prep.spool import read_json, write_json
 from data_prep.verifying import UNIT_TOLERANCE, batches_of
 from data_prep.weights import weights_sha256
+from data_prep.writing import missing_files
 
 log = logging.getLogger(__name__)
 
@@ -158,9 +159,13 @@ def _open(output: Path, settings: dict[str, Any]) -> Index | None:
         raise DataError(f"{output}: already holds something else; choose another --output or delete it")
     if index is not None:
         shutil.rmtree(output / _WORK, ignore_errors=True)  # of a run that was interrupted after its index
-        return index
+        missing = missing_files(output, index)
+        if not missing:
+            return index
+        log.warning("%s: %s missing or of another size; embedding again", output, ", ".join(missing))
     stored.parent.mkdir(parents=True, exist_ok=True)
     write_json(stored, settings)
+    (output / INDEX_NAME).unlink(missing_ok=True)
     return None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from anchor.config.schema import BatchShape, PackRecipe
 from anchor.data.packing import plan_packs
-from anchor.data.shards import BATCHES_PER_SHARD, Batch, ShardWriter, make_batch
+from anchor.data.shards import BATCHES_PER_SHARD, Batch, Index, ShardWriter, make_batch
 from anchor.progress import tracked
 from data_prep.gathered import Gathered
 from data_prep.mixture import Share, epoch_batches
@@ -51,6 +51,13 @@ class Plan:
 
     def entry(self, shard: int) -> Path:
         return self.written / f"{shard:05d}.json"
+
+
+def missing_files(folder: Path, index: Index) -> list[str]:
+    """Names of what a finished folder lacks: files of shards that are gone or of another size, the tokenizer."""
+    names = {shard["file"]: shard["bytes"] for shard in index.shards}
+    gone = [n for n, size in names.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size]
+    return gone + ["tokenizer"] * (not (folder / "tokenizer" / "tokenizer.json").is_file())
 
 
 def make_plan(

@@ -3,6 +3,7 @@ and held-out share nothing; the same bytes every time; nothing is written over.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,18 @@ def test_an_interrupted_run_leaves_no_folder_and_is_done_again(
         run(package, tmp_path / "other")
     assert str(caught.value) == (
         f"{tmp_path}/other.unfinished: in the way, and not written by this command; move it or choose another --output"
+    )
+
+
+def test_a_folder_that_lost_a_file_is_not_called_complete(package: str, tmp_path: Path) -> None:
+    about = run(package, tmp_path / "out")
+    assert run(package, tmp_path / "out") == about
+    shutil.rmtree(tmp_path / "out" / "pairs")
+    (tmp_path / "out" / "heldout" / "qrels" / "test.jsonl").unlink()
+    with pytest.raises(DataError) as caught:
+        run(package, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path}/out: pairs/package_docs.jsonl, heldout/qrels/test.jsonl missing; delete the folder and run again"
     )
 
 

@@ -172,6 +172,17 @@ def test_a_finished_run_says_so_and_loads_no_model(
     assert "answered            30" in capsys.readouterr().out
 
 
+def test_answers_that_were_deleted_come_back(
+    whole: Path, model: Path, questions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(output / "answers")
+    respond(options(model, questions, output), as_json=True)
+    assert f"{output}/00000-of-00001.json: its answers missing; answering again" in caplog.messages
+    assert read(output, "answers") == read(whole, "answers")
+    assert names(output) == names(whole)
+
+
 def test_rows_that_cannot_be_used_are_put_aside_with_their_reason(model: Path, tmp_path: Path) -> None:
     given = [*rows(3), {"question": " "}, {"text": "x"}, "no object", {"question": "river " * 200}]
     file = write_jsonl(tmp_path / "q.jsonl", given)

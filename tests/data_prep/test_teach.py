@@ -4,6 +4,7 @@ all else in the shards is as it was; equal texts are embedded once; killed, in p
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,16 @@ def test_parts_add_up_to_the_same_bytes(
     assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "whole")
     # A finished folder is left as it is.
     assert teach(shards, tmp_path / "parts", teacher=export_dir) is not None
+
+
+def test_a_file_that_was_deleted_comes_back(
+    shards: Path, taught: Path, export_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = shutil.copytree(taught, tmp_path / "t")
+    (output / "00000.arrow").unlink()
+    teach(shards, output, teacher=export_dir)
+    assert f"{output}: 00000.arrow missing or of another size; embedding again" in caplog.messages
+    assert folder_bytes(output) == folder_bytes(taught)
 
 
 PROGRAM = """
