@@ -166,7 +166,7 @@ def input_files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]
     """A file, or those of a folder, whose names end as they should.
 
     Raises:
-        ConfigError: no such path, or no such file there.
+        ConfigError: no such path, no such file there, or one that is a folder or a link to nothing.
     """
     if path.is_file():
         if not path.name.endswith(suffixes):
@@ -177,6 +177,9 @@ def input_files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]
     files = sorted(file for file in path.iterdir() if file.name.endswith(suffixes))
     if not files:
         raise ConfigError(f"{where}: {path}: holds no file ending in {', '.join(suffixes)}")
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"{where}: {file}: a folder, or a link to a file that is not there; mend or remove it")
     return files
 
 
@@ -194,7 +197,12 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
     while True:
         try:
             row = next(rows, None)
-        except (OSError, ValueError, DatasetsError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            DatasetsError,
+        ) as error:  # TypeError: files whose columns differ in type
             raise DataError(
                 f"dataset {section.dataset}: row {number} of split {section.split} cannot be read: {first_line(error)}"
             ) from error

@@ -108,6 +108,8 @@ def test_wrong_sources_are_refused(tmp_path: Path, make_recipe: MakeRecipe) -> N
     write_jsonl(tmp_path / "e5" / "squad.jsonl", english_pairs(16))
     write_jsonl(tmp_path / "e5" / "sqaud.jsonl", english_pairs(16))
     (tmp_path / "empty").mkdir()
+    write_jsonl(tmp_path / "links" / "a.jsonl", english_pairs(1))
+    (tmp_path / "links" / "b.jsonl").symlink_to("gone.jsonl")
     e5 = {"kind": "e5", "path": str(tmp_path / "e5")}
     cases = [
         (
@@ -125,6 +127,10 @@ def test_wrong_sources_are_refused(tmp_path: Path, make_recipe: MakeRecipe) -> N
             [files_source(tmp_path / "empty")],
             f"sources.0: {tmp_path}/empty: holds no file ending in .jsonl, .jsonl.gz, .jsonl.zst, .csv, "
             ".csv.gz, .csv.zst, .tsv, .tsv.gz, .tsv.zst, .parquet",
+        ),
+        (
+            [files_source(tmp_path / "links")],
+            f"sources.0: {tmp_path}/links/b.jsonl: a folder, or a link to a file that is not there; mend or remove it",
         ),
         (
             [files_source(tmp_path / "e5" / "squad.jsonl")] * 2,

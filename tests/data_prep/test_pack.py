@@ -57,6 +57,17 @@ def test_a_dataset_that_breaks_off_is_one_line(tmp_path: Path, make_recipe: Make
     assert refusal(recipe).startswith(f"dataset {tmp_path / 'plain'}: row 0 of split train cannot be read: ")
 
 
+def test_a_dataset_whose_files_have_other_types_is_one_line(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    write_jsonl(tmp_path / "plain" / "a.jsonl", [english_pairs(1)[0] | {"more": 1}])
+    write_jsonl(tmp_path / "plain" / "b.jsonl", [english_pairs(1)[0] | {"more": {"list": [1]}}])
+    hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s"}
+    recipe = make_recipe([hub | {"columns": {"negatives": ["negative"]}, "instructions": []}])
+    assert refusal(recipe) == (
+        f"dataset {tmp_path / 'plain'}: row 1 of split train cannot be read: Couldn't cast array of type "
+        "struct<list: list<item: int64>> to int64"
+    )
+
+
 def test_a_local_dataset_has_no_revision(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     write_jsonl(tmp_path / "plain" / "a.jsonl", english_pairs(3))
     hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s", "revision": "main"}
