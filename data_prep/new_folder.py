@@ -22,17 +22,18 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         DataError: ``output`` exists; what lies beside it is being written or is no such folder.
     """
-    beside = output.with_name(output.name + ".unfinished")
-    for path in (output, beside):
+    whole = output.resolve()  # `.` and `..` have no name of their own
+    beside = whole.parent / (whole.name + ".unfinished")
+    for path, shown in ((whole, output), (beside, beside)):
         if path.exists() and not (path == beside and (beside / _LOCK).is_file()):
-            raise DataError(f"{path}: already exists and is not written over; delete it or choose another --output")
+            raise DataError(f"{shown}: already exists and is not written over; delete it or choose another --output")
     beside.mkdir(parents=True, exist_ok=True)
     with (beside / _LOCK).open("a") as lock:
         _take(lock, beside)
         try:
             yield beside
-            os.replace(beside, output)
-            (output / _LOCK).unlink()
+            os.replace(beside, whole)
+            (whole / _LOCK).unlink()
         finally:
             shutil.rmtree(beside, ignore_errors=True)  # there only after an error
 

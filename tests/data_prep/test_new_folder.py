@@ -53,6 +53,18 @@ def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("path", [Path(), Path("/"), Path("..")])
+def test_a_folder_without_a_name_of_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".lock").touch()
+    with pytest.raises(DataError) as caught, new_folder(path):
+        pass
+    assert str(caught.value) == f"{path}: already exists and is not written over; delete it or choose another --output"
+    assert (tmp_path / ".lock").exists()
+
+
 @pytest.mark.parametrize("name", ["out", "out.unfinished"])
 def test_a_folder_that_is_not_its_own_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
