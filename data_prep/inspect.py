@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from anchor.data.records import FIRST_NEGATIVE, POSITIVE, QUERY
 from anchor.data.shards import Pack, ShardReader
+from anchor.errors import DataError
 from data_prep.histogram import bars, bins, draw
 from data_prep.tables import print_table
 from data_prep.verifying import batches_of, verify
@@ -39,8 +40,11 @@ def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool, png: Pa
         png: new file for the histogram of lengths as a picture.
 
     Raises:
+        DataError: the picture's file exists.
         ShardError: unfinished or altered folder, or a broken promise, by file and batch.
     """
+    if png is not None and png.exists():
+        raise DataError(f"--png {png}: already exists and is not written over; delete it or choose another name")
     reader = ShardReader(folder)
     report = summarise(reader)
     if verify_all:

@@ -313,6 +313,21 @@ def test_the_picture_is_a_png_with_ink_and_other_files_are_refused(
         assert last.startswith(f"error: --png {tmp_path / name}: cannot be written: {expected}")
 
 
+def test_a_picture_is_not_written_over_another_file(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious.png").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(shards), "--png", str(tmp_path / "precious.png")])
+    assert stop.value.code == 2
+    assert capsys.readouterr() == (
+        "",
+        f"error: --png {tmp_path}/precious.png: already exists and is not written over; delete it or choose another "
+        "name\n",
+    )
+    assert (tmp_path / "precious.png").read_text() == "mine"
+
+
 def test_json_is_one_object(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", str(shards), "--json", "--show", "2"])
     report = json.loads(capsys.readouterr().out)
