@@ -28,6 +28,7 @@ from anchor.errors import ConfigError, DataError
 from anchor.progress import tracked
 from data_prep.docstrings import Docstring, docstrings_of
 from data_prep.retrieval_task import write_jsonl, write_retrieval_task
+from data_prep.spool import read_json
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,10 @@ def find_packages(names: Sequence[str] | None) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for name in names if names is not None else DEFAULT_PACKAGES:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        try:
+            spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        except ValueError:  # a module of this process that is no package, such as __main__
+            spec = None
         folders = list(spec.submodule_search_locations or ()) if spec is not None else []
         if folders:
             found[name] = Path(folders[0])
@@ -250,8 +254,8 @@ def _version(package: str) -> str | None:
 
 def _finished(output: Path, about: dict[str, Any]) -> dict[str, Any]:
     mark = output / _MARK
-    before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else None
-    if before is None or {key: before.get(key) for key in about} != about:
+    before = read_json(mark) if mark.is_file() else None
+    if not isinstance(before, dict) or {key: before.get(key) for key in about} != about:
         raise DataError(f"{output}: already exists and is not the result of this command; choose another --output")
     missing = [name for name in _FILES if not (output / name).is_file()]
     if missing:

@@ -187,6 +187,25 @@ def test_a_folder_that_lost_a_file_is_not_called_complete(package: str, tmp_path
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            '{"seed"',
+            "docs.json: not readable (Expecting ':' delimiter: line 1 column 8 (char 7)); delete {out} and run again",
+        ),
+        ("[]", ": already exists and is not the result of this command; choose another --output"),
+    ],
+)
+def test_a_damaged_report_is_one_line(package: str, tmp_path: Path, content: str, expected: str) -> None:
+    output = tmp_path / "out"
+    run(package, output)
+    (output / "docs.json").write_text(content)
+    with pytest.raises(DataError) as caught:
+        run(package, output)
+    assert str(caught.value).removeprefix(str(output)).removeprefix("/") == expected.replace("{out}", str(output))
+
+
 def test_wrong_arguments_are_refused(package: str, tmp_path: Path) -> None:
     cases: list[tuple[type[Exception], dict[str, Any], str]] = [
         (
@@ -211,7 +230,7 @@ def test_wrong_arguments_are_refused(package: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_an_error_only_when_it_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("no_such_package_here", "not-a-name", "sys"):
+    for name in ("no_such_package_here", "not-a-name", "sys", "__main__"):
         with pytest.raises(DataError) as caught:
             find_packages([name])
         assert str(caught.value) == (
