@@ -15,6 +15,7 @@ the vectors of an embedder are on disk.
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,8 @@ def mine(
             f"--negatives is {window.negatives}, --ranks {window.first_rank}-{window.last_rank}; give at least one "
             "negative and as many ranks, from 1"
         )
+    if window.margin is not None and not math.isfinite(window.margin):
+        raise ConfigError(f"--margin is {window.margin:g}; give a finite number")
     if window.relative_margin is not None and not 0.0 <= window.relative_margin <= 1.0:
         raise ConfigError(f"--relative-margin is {window.relative_margin:g}; give a share from 0 to 1")
     files = e5_files(pairs, "PAIRS")

@@ -179,6 +179,11 @@ def test_wrong_margins_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         mine(file, tmp_path / "out", Window(1, 1, 5, 0, None, 1.5), as_json=True)
     assert str(caught.value) == "--relative-margin is 1.5; give a share from 0 to 1"
+    # No score is above "nan", so that every document had a rank.
+    for margin in (math.nan, -math.inf):
+        with pytest.raises(ConfigError) as caught:
+            mine(file, tmp_path / "out", Window(1, 1, 5, 0, margin), as_json=True)
+        assert str(caught.value) == f"--margin is {margin:g}; give a finite number"
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
