@@ -222,11 +222,34 @@ def _parquet_rows(file: Path, meter: Meter) -> Iterator[Row]:
     number = 0
     try:
         table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise DataError(f"{file}: two columns are called '{twice[0]}'; rename one")
         size, rows = file.stat().st_size, max(table.metadata.num_rows, 1)
         meter.begin(lambda: size * number // rows)
         for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+            for value in _values(batch):
                 yield Row(Place(str(file), number, "row"), value)
                 number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, OverflowError, ValueError) as error:
         raise DataError(f"{file}: not a readable Parquet file: {error}") from error
+
+
+def _values(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows; in a batch with a time that Python has no number for, all times are numbers, as they are stored."""
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError):
+        # Times are no texts: no layout reads them, but they belong to a row that is put aside.
+        return batch.cast(pa.schema([field.with_type(_timeless(field.type)) for field in batch.schema])).to_pylist()
+
+
+def _timeless(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_temporal(kind):
+        return pa.int32() if kind.bit_width == 32 else pa.int64()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_timeless(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_timeless(kind.value_type)))
+    return kind

@@ -151,6 +151,34 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str
     assert str(caught.value) == expected.format(f=file)
 
 
+def test_a_time_that_python_does_not_know_is_its_number(tmp_path: Path) -> None:
+    """A column that no recipe names, with the year 148,000 in it, ended packing with a traceback."""
+    file, far = tmp_path / "a.parquet", 2**62
+    time, day = pa.array([far, None]).cast(pa.timestamp("us")), pa.array([2**30, 1], pa.int32()).cast(pa.date32())
+    table = pa.table(
+        {
+            "query": ["Was?", "Wo?"],
+            "time": time,
+            "day": day,
+            "struct": pa.StructArray.from_arrays([time], ["time"]),
+            "list": pa.ListArray.from_arrays([0, 1, 2], time),
+        }
+    )
+    pq.write_table(table, file)
+    assert [row.value for row in read_rows(file)] == [
+        {"query": "Was?", "time": far, "day": 2**30, "struct": {"time": far}, "list": [far]},
+        {"query": "Wo?", "time": None, "day": 1, "struct": {"time": None}, "list": [None]},
+    ]
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table([["q"], ["p"], ["r"]], names=["query", "positive", "query"]), file)
+    with pytest.raises(DataError) as caught:
+        list(read_rows(file))
+    assert str(caught.value) == f"{file}: two columns are called 'query'; rename one"
+
+
 @pytest.mark.parametrize("kind", ["", ".gz", ".zst"])
 def test_what_is_written_is_read_and_equal_contents_give_equal_bytes(tmp_path: Path, kind: str) -> None:
     files = [tmp_path / folder / f"x.jsonl{kind}" for folder in "ab"]
