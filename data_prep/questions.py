@@ -83,13 +83,13 @@ def read_questions(files: Sequence[Path], column: str) -> tuple[list[Question], 
     for path in files:
         for file in input_files(path, TABLE_SUFFIXES, "--questions"):
             for row in read_rows(file):
-                given = row.value.get("id") if isinstance(row.value, dict) else None
-                key = number if given is None else given
+                key: Any = number
                 try:
                     if row.problem is not None:
                         raise DataError(f"{row.place}: {row.problem}")
                     if not isinstance(row.value, dict):
                         raise DataError(f"{row.place}: expected a JSON object, got {type(row.value).__name__}")
+                    key = _id(row.value, number, str(row.place))
                     text = text_field(row.value, column, str(row.place))
                     questions.append(Question(number, key, text.strip()))
                 except DataError as error:
@@ -99,6 +99,24 @@ def read_questions(files: Sequence[Path], column: str) -> tuple[list[Question], 
         first = f": {rejects[0].reason}" if rejects else ""
         raise DataError(f"--questions: none of {number} rows can be used{first}; name the field with --column")
     return questions, rejects
+
+
+def _id(row: dict[str, Any], number: int, where: str) -> Any:
+    """The row's own id, else its number.
+
+    Raises:
+        DataError: JSON in UTF-8 cannot hold it.
+    """
+    given = row.get("id")
+    if given is None:
+        return number
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: field 'id' has half a surrogate pair") from error
+    except TypeError as error:
+        raise DataError(f"{where}: field 'id' is {type(given).__name__}, expected text or a number") from error
+    return given
 
 
 def plan_prompts(

@@ -294,7 +294,9 @@ def _finish(options: Options, settings: dict[str, Any], prompts: Prompts, journa
 
 def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     beside = file.with_name(file.name + ".tmp")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # A reason may name a field with half a surrogate pair, which has no bytes; its JSON escape has.
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(beside, file)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import WORDS, write_jsonl
 from transformers import AutoTokenizer
@@ -194,6 +196,25 @@ def test_rows_that_cannot_be_used_are_put_aside_with_their_reason(model: Path, t
         {"row": 5, "id": 5, "reason": f"{file}:6: expected a JSON object, got str"},
         {"row": 6, "id": 6, "reason": "the prompt has more than 60 tokens"},
     ]
+
+
+def test_a_row_whose_id_cannot_be_written_is_put_aside_before_anything_is_answered(model: Path, tmp_path: Path) -> None:
+    """Such ids ended the run with a traceback after its first batch had been answered."""
+    asked = {"question": "what is a river?"}
+    ids = ["x\ud800", ["a"], 7, 0.5, "q\u00e9", None]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*(asked | {"id": one} for one in ids), {"\ud800": 1}]))
+    report = respond(options(model, file, tmp_path / "out"), as_json=True)
+    assert (report["answered"], report["unusable_questions"]) == (5, 2)
+    assert [row["id"] for row in read(tmp_path / "out", "answers")] == [["a"], 7, 0.5, "q\u00e9", 5]
+    assert read(tmp_path / "out", "rejects") == [
+        {"row": 0, "id": 0, "reason": f"{file}:1: field 'id' has half a surrogate pair"},
+        {"row": 6, "id": 6, "reason": f"{file}:7: no field 'question'; known are \ud800"},
+    ]
+    table = tmp_path / "q.parquet"
+    pq.write_table(pa.table({"question": ["what?"], "id": pa.array([1]).cast(pa.timestamp("s"))}), table)
+    with pytest.raises(AnchorError, match=r"row 0: field 'id' is datetime, expected text or a number; name the field"):
+        read_questions([table], "question")
 
 
 def test_empty_answers_are_counted_and_left_out(model: Path, questions: Path, tmp_path: Path) -> None:
