@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from anchor import log
 from anchor.errors import exit_on_user_error
-from data_prep.options import make_parser
+from data_prep.options import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run one command; a user's error is one line and exit code 2."""
-    args = make_parser().parse_args(arguments)
+    args = parse(arguments)
     log.setup()
     with exit_on_user_error():
         # Imported here, so that --help and a wrong option answer at once.

@@ -1,7 +1,7 @@
 """What the command line of data preparation takes, command by command."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,18 @@ class _Command(NamedTuple):
     description: str
     example: str
     options: Callable[[argparse.ArgumentParser], None]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; overrides of a recipe may stand before and behind options."""
+    parser = make_parser()
+    # `parse_intermixed_args` does not know commands.
+    found, others = parser.parse_known_args(arguments)
+    if "overrides" in found and not any(other.startswith("-") for other in others):
+        found.overrides += others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return found
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,15 +103,24 @@ def _mine(parser: argparse.ArgumentParser) -> None:
 
 
 def _respond(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "python -m data_prep respond MODEL --questions FILE --output DIR [options]"  # argparse's has 8 lines
     parser.add_argument("model", metavar="MODEL", help="model folder, hub name or .gguf file")
     parser.add_argument("--questions", type=Path, nargs="+", required=True, metavar="FILE", help="files or folders")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for answers/ and rejects/")
     parser.add_argument("--column", default="question", metavar="NAME", help="field of the question (%(default)s)")
     parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N", help="only part I (from 0) of N")
-    parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto", help="(%(default)s)")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        metavar="NAME",
+        help="vllm, transformers or auto (%(default)s)",
+    )
     parser.add_argument("--batch-tokens", type=positive, metavar="N", help="of a batch, prompts and answers")
-    parser.add_argument("--max-new-tokens", type=positive, default=500, metavar="N", help="(%(default)s)")
-    parser.add_argument("--max-input-tokens", type=positive, default=1024, metavar="N", help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, default=500, metavar="N", help="of an answer (%(default)s)")
+    parser.add_argument(
+        "--max-input-tokens", type=positive, default=1024, metavar="N", help="of a prompt (%(default)s)"
+    )
     parser.add_argument("--seed", type=count, default=0, help="of the sampling (%(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the model (%(default)s)")
     parser.add_argument("--device", default="cpu", help="of the engine transformers (%(default)s)")

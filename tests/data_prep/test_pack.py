@@ -5,6 +5,7 @@ recipes give equal bytes, for any number of worker processes.
 import gzip
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from anchor.data.tokenization import tokenizer_fingerprint
 from anchor.errors import ConfigError, DataError
 from data_prep.__main__ import main
 from data_prep.e5 import E5_TRAITS
+from data_prep.options import parse
 from data_prep.pack import pack
 
 
@@ -255,13 +257,36 @@ def test_the_command_line_packs_with_overrides_and_exits_2_on_a_users_error(
     assert capsys.readouterr() == ("", f"error: {recipe}: unknown key batch.pears; did you mean 'pairs'?\n")
 
 
+@pytest.mark.parametrize("command", ["pack", "merge"])
+def test_overrides_may_stand_anywhere(command: str) -> None:
+    """Behind an option they were "unrecognized arguments"."""
+    for arguments in (
+        ["R", "a.b=1", "c=2", "--workers", "3"],
+        ["R", "a.b=1", "--workers", "3", "c=2"],
+        ["R", "--workers", "3", "a.b=1", "c=2"],
+        ["--workers", "3", "R", "a.b=1", "c=2"],
+    ):
+        found = parse([command, *arguments])
+        assert (found.recipe, found.overrides, found.workers) == ("R", ["a.b=1", "c=2"], 3)
+
+
+COMMANDS = ("pack", "merge", "inspect", "docs", "decontaminate", "mine", "respond", "teach")
+
+
+def test_every_command_is_known_here(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert tuple(re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)) == COMMANDS
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], *([name, "--help"] for name in ("pack", "merge", "inspect", "docs", "decontaminate", "mine"))],
+    [["--help"], *([name, "--help"] for name in COMMANDS)],
 )
 def test_every_help_fits_a_screen_and_shows_an_example(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     lines = capsys.readouterr().out.splitlines()
@@ -280,6 +305,8 @@ def test_every_help_fits_a_screen_and_shows_an_example(
         ["pack", "x", "--part", "4/4"],
         ["pack", "x", "--part", "1"],
         ["merge"],
+        ["pack", "x", "--worker", "1", "--parts", "0/2"],
+        ["inspect", "x", "--verify", "y"],
     ],
 )
 def test_a_wrong_command_line_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
