@@ -3,11 +3,13 @@
 1. The texts are cut into blocks of ``shard_texts``, in order; rank r of W embeds blocks r, r + W, ... The blocks do
    not depend on W, so a run may be continued on another number of ranks.
 2. Each finished block is a part, written beside and renamed. A run that was killed goes on behind its last part.
-3. Rank 0 merges the parts into one file with ids and norms, and writes the manifest last.
+3. Rank 0 merges the parts into one file with ids and norms, beside them, and moves it into the folder, the manifest
+   last. Vectors that are overwritten stay until then.
 """
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,14 +26,15 @@ from anchor import dist
 from anchor.errors import ConfigError, DataError
 from eval.encoder import NotFiniteError, TextEncoder, unit
 from eval.ranks import rank_and_size
-from eval.texts import Block, Source, read_blocks
+from eval.texts import Block, Source, check_source, read_blocks
 from eval.vectors import DTYPES, MANIFEST, Part, read_part, write_folder, write_json, write_part
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 30.0
-_PARTS, _JOB = ".parts", "job.json"
-_OURS = ("embeddings.npy", "norms.npy", "ids.txt", "embeddings.parquet", "embeddings.safetensors", MANIFEST)
+_PARTS, _JOB, _MERGED = ".parts", "job.json", "merged"
+# The manifest first: without it what is left of the others is an unfinished folder.
+_OURS = (MANIFEST, "embeddings.npy", "norms.npy", "ids.txt", "embeddings.parquet", "embeddings.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,9 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
     rank, world_size = rank_and_size()
     if source.path is None and world_size > 1:
         raise ConfigError(f"standard input: cannot be shared by {world_size} ranks; give a file")
+    check_source(source)
+    if source.path is not None and source.path.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"{source.path}: the input lies inside --output {output}; choose another --output")
     parts = output / _PARTS
     if rank == 0:
         _claim(output, job, overwrite)
@@ -134,8 +140,6 @@ def _claim(output: Path, job: dict[str, Any], overwrite: bool) -> None:
         if overwrite:
             if not _is_job(parts / _JOB, job):
                 shutil.rmtree(parts, ignore_errors=True)
-            for name in _OURS:
-                (output / name).unlink(missing_ok=True)
         elif (output / MANIFEST).is_file():
             raise ConfigError(f"{output}: holds finished embeddings; choose another --output or add --overwrite")
         elif not (parts / _JOB).is_file():
@@ -219,7 +223,14 @@ def _merge(source: Source, output: Path, keys: list[str], job: dict[str, Any]) -
 
     num_texts = sum(len(part.ids) for part in in_order())
     manifest = {**job, "texts": num_texts, "ranks": rank_and_size()[1], "parts": len(keys)}
-    write_folder(output, in_order(), manifest)
+    merged = parts / _MERGED
+    merged.mkdir(exist_ok=True)
+    write_folder(merged, in_order(), manifest)
+    for name in _OURS:
+        (output / name).unlink(missing_ok=True)
+    for name in reversed(_OURS):
+        if (merged / name).is_file():
+            os.replace(merged / name, output / name)
     shutil.rmtree(parts)
     log.info("%d texts of %s in %s", num_texts, source.name, output)
 

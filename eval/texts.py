@@ -133,18 +133,30 @@ def _parsed(where: str, line: str) -> Any:
         raise DataError(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
 
 
-def _rows(source: Source) -> Iterator[tuple[str, str]]:
-    path, kind = source.path, source.kind
+def check_source(source: Source) -> str:
+    """What kind of file a source is, one of :data:`FORMATS`, before anything is read.
+
+    Raises:
+        ConfigError: missing file or another kind of file.
+    """
+    path = source.path
     if path is None:
-        if kind == "parquet":
+        if source.kind == "parquet":
             raise ConfigError("standard input: Parquet cannot be read from a pipe; give a file")
-        yield from _line_rows(source, sys.stdin.buffer, kind or "txt")
-        return
+        return source.kind or "txt"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected .jsonl, .parquet or .txt, or - for standard input")
-    kind = kind or path.suffix.removeprefix(".")
+    kind = source.kind or path.suffix.removeprefix(".")
     if kind not in FORMATS:
         raise ConfigError(f"{path}: expected a file ending in .jsonl, .parquet or .txt; else add --format")
+    return kind
+
+
+def _rows(source: Source) -> Iterator[tuple[str, str]]:
+    path, kind = source.path, check_source(source)
+    if path is None:
+        yield from _line_rows(source, sys.stdin.buffer, kind)
+        return
     if kind == "parquet":
         yield from _parquet_rows(source, path)
         return

@@ -2,6 +2,7 @@
 are the same in every format; nothing is overwritten unasked; bad input is one line."""
 
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -129,8 +130,9 @@ def test_finished_folders_and_others_files_are_kept_unless_asked(encoder, source
 
 
 def test_a_manifest_that_is_half_written_or_lacks_a_field_is_named(encoder, source, tmp_path):
-    embed(encoder, source, tmp_path, Options(), overwrite=True)
-    file = tmp_path / "manifest.json"
+    out = tmp_path / "out"
+    embed(encoder, source, out, Options())
+    file = out / "manifest.json"
     whole = file.read_text()
     for content, message in (
         (whole[: len(whole) // 2], "half-written or damaged"),
@@ -139,7 +141,7 @@ def test_a_manifest_that_is_half_written_or_lacks_a_field_is_named(encoder, sour
     ):
         file.write_text(content)
         with pytest.raises(DataError) as error:
-            read_folder(tmp_path)
+            read_folder(out)
         assert str(error.value) == f"{file}: {message}; run `python -m eval embed` again"
 
 
@@ -174,12 +176,11 @@ def test_overwriting_killed_and_repeated_embeds_nothing_twice(encoder, source, t
         return real(self, texts, prompt)
 
     out, options, limit = tmp_path / "out", Options(shard_texts=10), 20
-    embed(encoder, source, out, Options())
+    embed(encoder, source, out, Options(dimension=8))
     monkeypatch.setattr(Encoder, "states", counted)
     with pytest.raises(Killed):
         embed(encoder, source, out, options, overwrite=True)
-    with pytest.raises(DataError, match=r"no manifest\.json"):
-        read_folder(out)
+    assert read_folder(out).embeddings.shape == (50, 8)  # the old ones, until there are others
     limit = 40
     with pytest.raises(Killed):
         embed(encoder, source, out, options, overwrite=True)
@@ -193,6 +194,50 @@ def test_overwriting_killed_and_repeated_embeds_nothing_twice(encoder, source, t
     monkeypatch.undo()
     embed(encoder, source, tmp_path / "whole", options)
     np.testing.assert_array_equal(read_folder(out).embeddings, read_folder(tmp_path / "whole").embeddings)
+
+
+def test_overwriting_keeps_the_old_vectors_until_there_are_new_ones(encoder, source, tmp_path):
+    """They were deleted before the input was looked at, so that a slip of the pen in its name cost them all."""
+    out = tmp_path / "out"
+    embed(encoder, source, out, Options(format="parquet"))
+    broken = write_jsonl(tmp_path / "broken.jsonl", [{"id": "a", "text": "x"}, {"id": "b"}])
+    missing = tmp_path / "typo.jsonl"
+    (tmp_path / "link.parquet").symlink_to(out / "embeddings.parquet")
+    for path, message in (
+        (missing, f"{missing}: no such file; expected .jsonl, .parquet or .txt, or - for standard input"),
+        (out / "embeddings.parquet", f"{out}/embeddings.parquet: the input lies inside --output {out}; "),
+        (tmp_path / "link.parquet", f"{tmp_path}/link.parquet: the input lies inside --output {out}; "),
+        (broken, f"{broken}:2: no field 'text' with a text"),
+    ):
+        with pytest.raises((ConfigError, DataError)) as error:
+            embed(encoder, Source(path), out, Options(), overwrite=True)
+        assert str(error.value).startswith(message)
+        assert read_folder(out).ids == [row["id"] for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "manifest.json"])
+def test_killed_while_the_new_vectors_replace_the_old_the_run_goes_on_and_embeds_nothing(
+    encoder, source, tmp_path, monkeypatch, name
+):
+    out, options, real = tmp_path / "out", Options(shard_texts=10), os.replace
+
+    def killed(path, target):
+        if str(target) == str(out / name):
+            raise Killed
+        real(path, target)
+
+    embed(encoder, source, tmp_path / "whole", options)
+    embed(encoder, source, out, Options(dimension=8, format="parquet"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        embed(encoder, source, out, options, overwrite=True)
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        read_folder(out)
+    monkeypatch.setattr(Encoder, "states", lambda *_: pytest.fail("embedded again"))
+    embed(encoder, source, out, options)
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["embeddings.npy", "ids.txt", "manifest.json", "norms.npy"]
+    assert (out / "embeddings.npy").read_bytes() == (tmp_path / "whole/embeddings.npy").read_bytes()
 
 
 def test_raw_states_are_stored_as_they_are(encoder, source, tmp_path):
