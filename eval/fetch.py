@@ -2,7 +2,8 @@
 
 Every hub repository goes to ``DIR/<hub path>`` at the revision that mteb names; ``DIR/checksums.json`` gets the
 SHA-256 of every file. ``--source`` copies from another offline copy instead of the hub. A repository whose files are
-all there and right is not fetched again.
+all there and right, of that revision, is not fetched again. One is written beside and renamed; a folder with files that
+the checksums do not list is not replaced.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from mteb.abstasks.abstask import AbsTask
 
-from anchor.errors import DataError, first_line
+from anchor.errors import ConfigError, DataError, first_line
 from eval.tasks import hub_datasets
 from eval.vectors import write_json
 
@@ -38,23 +39,31 @@ def fetch(tasks: Sequence[AbsTask], data_root: Path, source: Path | None = None)
         Hub paths fetched now.
 
     Raises:
+        ConfigError: ``source`` is ``data_root``.
         DataError: something could not be fetched, all of it named; the rest is there.
     """
+    if source is not None and source.resolve() == data_root.resolve():
+        raise ConfigError(f"--source {source}: is --data-root itself; name another copy, or leave it out")
     wanted = {path: revision for task in tasks for path, revision in hub_datasets(task)}
     sums = read_checksums(data_root)
     fetched, failed = [], []
     for path, revision in wanted.items():
-        if path in sums and not _wrong_files(data_root, path, sums[path]["files"]):
+        known = sums.get(path, {"revision": None, "files": {}})
+        if path in sums and known["revision"] == revision and not _wrong_files(data_root, path, known["files"]):
             continue
+        folder, beside = data_root / path, data_root / f"{path}.unfinished"
         try:
-            _copy(path, revision, data_root, source)
+            _refuse_foreign(path, folder, known["files"])
+            _from_hub(path, revision, beside) if source is None else _from_copy(path, revision, beside, source)
         except DataError as error:
             failed.append(str(error))
             continue
-        folder = data_root / path
-        files = {str(file.relative_to(folder)): _sha256(file) for file in _files(folder)}
+        files = {str(file.relative_to(beside)): _sha256(file) for file in _files(beside)}
         sums[path] = {"revision": revision, "files": files}
-        write_json(data_root / CHECKSUMS, sums)  # after each: an interrupted run keeps what it has
+        shutil.rmtree(folder, ignore_errors=True)
+        # After each: an interrupted run keeps what it has. Before the folder is there, so that none is unlisted.
+        write_json(data_root / CHECKSUMS, sums)
+        os.replace(beside, folder)
         fetched.append(path)
         log.info("%s: %d files", folder, len(files))
     if failed:
@@ -92,20 +101,35 @@ def read_checksums(data_root: Path) -> dict[str, Any]:
         raise DataError(f"{file}: not readable ({error}); delete it and fetch again") from error
 
 
-def _copy(path: str, revision: str | None, data_root: Path, source: Path | None) -> None:
-    if source is not None:
-        if not (source / path).is_dir():
-            raise DataError(f"{path} (not in {source})")
-        shutil.copytree(source / path, data_root / path, dirs_exist_ok=True)
-        return
-    beside = data_root / f"{path}.unfinished"
+def _refuse_foreign(path: str, folder: Path, known: dict[str, str]) -> None:
+    """Refuse to replace files that no fetch has written."""
+    foreign = [file for file in _files(folder) if str(file.relative_to(folder)) not in known]
+    if foreign:
+        raise DataError(f"{path} ({foreign[0]} is there and not listed in {CHECKSUMS}; move it away)")
+
+
+def _from_copy(path: str, revision: str | None, beside: Path, source: Path) -> None:
+    if not (source / path).is_dir():
+        raise DataError(f"{path} (not in {source})")
+    about = read_checksums(source).get(path)
+    if about is not None and about["revision"] != revision:
+        raise DataError(f"{path} ({source} has revision {about['revision']}, wanted is {revision})")
+    if about is not None and (wrong := _wrong_files(source, path, about["files"])):
+        raise DataError(f"{path} ({wrong[0]} is missing or altered)")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        shutil.copytree(source / path, beside)
+    except shutil.Error as error:
+        name, _, why = error.args[0][0]
+        raise DataError(f"{path} ({name}: {why})") from error
+
+
+def _from_hub(path: str, revision: str | None, beside: Path) -> None:
     try:
         snapshot_download(path, repo_type="dataset", revision=revision, local_dir=beside)
     except OSError as error:  # root of the hub client's own errors: no network, no such repository, no access
         raise DataError(f"{path} ({first_line(error)})") from error
     shutil.rmtree(beside / ".cache", ignore_errors=True)  # the hub client's own notes
-    shutil.rmtree(data_root / path, ignore_errors=True)
-    os.replace(beside, data_root / path)
 
 
 def _wrong_files(data_root: Path, path: str, files: dict[str, str]) -> list[str]:

@@ -2,13 +2,15 @@
 paper's passages and scores from a local folder."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import mteb
 import pytest
 from conftest import write_jsonl
 
-from anchor.errors import DataError
+from anchor.errors import ConfigError, DataError
 from eval.advbench import AdvBenchIR, passages
 from eval.benchmark import run_tasks
 from eval.encoder import Encoder
@@ -50,6 +52,72 @@ def test_what_cannot_be_fetched_is_named_and_the_rest_is_there(advbench_root, tm
     assert "1 of 3 repositories are missing: mteb/scifact (not in" in str(error.value)
     assert verify(out) == 2
     assert with_data([AdvBenchIR()], out)[1] == []
+
+
+def test_a_copy_killed_halfway_leaves_no_task_and_is_made_again(advbench_root, tmp_path, monkeypatch):
+    """A file cut short lay in its place, and was scored as if it were whole."""
+    out, real = tmp_path / "copy", shutil.copy2
+    write_jsonl(advbench_root / "McGill-NLP/AdvBench-IR/b.jsonl", [{"ID": 9}])
+
+    def killed(source, target, **_):
+        real(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.copytree", partial(shutil.copytree, copy_function=killed))
+        fetch([AdvBenchIR()], out, advbench_root)
+    assert len(with_data([AdvBenchIR()], out)[1]) == 1
+    assert len(list(out.rglob("*.jsonl"))) == 1
+    assert len(fetch([AdvBenchIR()], out, advbench_root)) == 2
+    assert verify(out) == len(list(out.rglob("*.jsonl"))) == 3
+
+
+def test_another_revision_is_fetched_again(advbench_root, tmp_path, monkeypatch):
+    out, other = tmp_path / "copy", tmp_path / "other"
+    for place in (out, other):
+        fetch([AdvBenchIR()], place, advbench_root)
+    names = AdvBenchIR.hub_paths
+    monkeypatch.setattr("eval.fetch.hub_datasets", lambda _: [(names[0], "abc"), (names[1], None)])
+    with pytest.raises(DataError) as error:
+        fetch([AdvBenchIR()], out, other)
+    why = f"{names[0]} ({other} has revision None, wanted is abc)"
+    assert str(error.value) == f"{out}: 1 of 2 repositories are missing: {why}"
+    write_jsonl(advbench_root / names[0] / "train.jsonl", [{"ID": 7}])
+    assert fetch([AdvBenchIR()], out, advbench_root) == [names[0]]
+    assert (out / names[0] / "train.jsonl").read_text() == '{"ID": 7}\n'
+    assert json.loads((out / "checksums.json").read_text())[names[0]]["revision"] == "abc"
+    assert fetch([AdvBenchIR()], out, advbench_root) == []
+
+
+def test_files_that_no_fetch_wrote_are_not_replaced(advbench_root, tmp_path):
+    out, name = tmp_path / "copy", AdvBenchIR.hub_paths[0]
+    mine = write_jsonl(out / name / "mine.jsonl", [{"a": 1}])
+    for _ in range(2):
+        with pytest.raises(DataError) as error:
+            fetch([AdvBenchIR()], out, advbench_root)
+        why = f"{name} ({mine} is there and not listed in checksums.json; move it away)"
+        assert str(error.value) == f"{out}: 1 of 2 repositories are missing: {why}"
+        assert mine.read_text() == '{"a": 1}\n'
+    mine.unlink()
+    assert fetch([AdvBenchIR()], out, advbench_root) == [name]
+
+
+def test_a_source_that_is_damaged_or_the_copy_itself_is_one_line(advbench_root, tmp_path):
+    out, name = tmp_path / "copy", AdvBenchIR.hub_paths[0]
+    fetch([AdvBenchIR()], out, advbench_root)
+    (out / name / "train.jsonl").write_text("")
+    with pytest.raises(ConfigError) as error:
+        fetch([AdvBenchIR()], out, out)
+    assert str(error.value) == f"--source {out}: is --data-root itself; name another copy, or leave it out"
+    with pytest.raises(DataError) as error:
+        fetch([AdvBenchIR()], tmp_path / "third", out)
+    why = f"{name} ({out / name / 'train.jsonl'} is missing or altered)"
+    assert str(error.value) == f"{tmp_path / 'third'}: 1 of 2 repositories are missing: {why}"
+    dangling = advbench_root / name / "gone.jsonl"
+    dangling.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError) as error:
+        fetch([AdvBenchIR()], out, advbench_root)
+    assert f"repositories are missing: {name} ({dangling}: [Errno 2] No such file" in str(error.value)
 
 
 def test_without_a_network_the_hub_is_one_line(tmp_path, monkeypatch):
