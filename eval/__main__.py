@@ -212,19 +212,17 @@ def _labelled(items: Iterable[str]) -> list[tuple[str, Path]]:
 
 
 def _show(benchmark: "Benchmark | None", labelled: list[tuple[str, Path]], *, published: bool) -> None:
-    from rich.console import Console
-
-    from eval.table import absent_line, benchmark_table, score_table, summarise, task_results
+    from eval.table import absent_line, benchmark_table, print_table, score_table, summarise, task_results
 
     if benchmark is None:
-        Console().print(score_table(labelled))
+        print_table(score_table(labelled))
         return
     summaries = {label: summarise(benchmark, task_results(folder)) for label, folder in labelled}
-    Console().print(benchmark_table(benchmark, summaries, compare_published=published))
+    print_table(benchmark_table(benchmark, summaries, compare_published=published))
     for label, summary in summaries.items():
         line = absent_line(label, summary)
         if line is not None:
-            Console(stderr=True).print(line)
+            sys.stderr.write(f"{line}\n")
 
 
 def main(argv: list[str] | None = None) -> None:

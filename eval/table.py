@@ -4,6 +4,7 @@ No task is silently missing: a category or an average that lacks a task is withh
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import yaml
 from mteb.benchmarks.benchmark import Benchmark, BenchmarkAggregation
 from mteb.results import ModelResult, TaskResult
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from anchor.errors import DataError, first_line
 
@@ -162,6 +165,21 @@ def absent_line(label: str, summary: Summary) -> str | None:
     if not summary.absent:
         return None
     return f"{label}: averages are withheld, {len(summary.absent)} tasks have no result: {', '.join(summary.absent)}"
+
+
+def print_table(table: Table) -> None:
+    """Write a table to stdout: drawn on a terminal, else plain columns as wide as they need to be."""
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+        return
+    columns = [[Text.from_markup(str(cell)).plain for cell in (c.header, *c.cells)] for c in table.columns]
+    widths = [max(map(len, cells)) for cells in columns]
+    if table.title is not None:
+        sys.stdout.write(f"{table.title}\n")
+    for row in zip(*columns, strict=True):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
 
 
 def _cell(summary: Summary, column: str) -> str:

@@ -8,7 +8,17 @@ import pytest
 from mteb.results import BenchmarkResults, ModelResult, TaskResult
 
 from anchor.errors import ConfigError, DataError
-from eval.table import absent_line, benchmark_table, main_scores, published, score_table, summarise, task_results
+from eval.__main__ import main
+from eval.table import (
+    absent_line,
+    benchmark_table,
+    main_scores,
+    print_table,
+    published,
+    score_table,
+    summarise,
+    task_results,
+)
 from eval.tasks import LITE_TASKS, find_benchmark
 
 
@@ -122,3 +132,22 @@ def test_folders_without_scores_are_refused_and_missing_tasks_say_so(tmp_path):
             with pytest.raises(DataError) as error:
                 read(tmp_path / "a")
             assert str(error.value) == f"{file}: not readable; delete it, the scores are in results/ too"
+
+
+def test_a_table_that_is_not_for_a_terminal_has_all_its_numbers(tmp_path, capsys):
+    """With twelve tasks, headers were cut to `Ar…` and scores to `10…`."""
+    tasks = {f"A task with a long name {i:02d}": (i + 50) / 100 for i in range(12)}
+    (tmp_path / "scores.json").write_text(json.dumps({"scores": tasks}))
+    main(["table", f"mine={tmp_path}"])
+    header, row = capsys.readouterr().out.splitlines()
+    width = len("A task with a long name 00")
+    assert header == "model  " + "  ".join(tasks)
+    assert row == "mine   " + "  ".join(f"{50 + i}.00".ljust(width) for i in range(12)).rstrip()
+    benchmark = find_benchmark("lite")
+    summary = summarise(benchmark, made_up_results(benchmark, leave_out=("BIOSSES",)))
+    print_table(benchmark_table(benchmark, {"mine": summary}))
+    title, header, row = capsys.readouterr().out.splitlines()
+    assert title == "lite"
+    assert header.split() == ["model", *summary.values]
+    assert "1 of 2" in row
+    assert "9 of 10" in row
