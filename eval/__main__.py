@@ -30,7 +30,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
     name = arguments.prompts or of_objective
     prompts = None if name == "folder" else load_prompts(name)
     output = arguments.output or arguments.model / "mteb"
-    labelled = [("this", output), *_labelled(item for item in arguments.compare if item != "published")]
+    labelled = _labelled([f"this={output}", *(item for item in arguments.compare if item != "published")])
     dist.init()
     try:
         encoder = RankedEncoder(
@@ -202,13 +202,15 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _labelled(items: Iterable[str]) -> list[tuple[str, Path]]:
-    labelled = []
+    labelled: dict[str, Path] = {}
     for item in items:
         label, equals, folder = item.partition("=")
         if not equals:
             raise ConfigError(f"expected LABEL=DIR, got '{item}'")
-        labelled.append((label, Path(folder)))
-    return labelled
+        if label in labelled:
+            raise ConfigError(f"'{item}': the label '{label}' is that of {labelled[label]} already; labels must differ")
+        labelled[label] = Path(folder)
+    return list(labelled.items())
 
 
 def _show(benchmark: "Benchmark | None", labelled: list[tuple[str, Path]], *, published: bool) -> None:

@@ -13,6 +13,7 @@ import yaml
 from mteb.benchmarks.benchmark import Benchmark, BenchmarkAggregation
 from mteb.results import ModelResult, TaskResult
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -49,9 +50,9 @@ def score_table(labelled: list[tuple[str, Path]]) -> Table:
     """
     rows = [(label, main_scores(folder)) for label, folder in labelled]
     tasks = sorted({task for _, scores in rows for task in scores})
-    table = Table("model", *tasks)
+    table = Table("model", *map(escape, tasks))
     for label, scores in rows:
-        table.add_row(label, *(f"{100 * scores[task]:.2f}" if task in scores else "not run" for task in tasks))
+        table.add_row(escape(label), *(f"{100 * scores[task]:.2f}" if task in scores else "not run" for task in tasks))
     return table
 
 
@@ -152,11 +153,11 @@ def benchmark_table(benchmark: Benchmark, summaries: dict[str, Summary], *, comp
     columns = list(next(iter(summaries.values())).values)
     table = Table("model", *columns, title=benchmark.name)
     for label, summary in summaries.items():
-        table.add_row(label, *(_cell(summary, column) for column in columns))
+        table.add_row(escape(label), *(_cell(summary, column) for column in columns))
     if compare_published:
         table.add_section()
         for label, row in published(benchmark.name).items():
-            table.add_row(label, *(f"{100 * row[column]:.2f}" if column in row else "" for column in columns))
+            table.add_row(escape(label), *(f"{100 * row[column]:.2f}" if column in row else "" for column in columns))
     return table
 
 

@@ -151,3 +151,21 @@ def test_a_table_that_is_not_for_a_terminal_has_all_its_numbers(tmp_path, capsys
     assert header.split() == ["model", *summary.values]
     assert "1 of 2" in row
     assert "9 of 10" in row
+
+
+def test_labels_are_shown_as_they_are_and_equal_ones_refused(tmp_path, capsys):
+    """`[v1]` was taken for a style; of two equal labels with --benchmark the last was shown alone."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(json.dumps({"scores": {"X [en]": 0.5}}))
+    main(["table", f"[v1]={tmp_path / 'a'}", f"[bold]x={tmp_path / 'b'}"])
+    assert capsys.readouterr().out == "model    X [en]\n[v1]     50.00\n[bold]x  50.00\n"
+    for command, label, first in (
+        (["table", f"x={tmp_path / 'a'}", f"x={tmp_path / 'b'}", "--benchmark", "lite"], "x", tmp_path / "a"),
+        (["mteb", "nowhere", "--tasks", "BIOSSES", "--compare", f"this={tmp_path / 'b'}"], "this", "nowhere/mteb"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        message = f"'{label}={tmp_path / 'b'}': the label '{label}' is that of {first} already; labels must differ"
+        assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
