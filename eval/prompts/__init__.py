@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from anchor.errors import ConfigError, did_you_mean, first_line
+from anchor.config.load import parse_yaml
+from anchor.errors import ConfigError, did_you_mean
 
 _FOLDER = Path(__file__).parent
 _KEYS = {"tasks", "same_as", "ours", "query", "document", "instruction_format"}
@@ -47,17 +46,20 @@ def load_prompts(name: str) -> PromptSet:
     """A file by its shipped name or its path.
 
     Raises:
-        ConfigError: no such file, another key, or a task given twice.
+        ConfigError: no such file, another key, a value of another kind, or a key or task given twice.
     """
     path = Path(name) if name.endswith(".yaml") else _FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"--prompts: no file '{name}'{did_you_mean(name, [*shipped_names(), 'folder'])}")
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not readable as YAML: {first_line(error)}") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(f"{path}: not UTF-8: byte {error.start + 1} is 0x{byte:02x}; save it as UTF-8") from error
+    content: Any = parse_yaml(text, str(path))
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict) or set(content) - _KEYS:
         raise ConfigError(f"{path}: expected the keys {', '.join(sorted(_KEYS))}; 'tasks' is required")
+    _check(content, path)
     tasks: dict[str, str] = {}
     for task, instruction in _pairs(content, path):
         if task in tasks:
@@ -65,6 +67,25 @@ def load_prompts(name: str) -> PromptSet:
         tasks[task] = instruction
     rest = (content.get(key) for key in ("query", "document", "instruction_format"))
     return PromptSet(path.stem, tasks, *rest)
+
+
+def _check(content: dict[str, Any], path: Path) -> None:
+    """Refuse values of another kind than the module says."""
+    for key in ("tasks", "ours", "same_as"):
+        of_key = content.get(key) or {}
+        if not isinstance(of_key, dict):
+            raise ConfigError(f"{path}: {key}: got {of_key!r}; expected a mapping")
+        for name, value in of_key.items():
+            expected = "the name of a task" if key == "same_as" else "a list of names of tasks"
+            names = [value] if key == "same_as" else value
+            if not isinstance(names, list) or not all(isinstance(one, str) for one in [name, *names]):
+                raise ConfigError(f"{path}: {key}.{name}: got {value!r}; expected {expected}")
+    for key in ("query", "document", "instruction_format"):
+        if not isinstance(content.get(key), str | None):
+            raise ConfigError(f"{path}: {key}: got {content[key]!r}; expected a text or null")
+    joined = content.get("instruction_format")
+    if joined is not None and not joined.endswith("{text}"):
+        raise ConfigError(f"{path}: instruction_format is {joined!r}; it must end in '{{text}}'")
 
 
 def _pairs(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str]]:

@@ -48,11 +48,20 @@ def test_the_published_lists_are_whole_and_documents_are_as_published():
             {"task": {}},
             "expected the keys document, instruction_format, ours, query, same_as, tasks; 'tasks' is required",
         ),
+        ({"tasks": {"do it": None}}, "tasks.do it: got None; expected a list of names of tasks"),
+        ({"tasks": {"do it": "A"}}, "tasks.do it: got 'A'; expected a list of names of tasks"),
+        ({"tasks": {}, "ours": {"do it": [1]}}, "ours.do it: got [1]; expected a list of names of tasks"),
+        ({"tasks": {}, "same_as": {"B": None}}, "same_as.B: got None; expected the name of a task"),
+        ({"tasks": {}, "ours": ["A"]}, "ours: got ['A']; expected a mapping"),
+        ({"tasks": {}, "query": 5}, "query: got 5; expected a text or null"),
+        ({"tasks": {}, "instruction_format": "abc"}, "instruction_format is 'abc'; it must end in '{text}'"),
+        (b"tasks:\n  do it: [A]\n  do it: [B]\n", "key 'do it' is given twice, in lines 2 and 3; keep one"),
+        ("tasks: {d\u00e9j\u00e0: [A]}".encode("cp1252"), "not UTF-8: byte 10 is 0xe9; save it as UTF-8"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, content, message):
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
     with pytest.raises(ConfigError) as error:
         load_prompts(str(path))
     assert str(error.value) == f"{path}: {message}"
