@@ -101,7 +101,7 @@ def read_folder(folder: Path) -> Stored:
         embeddings = np.asarray(flat.values).reshape(len(ids), manifest["dimension"])
         norms = table.column("norm").to_numpy()
     else:
-        ids = (folder / "ids.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        ids = (folder / "ids.txt").read_bytes().decode().split("\n")[:-1]  # as text, "\r" would end a line too
         if manifest["format"] == "npy":
             embeddings, norms = np.load(folder / "embeddings.npy", mmap_mode="r"), np.load(folder / "norms.npy")
         else:
@@ -214,7 +214,7 @@ def _write_safetensors(folder: Path, parts: Iterator[Part], manifest: dict[str, 
 def _fill(folder: Path, out: np.ndarray, parts: Iterator[Part]) -> np.ndarray:
     """Copy the parts into ``out`` and their ids into ``ids.txt``; returns the norms."""
     norms, start = np.empty(len(out), dtype=np.float32), 0
-    with (folder / "ids.txt").open("w", encoding="utf-8") as stream:
+    with (folder / "ids.txt").open("w", encoding="utf-8", newline="\n") as stream:
         for part in parts:
             rows = slice(start, start + len(part.ids))
             out[rows], norms[rows] = part.embeddings, part.norms

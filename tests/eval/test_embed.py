@@ -45,6 +45,15 @@ def test_every_format_gives_back_vectors_ids_and_norms(encoder, source, tmp_path
     assert not (out / ".parts").exists()
 
 
+@pytest.mark.parametrize("kind", ["npy", "parquet", "safetensors"])
+def test_ids_may_hold_all_that_is_no_line_end(encoder, tmp_path, kind):
+    """An id with a carriage return was read back as two, so that the vectors behind it had the names of others."""
+    ids = ["a\rb", "c\r", "d\x0be\x0cf", "g\x1ch\x85i", "j\u2028k\u2029l", "", " ", "\ufeffm"]
+    source = Source(write_jsonl(tmp_path / "texts.jsonl", [{"id": one, "text": "t"} for one in ids]))
+    embed(encoder, source, tmp_path / "out", Options(format=kind))
+    assert read_folder(tmp_path / "out").ids == ids
+
+
 def test_bfloat16_vectors_hardly_depend_on_packing(export_dir):
     wide, narrow = (Encoder(export_dir, dtype="bf16", pack_tokens=t).encode(TEXTS) for t in (8192, 50))
     assert (wide * narrow).sum(axis=1).min() > 0.9999
