@@ -41,7 +41,7 @@ def _embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="name of a prompt of the folder: query, document, ...")
     parser.add_argument("--format", choices=("jsonl", "parquet", "txt"), help="of the input (by its suffix)")
     parser.add_argument("--text-field", default="text", help="field or column of the text (text)")
-    parser.add_argument("--id-field", default="id", help="field or column of the id (id)")
+    parser.add_argument("--id-field", help="field or column of the id (id, or the text's number)")
     parser.add_argument("--output-format", choices=("npy", "parquet", "safetensors"), default="npy", help="(npy)")
     parser.add_argument("--output-dtype", choices=("fp32", "fp16"), default="fp32", help="of the stored vectors (fp32)")
     parser.add_argument("--dimension", type=positive, help="keep the first so many components (Matryoshka)")

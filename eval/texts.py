@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 from anchor.errors import ConfigError, DataError, did_you_mean
 
 FORMATS = ("jsonl", "parquet", "txt")
-_WITH = {str: " with a text", float: " with a number", object: ""}
+_ID = "id"
+_SHORT = 40
+_KINDS = {str: "a text", float: "a number"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,13 @@ class Source:
         path: a file, or None for standard input.
         kind: one of :data:`FORMATS`; by the file's suffix when None, ``txt`` for standard input.
         text: field or column of the text.
-        id: field or column of the id; a missing one is the number of the text, from 0.
+        id: field or column of the id. None: ``id`` where there is one, else the number of the text, from 0.
     """
 
     path: Path | None
     kind: str | None = None
     text: str = "text"
-    id: str = "id"
+    id: str | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +92,7 @@ def read_blocks(source: Source, num_texts: int) -> Iterator[Block]:
 
 
 def read_rows(path: Path, fields: Mapping[str, type], limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file.
+    """Rows of a JSON-lines file; blank lines are none.
 
     Args:
         path: exists.
@@ -102,14 +104,28 @@ def read_rows(path: Path, fields: Mapping[str, type], limit: int | None = None) 
     """
     rows = []
     with path.open("rb") as stream:
-        for where, line in _lines(str(path), islice(stream, limit)):
+        for where, line in islice(_written(_lines(str(path), stream)), limit):
             row = _parsed(where, line)
             for name, kind in fields.items():
-                known = row if isinstance(row, dict) else {}
-                if name not in known or not isinstance(known[name], (int, float) if kind is float else kind):
-                    raise DataError(f"{where}: no field '{name}'{_WITH[kind]}{did_you_mean(name, known)}")
+                _refuse_other(where, row, name, kind)
             rows.append(row)
     return rows
+
+
+def _refuse_other(where: str, row: object, name: str, kind: type) -> None:
+    """Refuse a row whose field ``name`` is missing or of another kind."""
+    known = row if isinstance(row, dict) else {}
+    if name not in known:
+        what = f" with {_KINDS[kind]}" if kind in _KINDS else ""
+        raise DataError(f"{where}: no field '{name}'{what}{did_you_mean(name, known)}")
+    if not isinstance(known[name], (int, float) if kind is float else kind):
+        got = "null" if known[name] is None else repr(known[name])
+        short = got if len(got) <= _SHORT else got[:_SHORT] + " …"
+        raise DataError(f"{where}: '{name}' is {short}; expected {_KINDS[kind]}")
+
+
+def _written(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    return (one for one in lines if one[1].strip())
 
 
 def _lines(name: str, stream: Iterable[bytes]) -> Iterator[tuple[str, str]]:
@@ -143,12 +159,18 @@ def check_source(source: Source) -> str:
     if path is None:
         if source.kind == "parquet":
             raise ConfigError("standard input: Parquet cannot be read from a pipe; give a file")
-        return source.kind or "txt"
+        return _with_fields(source, source.kind or "txt")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected .jsonl, .parquet or .txt, or - for standard input")
     kind = source.kind or path.suffix.removeprefix(".")
     if kind not in FORMATS:
         raise ConfigError(f"{path}: expected a file ending in .jsonl, .parquet or .txt; else add --format")
+    return _with_fields(source, kind)
+
+
+def _with_fields(source: Source, kind: str) -> str:
+    if kind == "txt" and (source.text != "text" or source.id is not None):
+        raise ConfigError(f"{source.name}: plain text has no fields; leave out --text-field and --id-field")
     return kind
 
 
@@ -165,20 +187,22 @@ def _rows(source: Source) -> Iterator[tuple[str, str]]:
 
 
 def _line_rows(source: Source, stream: Iterable[bytes], kind: str) -> Iterator[tuple[str, str]]:
-    for number, (where, line) in enumerate(_lines(source.name, stream)):
-        if kind == "txt":
-            yield str(number), line
-        else:
-            yield _checked(_parsed(where, line), number, where, source)
+    lines = _lines(source.name, stream)
+    if kind == "txt":
+        yield from ((str(number), line) for number, (_, line) in enumerate(lines))
+        return
+    for number, (where, line) in enumerate(_written(lines)):
+        yield _checked(_parsed(where, line), number, where, source)
 
 
 def _parquet_rows(source: Source, path: Path) -> Iterator[tuple[str, str]]:
     try:
         file = pq.ParquetFile(path)
         known = file.schema_arrow.names
-        if source.text not in known:
-            raise DataError(f"{path}: no column '{source.text}'{did_you_mean(source.text, known)}")
-        columns = [name for name in (source.text, source.id) if name in known]
+        for name in (source.text, source.id):
+            if name is not None and name not in known:
+                raise DataError(f"{path}: no column '{name}'{did_you_mean(name, known)}")
+        columns = [name for name in dict.fromkeys((source.text, source.id or _ID)) if name in known]
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in batch.to_pylist():
@@ -188,17 +212,18 @@ def _parquet_rows(source: Source, path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-def _checked(row: object, number: int, where: str, source: Source) -> tuple[str, str]:
-    if not isinstance(row, dict) or not isinstance(row.get(source.text), str):
-        known = row if isinstance(row, dict) else {}
-        raise DataError(f"{where}: no field '{source.text}' with a text{did_you_mean(source.text, known)}")
+def _checked(row: Any, number: int, where: str, source: Source) -> tuple[str, str]:
+    _refuse_other(where, row, source.text, str)
     try:
         row[source.text].encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: '{source.text}' holds half a surrogate pair at character {error.start + 1}"
         ) from error
-    one = row.get(source.id)
+    one = row.get(source.id or _ID)
+    if one is None and source.id is not None:
+        hint = did_you_mean(source.id, row.keys() - {source.id})
+        raise DataError(f"{where}: no field '{source.id}' with an id{hint}")
     name = str(number if one is None else one)
     if "\n" in name:
         raise DataError(f"{where}: the id {name!r} holds a line end")

@@ -12,6 +12,7 @@ from conftest import english_pairs, write_jsonl
 
 from anchor.errors import ConfigError, DataError
 from eval.__main__ import main
+from eval.decode import read_pairs
 from eval.embed import Options, embed
 from eval.encoder import Encoder
 from eval.texts import Source, read_texts
@@ -283,6 +284,38 @@ def test_parquet_plain_text_and_other_columns_are_read(tmp_path):
     assert read_texts(Source(tmp_path / "a.txt")) == (["0", "1", "2"], ["one", "", "two"])
 
 
+def test_blank_json_lines_are_skipped_and_blank_plain_ones_are_texts(tmp_path):
+    for content in (b'{"text": "a"}\n{"text": "b"}\n\n', b'\n{"text": "a"}\n\r\n  \n{"text": "b"}'):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        assert read_texts(Source(tmp_path / "a.jsonl")) == (["0", "1"], ["a", "b"])
+    rows = b'\n{"query": "a", "positive": "b"}\n\n{"query": "c", "positive": "d"}\n\n'
+    (tmp_path / "pairs.jsonl").write_bytes(rows)
+    assert read_pairs(tmp_path / "pairs.jsonl") == [("a", "b"), ("c", "d")]
+    assert read_pairs(tmp_path / "pairs.jsonl", 1) == [("a", "b")]
+
+
+def test_an_id_field_that_is_asked_for_must_be_there(tmp_path):
+    """A mistyped --id-field numbered the texts."""
+    rows = write_jsonl(tmp_path / "a.jsonl", [{"key": "x", "text": "a"}, {"key": None, "text": "b"}])
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"key": ["x", None], "text": ["a", "b"]}), table)
+    (tmp_path / "a.txt").write_text("a\n")
+    for path, name, message in (
+        (rows, "kye", f"{rows}:1: no field 'kye' with an id; did you mean 'key'?"),
+        (rows, "key", f"{rows}:2: no field 'key' with an id; known are text"),
+        (table, "kye", f"{table}: no column 'kye'; did you mean 'key'?"),
+        (table, "key", f"{table}: row 1: no field 'key' with an id; known are text"),
+    ):
+        with pytest.raises(DataError) as error:
+            read_texts(Source(path, id=name))
+        assert str(error.value) == message
+        assert read_texts(Source(path)) == (["0", "1"], ["a", "b"])
+    with pytest.raises(ConfigError) as error:
+        read_texts(Source(tmp_path / "a.txt", id="key"))
+    message = "plain text has no fields; leave out --text-field and --id-field"
+    assert str(error.value) == f"{tmp_path / 'a.txt'}: {message}"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -293,6 +326,10 @@ def test_parquet_plain_text_and_other_columns_are_read(tmp_path):
         (b'{"text": "\xff"}\n', ":1: not UTF-8: byte 11 is 0xff"),
         (b'{"text": "ab\\ud800"}\n', ":1: 'text' holds half a surrogate pair at character 3"),
         (b"", ": holds no text"),
+        (b"\n \r\n", ": holds no text"),
+        (b'{"text": "a"}\n\n \n{"text": null}\n', ":4: 'text' is null; expected a text"),
+        (b'{"text": ["a"]}\n', ":1: 'text' is ['a']; expected a text"),
+        (b'["a"]\n', ":1: no field 'text' with a text"),
     ],
 )
 def test_bad_input_files_are_refused_by_line(tmp_path, content, message):
