@@ -12,7 +12,9 @@ see :mod:`eval.decode`.
 
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,9 @@ def write_folder(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) 
         folder: exists; files of the same names are replaced.
         parts: all vectors in order.
         manifest: ``format``, ``texts``, ``dimension``, ``dtype`` and whatever else is to be recorded.
+
+    Raises:
+        OSError: a full disk, and whatever else the operating system refuses.
     """
     writer = {"npy": _write_npy, "parquet": _write_parquet, "safetensors": _write_safetensors}[manifest["format"]]
     names = writer(folder, parts, manifest)
@@ -129,12 +134,15 @@ def write_part(path: Path, part: Part, key: str) -> None:
         path: the part's file.
         part: what to write; no id holds a line end.
         key: identifies the texts.
+
+    Raises:
+        OSError: a full disk, and whatever else the operating system refuses.
     """
     beside = path.with_name(path.name + ".tmp")
     embeddings = np.ascontiguousarray(part.embeddings)
     ids = np.frombuffer("\n".join(part.ids).encode(), dtype=np.uint8)
     tensors = {"embeddings": embeddings, "norms": part.norms, "ids": ids}
-    save_file(tensors, beside, metadata={"key": key, "xxh3": _tensors_xxh3(tensors)})
+    _save(tensors, beside, {"key": key, "xxh3": _tensors_xxh3(tensors)})
     os.replace(beside, path)
 
 
@@ -198,36 +206,65 @@ def file_xxh3(path: Path) -> str:
 
 def _write_npy(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> list[str]:
     shape, dtype = (manifest["texts"], manifest["dimension"]), DTYPES[manifest["dtype"]]
-    out = np.lib.format.open_memmap(folder / "embeddings.npy", mode="w+", dtype=dtype, shape=shape)
-    np.save(folder / "norms.npy", _fill(folder, out, parts))
+    out = _new_npy(folder / "embeddings.npy", shape, dtype)
+    norms = _new_npy(folder / "norms.npy", shape[:1], np.dtype(np.float32))
+    _fill(folder, out, norms, parts)
     out.flush()
+    norms.flush()
     return ["embeddings.npy", "norms.npy", "ids.txt"]
 
 
 def _write_safetensors(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> list[str]:
     out = np.empty((manifest["texts"], manifest["dimension"]), dtype=DTYPES[manifest["dtype"]])
-    norms = _fill(folder, out, parts)
-    save_file({"embeddings": out, "norms": norms}, folder / "embeddings.safetensors")
+    norms = np.empty(len(out), dtype=np.float32)
+    _fill(folder, out, norms, parts)
+    _save({"embeddings": out, "norms": norms}, folder / "embeddings.safetensors")
     return ["embeddings.safetensors", "ids.txt"]
 
 
-def _fill(folder: Path, out: np.ndarray, parts: Iterator[Part]) -> np.ndarray:
-    """Copy the parts into ``out`` and their ids into ``ids.txt``; returns the norms."""
-    norms, start = np.empty(len(out), dtype=np.float32), 0
+def _new_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new ``.npy`` file, mapped, with all its blocks: a write into a mapped hole of a full disk is a bus error."""
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with _refusals_named(path), path.open("rb+") as stream:
+        os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    return out
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None) -> None:
+    with _refusals_named(path):
+        save_file(tensors, path, metadata=metadata)
+
+
+@contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses to a library, which may put it otherwise, into an error of the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _fill(folder: Path, out: np.ndarray, norms: np.ndarray, parts: Iterator[Part]) -> None:
+    """Copy the parts into ``out`` and ``norms`` and their ids into ``ids.txt``."""
+    start = 0
     with (folder / "ids.txt").open("w", encoding="utf-8", newline="\n") as stream:
         for part in parts:
             rows = slice(start, start + len(part.ids))
             out[rows], norms[rows] = part.embeddings, part.norms
             stream.writelines(f"{one}\n" for one in part.ids)
             start += len(part.ids)
-    return norms
 
 
 def _write_parquet(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> list[str]:
     value = pa.from_numpy_dtype(DTYPES[manifest["dtype"]])
     fields = [("id", pa.string()), ("embedding", pa.list_(value, manifest["dimension"])), ("norm", pa.float32())]
     schema = pa.schema(fields)
-    with pq.ParquetWriter(folder / "embeddings.parquet", schema) as writer:
+    path = folder / "embeddings.parquet"
+    with _refusals_named(path), pq.ParquetWriter(path, schema) as writer:
         for part in parts:
             flat = pa.array(np.ascontiguousarray(part.embeddings).reshape(-1), value)
             columns = [part.ids, pa.FixedSizeListArray.from_arrays(flat, manifest["dimension"]), part.norms]

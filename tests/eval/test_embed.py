@@ -9,14 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import english_pairs, write_jsonl
+from safetensors import SafetensorError
 
-from anchor.errors import ConfigError, DataError
+from anchor.errors import ConfigError, DataError, exit_on_user_error
 from eval.__main__ import main
 from eval.decode import read_pairs
 from eval.embed import Options, embed
 from eval.encoder import Encoder
 from eval.texts import Source, read_texts
-from eval.vectors import read_folder
+from eval.vectors import Part, read_folder, write_part
 
 ROWS = [{"id": f"n{i}", "text": row["positive"]} for i, row in enumerate(english_pairs(50))]
 TEXTS = [row["text"] for row in ROWS]
@@ -248,6 +249,40 @@ def test_killed_while_the_new_vectors_replace_the_old_the_run_goes_on_and_embeds
     files = sorted(path.name for path in out.iterdir())
     assert files == ["embeddings.npy", "ids.txt", "manifest.json", "norms.npy"]
     assert (out / "embeddings.npy").read_bytes() == (tmp_path / "whole/embeddings.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "error", "name"),
+    [
+        ("npy", "os.posix_fallocate", OSError(28, "No space left on device"), "merged/embeddings.npy"),
+        ("parquet", "pyarrow.parquet.ParquetWriter.write_table", OSError(28, "Error"), "merged/embeddings.parquet"),
+        ("npy", "eval.vectors.save_file", SafetensorError("I/O error: x (os error 28)"), "part-000000.safetensors.tmp"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    encoder, source, tmp_path, monkeypatch, capsys, kind, call, error, name
+):
+    """It was a bus error where rank 0 merges, for the file was mapped with holes, and a traceback elsewhere."""
+
+    def full(*_, **__):
+        raise error
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop, exit_on_user_error():
+        patch.setattr(call, full)
+        embed(encoder, source, out, Options(format=kind))
+    assert stop.value.code == 2
+    message = f"error: {out}/.parts/{name}: No space left on device; free some disk and start again\n"
+    assert capsys.readouterr().err.endswith(message)
+    embed(encoder, source, out, Options(format=kind))
+    assert len(read_folder(out).ids) == 50
+
+
+def test_what_the_operating_system_refuses_to_safetensors_is_its_error(tmp_path):
+    part = Part(["a"], np.ones((1, 2), dtype=np.float32), np.ones(1, dtype=np.float32))
+    with pytest.raises(FileNotFoundError) as error:
+        write_part(tmp_path / "gone/part", part, "key")
+    assert error.value.filename == str(tmp_path / "gone/part.tmp")
 
 
 def test_raw_states_are_stored_as_they_are(encoder, source, tmp_path):
