@@ -2,20 +2,23 @@
 
 1. The texts are cut into blocks of ``shard_texts``, in order; rank r of W embeds blocks r, r + W, ... The blocks do
    not depend on W, so a run may be continued on another number of ranks.
-2. Each finished block is a part, written beside and renamed. A run that was killed goes on behind its last part.
+2. Each finished block is a part, written beside and renamed. A run that was killed goes on behind its last part. Rank 0
+   holds a lock in the folder of the parts, which ends with the process: a second run of the same job is refused.
 3. Rank 0 merges the parts into one file with ids and norms, beside them, and moves it into the folder, the manifest
    last. Vectors that are overwritten stay until then.
 """
 
+import fcntl
 import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -32,7 +35,7 @@ from eval.vectors import DTYPES, MANIFEST, Part, read_part, write_folder, write_
 log = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 30.0
-_PARTS, _JOB, _MERGED = ".parts", "job.json", "merged"
+_PARTS, _JOB, _LOCK, _MERGED = ".parts", "job.json", "lock", "merged"
 # The manifest first: without it what is left of the others is an unfinished folder.
 _OURS = (MANIFEST, "embeddings.npy", "norms.npy", "ids.txt", "embeddings.parquet", "embeddings.safetensors")
 
@@ -78,10 +81,18 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
     check_source(source)
     if source.path is not None and source.path.resolve().is_relative_to(output.resolve()):
         raise ConfigError(f"{source.path}: the input lies inside --output {output}; choose another --output")
+    with _claimed(output, job, overwrite) if rank == 0 else nullcontext():
+        dist.barrier()
+        _embed_parts(encoder, source, output, options, job, overwrite)
+        dist.barrier()
+
+
+def _embed_parts(
+    encoder: TextEncoder, source: Source, output: Path, options: Options, job: dict[str, Any], overwrite: bool
+) -> None:
+    """Make this rank's parts; rank 0 merges those of all."""
+    rank, world_size = rank_and_size()
     parts = output / _PARTS
-    if rank == 0:
-        _claim(output, job, overwrite)
-    dist.barrier()
     keys: list[str] = []
     kept = made = 0
     last = time.monotonic()
@@ -104,7 +115,6 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
     log.info("rank %d: %d parts embedded, %d kept of an earlier run", rank, made, kept)
     if rank == 0:
         _merge(source, output, keys, job)
-    dist.barrier()
 
 
 def _job(encoder: TextEncoder, source: Source, options: Options) -> dict[str, Any]:
@@ -131,23 +141,46 @@ def _job(encoder: TextEncoder, source: Source, options: Options) -> dict[str, An
     }
 
 
-def _claim(output: Path, job: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder ready, or say why it cannot be written to."""
+@contextmanager
+def _claimed(output: Path, job: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """Make the folder ready and hold its lock, or say why it cannot be written to."""
+    parts = output / _PARTS
+    _refuse_used(output, job, overwrite)
+    parts.mkdir(parents=True, exist_ok=True)
+    with (parts / _LOCK).open("a") as lock:
+        _take(lock, output)
+        _refuse_used(output, job, overwrite)  # another run may have begun or finished in between
+        if not _is_job(parts / _JOB, job):
+            for path in parts.iterdir():
+                if path.name != _LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(parts / _JOB, job)
+        yield
+
+
+def _refuse_used(output: Path, job: dict[str, Any], overwrite: bool) -> None:
     parts = output / _PARTS
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output}: a file; --output names a folder")
-    if output.is_dir() and any(output.iterdir()):
-        if overwrite:
-            if not _is_job(parts / _JOB, job):
-                shutil.rmtree(parts, ignore_errors=True)
-        elif (output / MANIFEST).is_file():
-            raise ConfigError(f"{output}: holds finished embeddings; choose another --output or add --overwrite")
-        elif not (parts / _JOB).is_file():
-            raise ConfigError(f"{output}: not empty; choose another --output")
-        else:
-            _check_same(output, _read_job(parts / _JOB), job)
-    parts.mkdir(parents=True, exist_ok=True)
-    write_json(parts / _JOB, job)
+    if overwrite or not output.is_dir():
+        return
+    if (output / MANIFEST).is_file():
+        raise ConfigError(f"{output}: holds finished embeddings; choose another --output or add --overwrite")
+    if (parts / _JOB).is_file():
+        _check_same(output, _read_job(parts / _JOB), job)
+    elif any(path not in (parts, parts / _LOCK) for path in (*output.iterdir(), *parts.glob("*"))):
+        raise ConfigError(f"{output}: not empty; choose another --output")
+
+
+def _take(lock: IO[str], output: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its holder may have finished, and removed it, in between.
+        held = os.path.samestat(os.fstat(lock.fileno()), (output / _PARTS / _LOCK).stat())
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    if not held:
+        raise ConfigError(f"{output}: another process is writing it; wait for it or choose another --output")
 
 
 def _read_job(path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@ are the same in every format; nothing is overwritten unasked; bad input is one l
 
 import io
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -114,6 +116,26 @@ def test_an_unfinished_run_of_another_job_and_damaged_parts_are_refused(encoder,
     source.path.write_text(source.path.read_text().replace("answer 25", "reply 25"))
     with pytest.raises(DataError, match="holds other texts than the input now does"):
         embed(encoder, source, out, options)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_run_in_one_folder_is_refused_while_the_first_goes_on(encoder, source, tmp_path, overwrite):
+    """The slower of two found its parts gone."""
+    out, options = tmp_path / "out", Options(shard_texts=10)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    (out / ".parts").mkdir(parents=True)
+    command = [sys.executable, "-c", hold, str(out / ".parts/lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "\n"
+        for _ in range(2):
+            with pytest.raises(ConfigError) as error:
+                embed(encoder, source, out, options, overwrite=overwrite)
+            message = "another process is writing it; wait for it or choose another --output"
+            assert str(error.value) == f"{out}: {message}"
+        first.kill()
+    embed(encoder, source, out, options, overwrite=overwrite)
+    assert len(read_folder(out).ids) == 50
+    assert not (out / ".parts").exists()
 
 
 def test_finished_folders_and_others_files_are_kept_unless_asked(encoder, source, tmp_path):
