@@ -87,7 +87,7 @@ def test_embed_killed_at_several_moments_embeds_no_part_twice(export_dir, tmp_pa
 def test_mteb_killed_embeds_no_stored_text_twice_and_scores_alike(export_dir, tmp_path):
     task = write_retrieval(tmp_path / "small", pairs=300)
     command = ("mteb", str(export_dir), "--retrieval", str(task), "--output")
-    embedded = re.compile(r"(\d+) texts embedded, (\d+) known")
+    embedded = re.compile(r"(\d+) texts to embed, (\d+) known")
 
     def counted(output: str) -> tuple[int, int]:
         found = embedded.findall(output)
