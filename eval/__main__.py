@@ -25,6 +25,9 @@ def _mteb(arguments: argparse.Namespace) -> None:
     from eval.prompts import load_prompts
     from eval.ranks import RankedEncoder
 
+    with_published = "published" in arguments.compare
+    if with_published and not arguments.benchmark:
+        raise ConfigError("eval mteb: --compare published shows a benchmark's rows; add --benchmark or leave it out")
     benchmark, tasks = _tasks(arguments)
     of_objective = "llm2vec_gen" if objective_of(arguments.model) == SELF_SUPERVISED else "anchor"
     name = arguments.prompts or of_objective
@@ -49,7 +52,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
             run_tasks(encoder, tasks, output, prompts, cache=not arguments.no_cache, at_once=arguments.at_once)
         finally:
             encoder.stop()
-        _show(benchmark, labelled, published="published" in arguments.compare)
+        _show(benchmark, labelled, published=with_published)
         log.info("results in %s", output)
     finally:
         dist.shutdown()
@@ -101,8 +104,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     from eval.ranks import PATIENCE
     from eval.texts import Source
 
-    path = None if arguments.input == "-" else Path(arguments.input)
-    source = Source(path, arguments.format, arguments.text_field, arguments.id_field)
+    source = Source(_path(arguments.input), arguments.format, arguments.text_field, arguments.id_field)
     options = Options(
         prompt=arguments.prompt,
         normalize=not arguments.raw,
@@ -125,6 +127,11 @@ def _embed(arguments: argparse.Namespace) -> None:
         dist.shutdown()
 
 
+def _path(given: str) -> Path | None:
+    """A source's file; None is standard input."""
+    return None if given == "-" else Path(given)
+
+
 def _decode(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -132,6 +139,10 @@ def _decode(arguments: argparse.Namespace) -> None:
     from eval.opening import open_encoder
     from eval.texts import Source, read_texts
 
+    if arguments.prompt is not None and (arguments.pairs is not None or arguments.vectors is not None):
+        raise ConfigError("eval decode: --prompt is of --text and --input; leave it out")
+    if arguments.direction is not None and arguments.pairs is None:
+        raise ConfigError("eval decode: --direction is of --pairs; leave it out")
     if arguments.output is not None:
         check_output(arguments.output, overwrite=arguments.overwrite)
     encoder = open_encoder(
@@ -143,10 +154,10 @@ def _decode(arguments: argparse.Namespace) -> None:
         decoded = decoder.stored(arguments.vectors, arguments.limit)
     elif arguments.pairs is not None:
         pairs = read_pairs(arguments.pairs, arguments.limit)
-        wanted = decoder.directions if arguments.direction == "both" else (arguments.direction,)
+        wanted = decoder.directions if arguments.direction in (None, "both") else (arguments.direction,)
         decoded = [one for direction in wanted for one in decoder.pairs(pairs, direction)]
     else:
-        texts = arguments.text or read_texts(Source(arguments.input))[1]
+        texts = arguments.text or read_texts(Source(_path(arguments.input)))[1]
         decoded = decoder.texts(texts[: arguments.limit], prompt)
     if arguments.output is not None:
         write_decoded(arguments.output, decoded, overwrite=arguments.overwrite)
@@ -186,6 +197,8 @@ def _table(arguments: argparse.Namespace) -> None:
     from eval.tasks import find_benchmark
 
     benchmark = find_benchmark(arguments.benchmark) if arguments.benchmark else None
+    if arguments.published and benchmark is None:
+        raise ConfigError("eval table: --published shows a benchmark's rows; add --benchmark or leave it out")
     _show(benchmark, _labelled(arguments.results), published=arguments.published)
 
 

@@ -1,6 +1,7 @@
 """Invariants: a decoded text is the argmax of the decode pass, token by token, without a cache; a stored normalised
 embedding decodes to what its text decodes to; what cannot be decoded says why."""
 
+import io
 import json
 
 import numpy as np
@@ -107,6 +108,44 @@ def test_pairs_are_decoded_both_ways_and_scored(encoder, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         main(command)
     assert "exists; choose another --output or add --overwrite" in capsys.readouterr().err
+
+
+def test_texts_are_read_from_standard_input(encoder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    main(["decode", str(encoder.folder), "--input", "-", "--max-new-tokens", "2"])
+    assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["decode", "m", "--pairs", "p", "--prompt", "query"],
+            "eval decode: --prompt is of --text and --input; leave it out",
+        ),
+        (
+            ["decode", "m", "--vectors", "v", "--prompt", "query"],
+            "eval decode: --prompt is of --text and --input; leave it out",
+        ),
+        (
+            ["decode", "m", "--text", "a", "--direction", "both"],
+            "eval decode: --direction is of --pairs; leave it out",
+        ),
+        (
+            ["table", "x=y", "--published"],
+            "eval table: --published shows a benchmark's rows; add --benchmark or leave it out",
+        ),
+        (
+            ["mteb", "m", "--tasks", "BIOSSES", "--compare", "published"],
+            "eval mteb: --compare published shows a benchmark's rows; add --benchmark or leave it out",
+        ),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(command, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
 
 
 def test_a_failure_while_writing_keeps_the_file_that_was_there(tmp_path, monkeypatch):
