@@ -62,7 +62,7 @@ def read_run(item: str) -> Run:
         ConfigError: no such folder, or nothing in it that a report could show.
         DataError: an unreadable file.
     """
-    label, equals, path = item.partition("=")
+    label, equals, path = item.partition("=") if not Path(item).is_dir() else ("", "", "")
     folder = Path(path if equals else item)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected a run or a result folder")
@@ -81,10 +81,17 @@ def read_run(item: str) -> Run:
         label=label if equals else _label(folder),
         folder=folder,
         metrics=rows,
-        provenance=run_yaml.read_text(encoding="utf-8") if run_yaml.is_file() else None,
+        provenance=_text(run_yaml) if run_yaml.is_file() else None,
         scores=main_scores(results) if results is not None else {},
         results=results,
     )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8: byte {error.start + 1} is 0x{error.object[error.start]:02x}") from error
 
 
 def final_values(run: Run) -> dict[str, str]:

@@ -166,11 +166,20 @@ def test_what_is_missing_is_named(tmp_path):
     assert read_run(str(run)).metrics == [{"step": 1}]  # the half line of a killed run
 
 
+def test_a_folder_whose_name_holds_an_equals_sign_is_that_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs/lr=2e-5")
+    for item, label in (("runs/lr=2e-5", "lr=2e-5"), ("mine=runs/lr=2e-5", "mine")):
+        run = read_run(item)
+        assert (run.label, run.folder) == (label, Path("runs/lr=2e-5"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("metrics.jsonl", '{"stop": 1}\n', "metrics.jsonl: a row without 'step'; expected the metrics of a run"),
         ("run.yaml", "recipe: {seed: 0,", "run.yaml: not readable: while parsing a flow"),
+        ("run.yaml", b"note: d\xe9j", "run.yaml: not UTF-8: byte 8 is 0xe9"),
         (
             "mteb/scores.json",
             '{"scores": {"SciF',
@@ -191,7 +200,7 @@ def test_what_a_report_cannot_read_is_one_line(tmp_path, capsys, name, content, 
     (run / "d.jsonl").write_text('{"source": "a", "decoded": "b\u2028c"}\n')
     command = ["report", str(run), "--output", str(tmp_path / "r.html"), "--decoded", str(run / "d.jsonl")]
     main([*command, "--overwrite"])
-    (run / name).write_text(content)
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as stop:
         main([*command, "--overwrite"])
     assert stop.value.code == 2
