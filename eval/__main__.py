@@ -24,6 +24,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
     from eval.opening import SELF_SUPERVISED, objective_of, open_encoder
     from eval.prompts import load_prompts
     from eval.ranks import RankedEncoder
+    from eval.table import main_scores, published, task_results
 
     with_published = "published" in arguments.compare
     if with_published and not arguments.benchmark:
@@ -34,6 +35,10 @@ def _mteb(arguments: argparse.Namespace) -> None:
     prompts = None if name == "folder" else load_prompts(name)
     output = arguments.output or arguments.model / "mteb"
     labelled = _labelled([f"this={output}", *(item for item in arguments.compare if item != "published")])
+    for _, folder in labelled[1:]:  # what cannot be shown is named before hours of scoring
+        main_scores(folder) if benchmark is None else task_results(folder)
+    if benchmark is not None and with_published:
+        published(benchmark.name)
     dist.init()
     try:
         encoder = RankedEncoder(

@@ -169,3 +169,20 @@ def test_labels_are_shown_as_they_are_and_equal_ones_refused(tmp_path, capsys):
         assert stop.value.code == 2
         message = f"'{label}={tmp_path / 'b'}': the label '{label}' is that of {first} already; labels must differ"
         assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "BIOSSES", "--compare", "x=gone"], "gone: no scores.json; run `python -m eval mteb` with"),
+        (["--benchmark", "lite", "--compare", "x=gone"], "gone: no results in mteb's layout (TASK.json)"),
+        (["--benchmark", "BRIGHT", "--compare", "published"], "--compare published: no rows for 'BRIGHT'; there are"),
+    ],
+)
+def test_what_cannot_be_compared_is_named_before_anything_is_scored(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr("eval.opening.open_encoder", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["mteb", "nowhere", *words])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
