@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anchor.errors import ConfigError, DataError, did_you_mean
+from anchor.errors import ConfigError, DataError, did_you_mean, first_line
 
 FORMATS = ("jsonl", "parquet", "txt")
 _ID = "id"
-_SHORT = 40
 _KINDS = {str: "a text", float: "a number"}
 
 
@@ -119,9 +119,18 @@ def _refuse_other(where: str, row: object, name: str, kind: type) -> None:
         what = f" with {_KINDS[kind]}" if kind in _KINDS else ""
         raise DataError(f"{where}: no field '{name}'{what}{did_you_mean(name, known)}")
     if not isinstance(known[name], (int, float) if kind is float else kind):
-        got = "null" if known[name] is None else repr(known[name])
-        short = got if len(got) <= _SHORT else got[:_SHORT] + " …"
-        raise DataError(f"{where}: '{name}' is {short}; expected {_KINDS[kind]}")
+        got = "null" if known[name] is None else reprlib.repr(known[name])
+        raise DataError(f"{where}: '{name}' is {got}; expected {_KINDS[kind]}")
+    if kind is str:
+        _refuse_surrogate(where, name, known[name])
+
+
+def _refuse_surrogate(where: str, name: str, text: str) -> None:
+    """Refuse a text that cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: '{name}' holds half a surrogate pair at character {error.start + 1}") from error
 
 
 def _written(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -147,6 +156,10 @@ def _parsed(where: str, line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: a number has more than {sys.get_int_max_str_digits()} digits") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: lists or objects are nested too deep") from error
 
 
 def check_source(source: Source) -> str:
@@ -205,26 +218,36 @@ def _parquet_rows(source: Source, path: Path) -> Iterator[tuple[str, str]]:
         columns = [name for name in dict.fromkeys((source.text, source.id or _ID)) if name in known]
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
+            for row in _python_rows(batch, number, path):
                 yield _checked(row, number, f"{path}: row {number}", source)
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
 
+def _python_rows(batch: pa.RecordBatch, number: int, path: Path) -> list[dict[str, Any]]:
+    """The rows of a batch that begins with row ``number``; where one cannot be had in Python it is named."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # bytes that are no UTF-8, times that Python does not know
+        for i in range(len(batch)):
+            try:
+                batch.slice(i, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                raise DataError(f"{path}: row {number + i}: {first_line(error)}") from error
+        raise
+
+
 def _checked(row: Any, number: int, where: str, source: Source) -> tuple[str, str]:
     _refuse_other(where, row, source.text, str)
-    try:
-        row[source.text].encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: '{source.text}' holds half a surrogate pair at character {error.start + 1}"
-        ) from error
     one = row.get(source.id or _ID)
     if one is None and source.id is not None:
         hint = did_you_mean(source.id, row.keys() - {source.id})
         raise DataError(f"{where}: no field '{source.id}' with an id{hint}")
+    if isinstance(one, list | dict):
+        raise DataError(f"{where}: the id is {reprlib.repr(one)}; expected a text or a number")
     name = str(number if one is None else one)
+    _refuse_surrogate(where, source.id or _ID, name)
     if "\n" in name:
         raise DataError(f"{where}: the id {name!r} holds a line end")
     return name, row[source.text]

@@ -180,3 +180,7 @@ def test_what_cannot_be_decoded_says_why(encoder, tmp_path):
     with pytest.raises(DataError) as error:
         read_pairs(bad)
     assert str(error.value) == f"{bad}:1: no field 'positive' with a text; did you mean 'positives'?"
+    bad.write_text('{"query": "a\\ud800", "positive": "b"}\n')
+    with pytest.raises(DataError) as error:
+        read_pairs(bad)
+    assert str(error.value) == f"{bad}:1: 'query' holds half a surrogate pair at character 2"

@@ -387,6 +387,10 @@ def test_an_id_field_that_is_asked_for_must_be_there(tmp_path):
         (b'{"text": "a"}\n\n \n{"text": null}\n', ":4: 'text' is null; expected a text"),
         (b'{"text": ["a"]}\n', ":1: 'text' is ['a']; expected a text"),
         (b'["a"]\n', ":1: no field 'text' with a text"),
+        (b'{"id": "x\\ud800", "text": "a"}\n', ":1: 'id' holds half a surrogate pair at character 2"),
+        (b'{"id": %s, "text": "a"}\n' % (b"7" * 5000), ":1: a number has more than 4300 digits"),
+        (b'{"id": [1], "text": "a"}\n', ":1: the id is [1]; expected a text or a number"),
+        (b'{"text": "a", "more": %s' % (b"[" * 100_000), ":1: lists or objects are nested too deep"),
     ],
 )
 def test_bad_input_files_are_refused_by_line(tmp_path, content, message):
@@ -395,6 +399,22 @@ def test_bad_input_files_are_refused_by_line(tmp_path, content, message):
     with pytest.raises(DataError) as error:
         read_texts(Source(path))
     assert str(error.value) == f"{path}{message}"
+
+
+def test_parquet_values_that_python_cannot_hold_are_refused_by_row(tmp_path):
+    text = pa.array([b"a", b"b", b"c\xff"], pa.binary()).cast(pa.string(), safe=False)
+    texts = pa.StringArray.from_buffers(3, *text.buffers()[1:])
+    far = pa.array([0, 253402300800000, 0]).cast(pa.timestamp("ms"))
+    path = tmp_path / "a.parquet"
+    for table, message in (
+        ({"text": texts}, "row 2: 'utf-8' codec can't decode byte 0xff in position 1: invalid start byte"),
+        ({"id": far, "text": ["a", "b", "c"]}, "row 1: date value out of range"),
+    ):
+        pq.write_table(pa.table(table), path)
+        with pytest.raises(DataError) as error:
+            read_texts(Source(path))
+        assert str(error.value).startswith(f"{path}: {message}")
+        assert "\n" not in str(error.value)
 
 
 def test_the_command_reads_standard_input_and_answers_errors_with_one_line(
