@@ -19,7 +19,7 @@ from mteb.benchmarks.benchmark import Benchmark
 from anchor.data.retrieval_files import RETRIEVAL_FILES
 from anchor.errors import ConfigError, DataError
 from eval.advbench import ADVBENCH, AdvBenchIR, own_metadata
-from eval.local_data import data_hash, distinct_path, retrieval_path
+from eval.local_data import check_retrieval, data_hash, distinct_path, retrieval_path
 
 LITE_TASKS = (
     *("ArguAna", "ClimateFEVERHardNegatives", "AskUbuntuDupQuestions", "ArXivHierarchicalClusteringP2P"),
@@ -135,11 +135,12 @@ def local_retrieval_task(folder: Path) -> AbsTask:
     """A retrieval task from a folder in MTEB's layout: corpus.jsonl, queries.jsonl, qrels/test.jsonl.
 
     Raises:
-        DataError: a file is missing.
+        DataError: a file is missing, or a row of one cannot be used.
     """
     for name in RETRIEVAL_FILES:
         if not (folder / name).is_file():
             raise DataError(f"{folder}: no {name}; expected a retrieval task in MTEB's folder layout")
+    check_retrieval(folder)
 
     class LocalRetrieval(AbsTaskRetrieval):
         metadata = own_metadata(

@@ -102,14 +102,19 @@ def read_rows(path: Path, fields: Mapping[str, type], limit: int | None = None) 
     Raises:
         DataError: malformed line, or a field that is missing or of another type.
     """
-    rows = []
+    return [row for _, row in iterate_rows(path, fields, limit)]
+
+
+def iterate_rows(
+    path: Path, fields: Mapping[str, type], limit: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(file:line, row)`` of a JSON-lines file; arguments and errors as :func:`read_rows`."""
     with path.open("rb") as stream:
         for where, line in islice(_written(_lines(str(path), stream)), limit):
             row = _parsed(where, line)
             for name, kind in fields.items():
                 _refuse_other(where, row, name, kind)
-            rows.append(row)
-    return rows
+            yield where, row
 
 
 def _refuse_other(where: str, row: object, name: str, kind: type) -> None:
