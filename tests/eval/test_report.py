@@ -213,16 +213,16 @@ def test_retrieval_folders_give_their_judged_pairs(tmp_path):
     judged = [{"query-id": "q", "corpus-id": one, "score": score} for one, score in (("d", 1), ("e", 0))]
     write_jsonl(tmp_path / "qrels/test.jsonl", judged)
     assert retrieval_pairs(tmp_path) == [("query", "t x")]
-    for name, row, field in (
-        ("queries.jsonl", {"text": "query"}, "'_id'"),
-        ("corpus.jsonl", {"_id": "d", "text": None}, "'text' with a text"),
-        ("qrels/test.jsonl", {"query-id": "q", "corpus-id": "d", "score": "1"}, "'score' with a number"),
+    for name, row, message in (
+        ("queries.jsonl", {"text": "query"}, "no field '_id'"),
+        ("corpus.jsonl", {"_id": "d", "text": None}, "'text' is null; expected a text"),
+        ("qrels/test.jsonl", {"query-id": "q", "corpus-id": "d", "score": "1"}, "'score' is '1'; expected a number"),
     ):
         kept = (tmp_path / name).read_text()
         write_jsonl(tmp_path / name, [row])
         with pytest.raises(DataError) as error:
             retrieval_pairs(tmp_path)
-        assert str(error.value).startswith(f"{tmp_path / name}:1: no field {field}")
+        assert str(error.value).startswith(f"{tmp_path / name}:1: {message}")
         (tmp_path / name).write_text(kept)
 
 
