@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from anchor.arguments import describe, positive
 
+_MORE = "python -m eval COMMAND --help says more, with an example of each"
+
 
 class _Command(NamedTuple):
     description: str
@@ -16,7 +18,8 @@ class _Command(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of ``python -m eval``; ``command`` is the name of the command."""
-    parser = argparse.ArgumentParser(prog="python -m eval", description="Embeddings and scores of a model folder.")
+    parser = argparse.ArgumentParser(prog="python -m eval")
+    describe(parser, "Embeddings and scores of a model folder.", f"{_COMMANDS['decode'].example}\n\n{_MORE}")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():

@@ -186,3 +186,11 @@ def test_what_cannot_be_compared_is_named_before_anything_is_scored(tmp_path, mo
         main(["mteb", "nowhere", *words])
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_the_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    end = "\nexample: python -m eval decode runs/quickstart/stage1/export --text 'An anchor holds a ship in place.'\n"
+    assert f"{end}\npython -m eval COMMAND --help says more, with an example of each\n" in capsys.readouterr().out
