@@ -222,7 +222,7 @@ def _write_safetensors(folder: Path, parts: Iterator[Part], manifest: dict[str, 
     return ["embeddings.safetensors", "ids.txt"]
 
 
-def _new_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _new_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """A new ``.npy`` file, mapped, with all its blocks: a write into a mapped hole of a full disk is a bus error."""
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with _refusals_named(path), path.open("rb+") as stream:
