@@ -28,7 +28,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
     os.environ.update(
         {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
     )
-    # DeepSpeed names its shared buffers by the port, which nobody listens at: two test runs at once must not share them.
+    # DeepSpeed names its shared buffers by the port, which nobody listens at: two test runs must not share them.
     port = str(1024 + os.getppid() % 60000)
     os.environ.update({"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
     faulthandler.enable()  # a rank that dies in C says where
