@@ -19,7 +19,6 @@ from anchor.models.generation import Answer, Generator, Sampling
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "vllm", "transformers")
 BATCH_TOKENS = {"transformers": 16_384, "vllm": 1_048_576}
 """Default budget of a batch: what is computed at once, or with vLLM, which batches by itself, what is handed over."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from anchor.errors import DataError
-from data_prep.locks import take
+from anchor.locks import take
 
 _LOCK = ".lock"
 

@@ -4,7 +4,8 @@
    ``--part i/n`` one of n parts, on as many machines.
 2. Put all parts together (:mod:`data_prep.gathered`), leave out equal pairs, shuffle each source
    (:mod:`data_prep.shuffle`), plan the epochs (:mod:`data_prep.mixture`).
-3. Write the batches (:mod:`data_prep.writing`), then the tokenizer, then ``index.json``.
+3. Write the batches (:mod:`data_prep.writing`), then the tokenizer, then ``index.json``. Steps 2 and 3 are
+   :mod:`data_prep.making`.
 
 ``pack`` does all three, ``pack --part`` the first, ``merge`` the others. Everything is a pure function of the recipe
 and the inputs, for any number of worker processes and of parts. What was finished is kept when the program is run
@@ -16,66 +17,26 @@ import hashlib
 import logging
 import shutil
 from contextlib import AbstractContextManager, closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import PackRecipe
-from anchor.data.shards import FORMAT_VERSION, INDEX_NAME, Index, read_index
-from anchor.data.templates import Template, resolve_template
-from anchor.data.tokenization import (
-    SegmentTokenizer,
-    end_token_id,
-    load_tokenizer,
-    prepare_tokenizer,
-    tokenizer_fingerprint,
-)
+from anchor.data.shards import INDEX_NAME, Index, read_index
+from anchor.data.templates import resolve_template
+from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, prepare_tokenizer
 from anchor.errors import ConfigError, DataError
-from data_prep.gathered import Gathered, SourceUnits, find_parts, fingerprint
-from data_prep.locks import locked
-from data_prep.mixture import Share, shares
+from anchor.locks import locked
+from data_prep.gathered import Gathered, find_parts, fingerprint
+from data_prep.making import WORK, PackRun, make_shards
 from data_prep.reading import read_part
-from data_prep.shuffle import Kept, keep_first
 from data_prep.sources import Source, resolve_sources
 from data_prep.spool import PART, part_name, read_json, write_json
 from data_prep.units import UNIT_BYTES, UNIT_ROWS
-from data_prep.writing import make_plan, missing_files, write_shards
+from data_prep.writing import missing_files
 
 log = logging.getLogger(__name__)
 
-_WORK, _PLAN, _MARK, _INPUTS, _LOCK = "work", "plan", "parts.json", "inputs.json", ".lock"
-DUPLICATE = "equal to an earlier pair"
-"""Why a pair is dropped that :func:`data_prep.shuffle.keep_first` leaves out."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A recipe with what is made of it.
-
-    Attributes:
-        path: of the recipe, for messages.
-        recipe: validated.
-        resolved: the recipe with all defaults, as the index keeps it.
-        tokenizer: with the template in its post-processor.
-        template: what surrounds every text.
-        segmenter: texts -> segments.
-    """
-
-    path: str
-    recipe: PackRecipe
-    resolved: dict[str, Any]
-    tokenizer: Any
-    template: Template
-    segmenter: SegmentTokenizer
-
-    @property
-    def folder(self) -> Path:
-        return self.recipe.output_dir
-
-    @property
-    def work(self) -> Path:
-        return self.recipe.output_dir / _WORK
+_INPUTS, _LOCK = "inputs.json", ".lock"
 
 
 def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[int, int] | None = None) -> Index | None:
@@ -130,12 +91,12 @@ def merge(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
     return _finish(_run(recipe_path, recipe), workers)
 
 
-def _run(path: str, recipe: PackRecipe) -> _Run:
+def _run(path: str, recipe: PackRecipe) -> PackRun:
     tokenizer = load_tokenizer(recipe.tokenizer)
     template = resolve_template(recipe.template, tokenizer, f"{path}: template")
     prepare_tokenizer(tokenizer, template, recipe.tokenizer)
     segmenter = SegmentTokenizer(tokenizer, template, recipe.text.max_tokens)
-    return _Run(path, recipe, recipe.model_dump(mode="json"), tokenizer, template, segmenter)
+    return PackRun(path, recipe, recipe.model_dump(mode="json"), tokenizer, template, segmenter)
 
 
 def _finished(recipe: PackRecipe) -> Index | None:
@@ -173,14 +134,14 @@ def _refuse_other_input(recipe: PackRecipe, recipe_path: str) -> None:
 
 def _complete(folder: Path, index: Index) -> Index:
     # Of a run that was interrupted after its last file.
-    shutil.rmtree(folder / _WORK, ignore_errors=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     for lock in folder.glob(f"*{_LOCK}"):
         lock.unlink(missing_ok=True)
     log.info("%s: already complete, %d batches", folder, index.num_batches)
     return index
 
 
-def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:
+def _open_part(run: PackRun, sources: list[Source], part: int, parts: int) -> Path:
     """The folder of a part; kept from an interrupted run of the same recipe and input, else made."""
     content = {
         "recipe": run.resolved,
@@ -192,7 +153,7 @@ def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:
     folder = run.work / part_name(part, parts)
     others = sorted(other for other in run.work.glob("part-*-of-*") if (other / PART).is_file())
     if not others and run.folder.is_dir() and not (run.folder / INDEX_NAME).is_file():
-        strange = [file for file in run.folder.iterdir() if file.name != _WORK and file.suffix != _LOCK]
+        strange = [file for file in run.folder.iterdir() if file.name != WORK and file.suffix != _LOCK]
         if strange:
             raise DataError(
                 f"{run.folder}: not empty and not an unfinished run; choose another output_dir or delete it"
@@ -216,16 +177,16 @@ def _open_part(run: _Run, sources: list[Source], part: int, parts: int) -> Path:
     return folder
 
 
-def _locked(run: _Run, name: str) -> AbstractContextManager[None]:
+def _locked(run: PackRun, name: str) -> AbstractContextManager[None]:
     # Beside `work`, which is removed while the lock is held.
     return locked(run.folder / f"{name}{_LOCK}", _busy(run))
 
 
-def _busy(run: _Run) -> str:
+def _busy(run: PackRun) -> str:
     return f"{run.folder}: another process is packing it; wait for it or choose another output_dir"
 
 
-def _finish(run: _Run, workers: int) -> Index:
+def _finish(run: PackRun, workers: int) -> Index:
     """Steps 2 and 3."""
     parts = find_parts(run.work, f"python -m data_prep pack {run.path}")
     made = read_json(parts[0] / PART)
@@ -236,122 +197,8 @@ def _finish(run: _Run, workers: int) -> Index:
             raise DataError(_busy(run))  # it has just finished
         with closing(Gathered(parts, run.recipe.text.hard_negatives)) as gathered:
             write_json(run.folder / _INPUTS, made["inputs"])
-            index = _make_shards(run, gathered, made["sources"], fingerprint(parts), workers)
+            index = make_shards(run, gathered, made["sources"], fingerprint(parts), workers)
         shutil.rmtree(run.work)
     size = run.recipe.batch.pairs
     log.info("%s: %d batches of %d pairs in %d files", run.folder, index.num_batches, size, len(index.shards))
     return index
-
-
-def _make_shards(run: _Run, gathered: Gathered, traits: list[dict[str, Any]], parts: str, workers: int) -> Index:
-    folder = _open_plan(run.work / _PLAN, parts)
-    for name, units in gathered.sources.items():
-        _quarantine(run, gathered, name, units)
-    kept = {name: keep_first(gathered, name, folder, f"source{i}") for i, name in enumerate(gathered.sources)}
-    for name, found in kept.items():
-        _log_source(name, gathered.sources[name], found)
-    weights = {one["name"]: one["weight"] for one in traits}
-    mixed = shares({name: found.pairs for name, found in kept.items()}, weights, run.recipe)
-    if not any(share.per_epoch for share in mixed.values()):
-        counts = ", ".join(f"{name} {found.pairs}" for name, found in kept.items())
-        raise DataError(
-            f"{run.path}: no batch can be made: batch.pairs is {run.recipe.batch.pairs}, pairs left per source are "
-            f"{counts}; lower batch.pairs or add data"
-        )
-    shards = write_shards(make_plan(gathered, kept, mixed, run.recipe, run.folder, folder), workers)
-    summaries = [
-        _summary(one, gathered.sources[one["name"]], kept[one["name"]], mixed[one["name"]], run.recipe)
-        for one in traits
-    ]
-    return _write_index(run, summaries, shards)
-
-
-def _open_plan(folder: Path, parts: str) -> Path:
-    """The folder of the plan, empty unless it is of these parts."""
-    mark = folder / _MARK
-    if not mark.is_file() or read_json(mark) != parts:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        write_json(mark, parts)
-    return folder
-
-
-def _quarantine(run: _Run, gathered: Gathered, name: str, units: SourceUnits) -> None:
-    """Write the rows of a source that cannot be used, and refuse the source if they are too many.
-
-    Raises:
-        DataError: more than ``max_skipped_fraction``.
-    """
-    aside = run.folder / f"quarantine-{name}.jsonl"
-    aside.unlink(missing_ok=True)
-    lines = 0
-    if units.quarantine:
-        with aside.open("wb") as file:
-            for block in gathered.quarantine(name):
-                file.write(block)
-                lines += block.count(b"\n")
-    allowed = run.recipe.max_skipped_fraction
-    if lines > allowed * units.num_rows:
-        raise DataError(
-            f"{aside}: {lines} of {units.num_rows} rows of source '{name}' cannot be used, more than "
-            f"max_skipped_fraction ({allowed:g}); mend the source or raise max_skipped_fraction"
-        )
-
-
-def _dropped(units: SourceUnits, kept: Kept) -> dict[str, int]:
-    equal = units.num_pairs - kept.pairs
-    return dict(sorted({**units.dropped, **({DUPLICATE: equal} if equal else {})}.items()))
-
-
-def _log_source(name: str, units: SourceUnits, kept: Kept) -> None:
-    dropped = ", ".join(f"{reason}: {count}" for reason, count in _dropped(units, kept).items())
-    log.info(
-        "%s: %d rows read, %d pairs kept%s", name, units.num_rows, kept.pairs, f", dropped {dropped}" * bool(dropped)
-    )
-
-
-def _summary(
-    traits: dict[str, Any], units: SourceUnits, kept: Kept, share: Share, recipe: PackRecipe
-) -> dict[str, Any]:
-    return {
-        **traits,
-        "rows_read": units.num_rows,
-        "dropped": _dropped(units, kept),
-        "unused_positives": units.unused_positives,
-        "truncated_texts": kept.truncated_texts,
-        "tokens": kept.tokens,
-        "kept": kept.pairs,
-        "batches": share.per_epoch * recipe.epochs,
-        "batches_per_pass": share.per_pass,
-        "remainder_pairs": share.remainder_pairs,
-    }
-
-
-def _write_index(run: _Run, summaries: list[dict[str, Any]], shards: list[dict[str, Any]]) -> Index:
-    run.tokenizer.save_pretrained(run.folder / "tokenizer")
-    index = Index(
-        version=FORMAT_VERSION,
-        tokenizer_sha256=tokenizer_fingerprint(run.folder / "tokenizer"),
-        anchor_token_id=run.segmenter.anchor_token_id,
-        template=run.template.to_json(),
-        recipe=run.resolved,
-        sources=summaries,
-        prompts=_prompts(run.template, summaries, run.recipe.prompts),
-        shards=shards,
-        end_token_id=_end_token_id(run),
-    )
-    index.write(run.folder)
-    return index
-
-
-def _end_token_id(run: _Run) -> int | None:
-    if not run.template.special_tokens:
-        return None
-    return end_token_id(run.segmenter.backend, run.template, run.recipe.tokenizer)
-
-
-def _prompts(template: Template, summaries: list[dict[str, Any]], instructions: dict[str, str]) -> dict[str, str]:
-    """Prompts of an exported model: `document` is bare, `query` the largest source's unless the recipe says."""
-    largest = max(summaries, key=lambda s: s["kept"])["instructions"]
-    default = {"query": template.instruction_head(largest[0]) if largest else "", "document": ""}
-    return default | {name: template.instruction_head(text) for name, text in instructions.items()}

@@ -24,11 +24,11 @@ from anchor.config.model_path import resolve_model_path
 from anchor.data.templates import chat_frame
 from anchor.data.tokenization import load_tokenizer
 from anchor.errors import DataError, ModelError
+from anchor.locks import locked
 from anchor.models.backbone import read_config
 from anchor.models.generation import Answer, Sampling, device_kind, read_sampling
 from anchor.progress import tracked
 from data_prep.answering import BATCH_TOKENS, choose_engine, open_engine
-from data_prep.locks import locked
 from data_prep.questions import Prompts, Question, Reject, plan_prompts, read_questions
 from data_prep.spool import read_json, write_json
 from data_prep.tables import print_table

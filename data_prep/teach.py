@@ -7,6 +7,8 @@
    chunk at hand, and parts, which share the folder, add to one another.
 3. Once all chunks are there: write each file of shards anew with the column ``teacher``, then the tokenizer, then
    ``index.json``.
+
+A lock keeps each part, and the whole, to one process at a time.
 """
 
 import importlib.metadata
@@ -37,8 +39,9 @@ from anchor.data.shards import (
     read_index,
 )
 from anchor.errors import ConfigError, DataError, ShardError
+from anchor.locks import locked
 from data_prep.dense import load_model
-from data_prep.spool import read_json, write_json
+from data_prep.spool import part_name, read_json, write_json
 from data_prep.verifying import UNIT_TOLERANCE, batches_of
 from data_prep.weights import weights_sha256
 from data_prep.writing import missing_files
@@ -94,8 +97,8 @@ def teach(
         The index written, or the one found when the folder is finished; None for a part.
 
     Raises:
-        AnchorError: no such shards or teacher, shards that have a teacher, a folder with something else, a vector that
-            is not finite in float16.
+        AnchorError: no such shards or teacher, shards that have a teacher, a folder with something else or that another
+            process is writing, a vector that is not finite in float16.
     """
     reader = ShardReader(shards)
     if reader.index.teacher is not None:
@@ -112,14 +115,24 @@ def teach(
     }
     finished = _open(output, settings)
     if finished is not None:
-        log.info("%s: already complete, %d batches", output, finished.num_batches)
-        return finished
-    run = _Run(reader, found, output / _WORK, settings)
-    chunks = run.embed(load_model(found.folder, device, "--teacher"), batch_size, part or (0, 1))
-    if part is not None:
-        log.info("%s: part %d of %d is finished; when all are, run without --part", output, *part)
-        return None
-    return run.write(output, chunks)
+        return _complete(output, finished)
+    lock = output / ".lock" if part is None else output / _WORK / f"{part_name(*part)}.lock"
+    what = output if part is None else f"{output}, part {part[0]} of {part[1]}"
+    with locked(lock, f"{what}: another process is writing it; wait for it or choose another --output"):
+        finished = _open(output, settings)  # another process may have finished it in between
+        if finished is not None:
+            return _complete(output, finished)
+        run = _Run(reader, found, output / _WORK, settings)
+        chunks = run.embed(load_model(found.folder, device, "--teacher"), batch_size, part or (0, 1))
+        if part is not None:
+            log.info("%s: part %d of %d is finished; when all are, run without --part", output, *part)
+            return None
+        return run.write(output, chunks)
+
+
+def _complete(output: Path, index: Index) -> Index:
+    log.info("%s: already complete, %d batches", output, index.num_batches)
+    return index
 
 
 def find_teacher(folder: Path | None) -> Teacher:

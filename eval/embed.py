@@ -8,7 +8,6 @@
    last. Vectors that are overwritten stay until then.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -27,6 +26,7 @@ from rich.progress import track
 
 from anchor import dist
 from anchor.errors import ConfigError, DataError
+from anchor.locks import take
 from eval.encoder import NotFiniteError, TextEncoder, unit
 from eval.ranks import rank_and_size
 from eval.texts import Block, Source, check_source, read_blocks
@@ -148,7 +148,8 @@ def _claimed(output: Path, job: dict[str, Any], overwrite: bool) -> Iterator[Non
     _refuse_used(output, job, overwrite)
     parts.mkdir(parents=True, exist_ok=True)
     with (parts / _LOCK).open("a") as lock:
-        _take(lock, output)
+        if not take(lock, parts / _LOCK):
+            raise ConfigError(f"{output}: another process is writing it; wait for it or choose another --output")
         _refuse_used(output, job, overwrite)  # another run may have begun or finished in between
         if not _is_job(parts / _JOB, job):
             for path in parts.iterdir():
@@ -170,17 +171,6 @@ def _refuse_used(output: Path, job: dict[str, Any], overwrite: bool) -> None:
         _check_same(output, _read_job(parts / _JOB), job)
     elif any(path not in (parts, parts / _LOCK) for path in (*output.iterdir(), *parts.glob("*"))):
         raise ConfigError(f"{output}: not empty; choose another --output")
-
-
-def _take(lock: IO[str], output: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its holder may have finished, and removed it, in between.
-        held = os.path.samestat(os.fstat(lock.fileno()), (output / _PARTS / _LOCK).stat())
-    except (BlockingIOError, FileNotFoundError):
-        held = False
-    if not held:
-        raise ConfigError(f"{output}: another process is writing it; wait for it or choose another --output")
 
 
 def _read_job(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ That library keeps a prepared copy of a folder by the folder's last name. Where 
 folder of the same name, or the same folder after a change, would silently be read from the old copy.
 """
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def retrieval_path(folder: Path) -> Path:
     for name in RETRIEVAL_FILES:
         with suppress(FileExistsError):
             (listed / name).symlink_to(folder.resolve() / name)
-    (listed / "README.md").write_text(RETRIEVAL_README, encoding="utf-8")
+    # Renamed into place: another rank may read it already.
+    written = listed / f"README.md.{os.getpid()}"
+    written.write_text(RETRIEVAL_README, encoding="utf-8")
+    written.replace(listed / "README.md")
     return listed
 
 

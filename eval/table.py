@@ -19,7 +19,6 @@ from rich.text import Text
 
 from anchor.errors import DataError, first_line
 
-PUBLISHED = "published"
 MEAN_TASK, MEAN_TYPE = "Mean(Task)", "Mean(TaskType)"
 SCORES = "scores.json"
 _NO_RESULTS = ("model_meta.json", "run_settings.json", SCORES)

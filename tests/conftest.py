@@ -16,9 +16,9 @@ from hypothesis import settings
 
 # The `pytest` program, unlike `python -m pytest`, does not look for packages where it is started.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-# Fixtures of the tests that need hosts or SLURM.
+# Fixtures of the tests that need hosts or SLURM, and of those that score a retrieval task.
 sys.path.insert(0, str(Path(__file__).parent / "cluster"))
-pytest_plugins = ("clusters",)
+pytest_plugins = ("clusters", "retrieval")
 # Two cores: the tokenizer's own threads would only compete with pytest.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

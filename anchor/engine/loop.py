@@ -72,7 +72,7 @@ def train(
     state = {key: about[key] for key in ("recipe", "data_index_sha256", "num_ranks")} | {"zero_stage": zero_stage}
     # 1.
     found = _find_checkpoint(folder, ranks, state, resume=resume)
-    if (found is not None or resume) and _is_finished(folder, found, recipe, about):
+    if resume and _is_finished(folder, found, recipe, about):
         log.info("%s: finished already; nothing to do", folder)
         return True
     if dist.is_first_rank():

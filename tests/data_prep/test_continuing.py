@@ -110,7 +110,7 @@ def test_what_an_interruption_left_beyond_the_journal_is_cut_off(
 BUSY = "another process is packing it; wait for it or choose another output_dir"
 
 
-@pytest.mark.parametrize("step", ["read_part", "_make_shards"])
+@pytest.mark.parametrize("step", ["read_part", "make_shards"])
 def test_a_folder_that_another_process_packs_is_refused_and_left_alone(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -139,7 +139,7 @@ def test_other_parts_may_be_packed_meanwhile_but_one_process_merges(
     folder = recipe.parent / "shards"
     expected = folder_bytes(packed(recipe).folder)
     shutil.rmtree(folder)
-    read, make, refused = pack_module.read_part, pack_module._make_shards, []
+    read, make, refused = pack_module.read_part, pack_module.make_shards, []
 
     def and_the_other_part(*arguments: Any, **named: Any) -> None:
         monkeypatch.setattr(pack_module, "read_part", read)
@@ -147,14 +147,14 @@ def test_other_parts_may_be_packed_meanwhile_but_one_process_merges(
         read(*arguments, **named)
 
     def and_another(*arguments: Any) -> Any:
-        monkeypatch.setattr(pack_module, "_make_shards", make)
+        monkeypatch.setattr(pack_module, "make_shards", make)
         with pytest.raises(DataError) as caught:
             merge(str(recipe), [])
         refused.append(str(caught.value))
         return make(*arguments)
 
     monkeypatch.setattr(pack_module, "read_part", and_the_other_part)
-    monkeypatch.setattr(pack_module, "_make_shards", and_another)
+    monkeypatch.setattr(pack_module, "make_shards", and_another)
     pack(str(recipe), [], part=(0, 2))
     merge(str(recipe), [])
     assert refused == [f"{folder}: {BUSY}"]

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 import data_prep.teach as teach_module
 from anchor.data.packing import cu_seqlens
 from anchor.data.shards import ShardReader, ShardWriter
-from anchor.errors import AnchorError, ModelError, ShardError
+from anchor.errors import AnchorError, DataError, ModelError, ShardError
+from anchor.locks import locked
 from data_prep.inspect import inspect
 from data_prep.pack import pack
 from data_prep.teach import teach
@@ -31,6 +32,7 @@ from data_prep.verifying import verify
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = {"kind": "special_tokens", "tokens": 3}
+BUSY = "another process is writing it; wait for it or choose another --output"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,9 @@ def test_parts_add_up_to_the_same_bytes(
     teach(shards, tmp_path / "whole", teacher=export_dir)
     for part in ((1, 2), (0, 2)):
         assert teach(shards, tmp_path / "parts", teacher=export_dir, part=part) is None
+    lock = tmp_path / "parts/work/part-00001-of-00002.lock"
+    with locked(lock, "free"), pytest.raises(DataError, match=rf"parts, part 1 of 2: {BUSY}$"):
+        teach(shards, tmp_path / "parts", teacher=export_dir, part=(1, 2))
     assert len(list((tmp_path / "parts" / "work").glob("*.npy"))) == 5
     monkeypatch.setattr(teach_module, "_half", lambda *_: pytest.fail("embedded again"))
     teach(shards, tmp_path / "parts", teacher=export_dir)
@@ -191,6 +196,10 @@ def test_a_killed_run_is_continued_to_the_same_bytes(
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and len(list((output / "work").glob("*.npy"))) < 2:
         time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(DataError) as error:  # the slower of two found the chunks gone
+        teach(shards, output, teacher=export_dir, batch_size=1)
+    assert str(error.value) == f"{output}: {BUSY}"
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (output / "index.json").exists()

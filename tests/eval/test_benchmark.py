@@ -1,11 +1,8 @@
 """Invariants: a real mteb task gives the same score through our encoder on one rank and on two and through mteb's own
 wrapper of sentence-transformers; a killed evaluation embeds nothing twice; while one task is scored the next is
-embedded; a result of other prompts is not reused;
-missing data and unknown tasks are named."""
+embedded; a result of other prompts or other data is not reused; missing data and unknown tasks are named."""
 
 import json
-import re
-import shutil
 import threading
 from pathlib import Path
 
@@ -28,41 +25,7 @@ from eval.tasks import hub_datasets, local_retrieval_task, tasks_by_name, with_d
 from eval.texts import Source
 from eval.vectors import read_folder
 
-README = """---
-configs:
-- config_name: default
-  data_files:
-  - split: test
-    path: qrels/test.jsonl
-- config_name: corpus
-  data_files:
-  - split: corpus
-    path: corpus.jsonl
-- config_name: queries
-  data_files:
-  - split: queries
-    path: queries.jsonl
----
-"""
 MTEB_DATA = Path(__file__).parents[3] / "shared/data/mteb"
-
-
-def write_retrieval(folder: Path, seed: int = 0, pairs: int = 30) -> Path:
-    rows = english_pairs(pairs, seed=seed)
-    write_jsonl(
-        folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": r["positive"]} for i, r in enumerate(rows)]
-    )
-    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": r["query"]} for i, r in enumerate(rows[:10])])
-    write_jsonl(
-        folder / "qrels/test.jsonl", [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(10)]
-    )
-    (folder / "README.md").write_text(README)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def retrieval_folder(tmp_path_factory) -> Path:
-    return write_retrieval(tmp_path_factory.mktemp("retrieval") / "small")
 
 
 FIVE = ("SciFact", "STSBenchmark", "STS16", "BIOSSES", "Banking77Classification")
@@ -367,98 +330,3 @@ def test_tasks_without_data_are_all_listed(tmp_path):
     for word in ("SciFact (", "STSBenchmark (", "CQADupstackRetrieval (", "cqadupstack-unix"):
         assert word in str(error.value)
     assert with_data(mteb.get_tasks(tasks=["SciFact"]), None)[1] == []
-
-
-def test_a_folder_is_read_as_it_is_now_not_as_one_of_its_name_was_before(tmp_path):
-    """The `datasets` library took the copy that it had prepared of an earlier folder of the same name."""
-
-    def documents(folder: Path) -> list[str]:
-        task = local_retrieval_task(folder)
-        task.load_data()
-        return list(task.dataset["default"]["test"]["corpus"]["text"])
-
-    folders = [write_retrieval(tmp_path / place / "small", seed) for seed, place in enumerate("ab")]
-    for seed, folder in enumerate(folders):
-        assert documents(folder) == [row["positive"] for row in english_pairs(30, seed=seed)]
-    write_retrieval(folders[1], seed=2, pairs=40)
-    assert documents(folders[1]) == [row["positive"] for row in english_pairs(40, seed=2)]
-
-
-def test_a_retrieval_folder_needs_no_readme_and_gets_none(retrieval_folder, tmp_path):
-    bare = Path(shutil.copytree(retrieval_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("README.md")))
-    before = sorted(tmp_path.rglob("*"))
-
-    def read(folder: Path) -> list[list]:
-        task = local_retrieval_task(folder)
-        task.load_data()
-        parts = task.dataset["default"]["test"]
-        return [list(parts["corpus"]), list(parts["queries"]), sorted(parts["relevant_docs"].items())]
-
-    assert read(bare) == read(retrieval_folder)
-    assert all(len(part) >= 10 for part in read(bare))
-    write_retrieval(bare, seed=3)
-    (bare / "README.md").unlink()
-    assert read(bare)[0] != read(retrieval_folder)[0]
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_two_local_tasks_of_one_name_are_refused(retrieval_folder, tmp_path, capsys):
-    other = write_retrieval(tmp_path / "small")
-    with pytest.raises(SystemExit) as stop:
-        main(["mteb", "nowhere", "--retrieval", str(retrieval_folder), "--retrieval", str(other)])
-    assert stop.value.code == 2
-    assert "two --retrieval folders have one name, and results go by it; rename one" in capsys.readouterr().err
-
-
-def test_a_retrieval_folder_lacking_a_file_is_refused(tmp_path):
-    with pytest.raises(DataError) as error:
-        local_retrieval_task(tmp_path)
-    assert str(error.value) == f"{tmp_path}: no corpus.jsonl; expected a retrieval task in MTEB's folder layout"
-
-
-CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels/test.jsonl"
-JUDGED = '{"query-id": "q0", "corpus-id": "d0", "score": %s}'
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "message"),
-    [
-        (CORPUS, '{"_id": "d0", "title": ""}', ":1: no field 'text' with a text; known are _id, title"),
-        (CORPUS, '{"_id": "d0", "title": "", "text": ', ":1: malformed JSON: Expecting value at character 36"),
-        (CORPUS, '{"title": "", "text": "a"}', ":1: no field '_id'; known are text, title"),
-        (CORPUS, '{"_id": "d1", "title": "", "text": "a"}', ":2: the _id 'd1' is given twice; ids must differ"),
-        (CORPUS, '{"_id": 1.5, "title": "", "text": "a"}', ":1: the _id is 1.5; expected a text or a whole number"),
-        (CORPUS, '{"_id": "d0", "text": "a"}', ":2: a title must be a text, in all rows or in none"),
-        (CORPUS, '{"_id": "d0", "title": null, "text": "a"}', ":1: a title must be a text, in all rows or in none"),
-        (QUERIES, '{"_id": "q0", "text": null}', ":1: 'text' is null; expected a text"),
-        (QUERIES, None, ": holds no row"),
-        (QRELS, None, ": holds no row"),
-        (QRELS, '{"query-id": "q0", "corpus-id": "d77", "score": 1}', ":1: corpus-id 'd77' is not in corpus.jsonl"),
-        (QRELS, '{"query-id": 0, "corpus-id": "d0", "score": 1}', ":1: query-id '0' is not in queries.jsonl"),
-        (QRELS, '{"query-id": "q0", "score": 1}', ":1: no field 'corpus-id'; known are query-id, score"),
-        (QRELS, JUDGED % '"1"', ":1: 'score' is '1'; expected a number"),
-        (QRELS, JUDGED % "Infinity", ":1: the score is inf; expected a whole number"),
-        (QRELS, JUDGED % "0.5", ":1: the score is 0.5; expected a whole number"),
-    ],
-)
-def test_a_row_of_a_retrieval_folder_that_cannot_be_used_is_named(tmp_path, name, line, message):
-    """They were errors of other libraries, or a score of 0."""
-    file = write_retrieval(tmp_path / "small") / name
-    rest = file.read_text().splitlines()[1:] if line is not None else []
-    file.write_text("".join(f"{one}\n" for one in ([] if line is None else [line, *rest])))
-    with pytest.raises(DataError) as error:
-        local_retrieval_task(tmp_path / "small")
-    assert str(error.value) == f"{file}{message}"
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_ids_may_be_numbers_and_lines_blank_in_a_retrieval_folder(export_dir, tmp_path):
-    encoder, named, numbered = Encoder(export_dir, dtype="fp32"), tmp_path / "a/small", tmp_path / "b/small"
-    for folder in (named, numbered):
-        write_retrieval(folder, pairs=12)
-    for name in (CORPUS, QUERIES, QRELS):
-        text = re.sub(r'"[qd](\d+)"', r"\1", (numbered / name).read_text())
-        (numbered / name).write_text(text.replace("\n", "\n\n", 1) + "\n")
-    scores = [run_tasks(encoder, [local_retrieval_task(one)], tmp_path / one.parent.name) for one in (named, numbered)]
-    assert scores[0] == scores[1]
-    assert scores[0]["Local-small"] > 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import english_pairs, write_jsonl
-from test_benchmark import write_retrieval
+from retrieval import write_retrieval
 
 from eval.benchmark import run_tasks
 from eval.embed import Options, embed

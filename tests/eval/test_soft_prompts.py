@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import english_pairs, write_jsonl
 from peft import LoraConfig, get_peft_model
-from test_benchmark import write_retrieval
+from retrieval import write_retrieval
 from torch import nn
 from transformers import AutoModelForCausalLM
 

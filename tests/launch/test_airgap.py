@@ -3,6 +3,7 @@ unfinished copy is refused by name.
 """
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,26 @@ def test_an_altered_or_unfinished_folder_is_refused_by_name(gathered: Path, tmp_
     assert done.returncode == 2
     assert "no SHA256SUMS; run launch/airgap/gather.sh to its end" in done.stderr
     assert not (tmp_path / "checkout").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("airgap/gather.sh", ["disk"], "error: gather: no .venv here; run launch/setup.sh first"),
+        (
+            "slurm/pipeline.sh",
+            ["launch/recipes/quickstart", "--tasks", "SciFact"],
+            "error: pipeline: no .venv here; run launch/setup.sh first; see launch/slurm/pipeline.sh --help",
+        ),
+    ],
+)
+def test_a_checkout_that_was_not_set_up_is_one_line(
+    tmp_path: Path, script: str, arguments: list[str], message: str
+) -> None:
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    done = run("bash", tmp_path / "launch" / script, *arguments)
+    assert (done.returncode, done.stderr) == (2, f"{message}\n")
+    assert not list(tmp_path.rglob("disk"))
 
 
 def test_a_wrong_call_is_one_line() -> None:

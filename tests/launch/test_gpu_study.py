@@ -47,7 +47,7 @@ def test_its_arguments_reach_every_study_it_starts(tmp_path: Path) -> None:
         "esac\n"
     )
     python.chmod(0o755)
-    given = [f"pairs={tmp_path}/pairs", f"work_dir={tmp_path}/work", f"base={tmp_path}/model"]
+    given = [f"pairs={tmp_path}/pairs", f"work_dir={tmp_path}/kept", f"base={tmp_path}/model"]
     subprocess.run(
         ["bash", ROOT / "launch/gpu_study.sh", tmp_path / "out", "--only", "stage2", *given],
         env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
@@ -59,7 +59,7 @@ def test_its_arguments_reach_every_study_it_starts(tmp_path: Path) -> None:
         assert call[:3] == ["-m", "launch.study", "launch/recipes/study/gpu.yaml"]
         assert {f"results_dir={tmp_path}/out/study", *given} < set(call)
     assert (first[-1], last[last.index("--only") + 1]) == ("untrained", "stage2")
-    assert f"output_dir={tmp_path}/work/bench-shards" in pack
+    assert f"output_dir={tmp_path}/kept/bench-shards" in pack
     assert f"{{kind: e5, path: {tmp_path}/pairs, only: [squad]}}" in " ".join(pack)
 
 

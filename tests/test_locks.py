@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from anchor.errors import DataError
-from data_prep.locks import locked
+from anchor.locks import locked
 
 
 def test_a_lock_is_held_by_one_and_leaves_no_file(tmp_path: Path) -> None:
