@@ -2,7 +2,8 @@
 
 1. SIGTERM or SIGUSR1 on any rank sets a flag. It travels with the step's own reduction, so all ranks learn of it in
    the same step, finish that step, write a checkpoint and exit with :data:`EXIT_REQUEUE`.
-2. A second signal ends the process at once.
+2. A second signal ends the process at once. Within 2 s of the first it is the same one: a signal to a process group,
+   as ``timeout`` sends it, reaches a rank itself and once more by DeepSpeed's launcher, which passes it on.
 3. The watchdog knows when a step, a checkpoint or an export began. One that lasts longer than
    ``engine.timeout_seconds`` is stuck (a rank is gone, a collective hangs, a disk does not answer): it names the step,
    writes the stacks of all threads to the rank's log and ends the process. After a signal it is less patient, because
@@ -30,6 +31,7 @@ EXIT_STUCK = 70
 """Exit code of a process that its watchdog ended."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+_SAME_SIGNAL_SECONDS = 2.0
 _LEAST_PATIENCE_SECONDS = 30.0
 _SLOWEST_STEPS = 3
 
@@ -39,13 +41,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.requested and time.monotonic() - self._since < _SAME_SIGNAL_SECONDS:
+            return
         if self.requested:
             os.write(2, f"{name} again: exit at once, without a checkpoint\n".encode())
             os._exit(128 + number)
-        self.requested = True
+        self.requested, self._since = True, time.monotonic()
         os.write(2, f"{name}: stop after this step, with a checkpoint\n".encode())
 
     @contextmanager

@@ -1,6 +1,11 @@
-"""Invariants: after a signal the watchdog is less patient, but not in the first step, whose length nobody knows."""
+"""Invariants: a signal that comes by two ways is one, a later one ends the process; after a signal the watchdog is less
+patient, but not in the first step, whose length nobody knows."""
 
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from anchor.engine.stop import StopRequest, Watchdog
 
@@ -44,3 +49,33 @@ def test_a_step_of_many_tokens_has_as_much_more_time() -> None:
     overdue = watchdog._overdue(now + 310)
     assert overdue is not None
     assert 300 <= overdue < 310
+
+
+LISTENING = """
+import time
+from anchor.engine.stop import StopRequest
+with StopRequest().listening():
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_signal_of_a_group_that_the_launcher_passes_on_is_one_and_a_later_one_ends_at_once() -> None:
+    """The checkpoint was lost: DeepSpeed's launcher passed on what its ranks had received with it."""
+    command = [sys.executable, "-c", LISTENING]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told.splitlines() == [
+        "SIGTERM: stop after this step, with a checkpoint",
+        "SIGTERM again: exit at once, without a checkpoint",
+    ]

@@ -25,6 +25,12 @@ PATIENCE_SECONDS = 240.0
 STEPS = 80
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 class Run:
     """Real processes, one per rank, started as ``srun python -m anchor.train`` starts them."""
 
@@ -32,10 +38,7 @@ class Run:
         self.folder = recipe.parent / "run"
         self.out = recipe.parent / f"out-{time.monotonic_ns()}"
         self.out.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(world_size)}
         self.ranks = []
         for rank in range(world_size):
@@ -163,14 +166,26 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(name, tmp_path, undisturbed, 
     )
 
 
-def test_a_storm_of_signals_ends_the_process_at_once_and_loses_nothing(tmp_path, undisturbed, make_variant):
-    recipe = make_variant(tmp_path, "full")
-    run = Run(recipe, 2)
-    run.until(lambda: run.steps() >= 5)
-    for _ in range(5):
-        for process in run.ranks:
-            process.send_signal(signal.SIGTERM)
-    assert set(run.wait(60)) <= {85, 128 + signal.SIGTERM, 1}
+def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint(tmp_path, undisturbed, make_variant):
+    """As `timeout` sends it. The launcher passes it on to ranks that have it already: the checkpoint was lost."""
+    recipe = make_variant(tmp_path, "full", engine__checkpoint_every_steps=STEPS)
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
+    command = [*launcher, free_port(), "--module", "anchor.train", str(recipe)]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    out, metrics = tmp_path / "out", tmp_path / "run/metrics.jsonl"
+    with (
+        out.open("wb") as file,
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True) as launched,
+    ):
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 5:
+            assert launched.poll() is None, out.read_text()
+            assert time.monotonic() < end, out.read_text()
+            time.sleep(0.002)
+        os.killpg(launched.pid, signal.SIGTERM)
+        launched.wait(60)
+    assert out.read_text().count("SIGTERM: stop after this step, with a checkpoint") == 2
+    assert "without a checkpoint" not in out.read_text()
     last = Run(recipe, 2)
     assert last.wait() == [0, 0], last.console()
     assert "resumed at step" in last.console()
