@@ -166,8 +166,8 @@ class SegmentTokenizer:
     """Texts -> segments, with a prepared tokenizer.
 
     Args:
-        tokenizer: result of :func:`prepare_tokenizer`, or a tokenizer loaded from a folder saved by it.
-        template: the same template.
+        tokenizer: a transformers tokenizer, as :func:`prepare_tokenizer` returns it or untouched.
+        template: what to put around texts.
         max_tokens: longest segment, template included.
     """
 

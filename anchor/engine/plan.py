@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from anchor import dist
 from anchor.config import schema
 from anchor.config.schema import TrainRecipe
 from anchor.data.batches import check_ranks
 from anchor.data.shards import ShardReader, index_hash, read_index
-from anchor.data.templates import Template
-from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, tokenizer_fingerprint
+from anchor.data.tokenization import tokenizer_fingerprint
 from anchor.engine.deepspeed import read_ds_config
 from anchor.engine.held_out import HeldOut
 from anchor.engine.special_tokens import check_template, make_self_supervised
@@ -102,10 +102,13 @@ def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
 
 
 def template_prefix_tokens(shards: Path) -> int:
-    """Tokens of the template's prefix, which every segment of the shards begins with."""
-    index = read_index(shards)
-    tokenizer, template = load_tokenizer(str(shards / "tokenizer")), Template(**index.template)
-    return len(SegmentTokenizer(tokenizer, template, index.recipe["text"]["max_tokens"]).prefix)
+    """Tokens of the template's prefix, which every segment of the shards begins with.
+
+    They are those of the tokenizer's post-processor: a LlamaTokenizer, loaded again, may cut the prefix's text
+    otherwise than the one that the shards were packed with.
+    """
+    stored = Tokenizer.from_file(str(shards / "tokenizer" / "tokenizer.json"))
+    return stored.encode("a").special_tokens_mask.index(0)
 
 
 def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:

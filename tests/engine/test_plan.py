@@ -1,0 +1,42 @@
+"""Invariant: the template's prefix is as long as it was packed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from conftest import english_pairs
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import BpeTrainer
+
+from anchor.data.templates import Template
+from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, prepare_tokenizer
+from anchor.engine.plan import template_prefix_tokens
+
+
+def llama_tokenizer(folder: Path) -> Any:
+    """One whose words begin with a mark, as sentencepiece makes it, of the `legacy` kind."""
+    backend = Tokenizer(BPE(byte_fallback=True))
+    backend.pre_tokenizer = Metaspace(prepend_scheme="always")
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    texts = [text for row in english_pairs(50) for text in (row["query"], row["positive"], "[INST] a [/INST]")]
+    backend.train_from_iterator(texts, BpeTrainer(vocab_size=600, special_tokens=names, show_progress=False))
+    stored = json.loads(backend.to_str())
+    stored["added_tokens"] = stored["added_tokens"][:3]
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    about = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"unk_token": "<unk>"}))
+    return load_tokenizer(str(folder))
+
+
+def test_the_prefix_is_as_long_as_it_was_packed_whatever_a_loaded_tokenizer_makes_of_its_text(tmp_path):
+    """A LlamaTokenizer of the `legacy` kind is no longer one when it is saved: one template token was a target."""
+    template = Template("<s>[INST] ", " [/INST]</s>", "{instruction}: {text}")
+    tokenizer = prepare_tokenizer(llama_tokenizer(tmp_path / "llama"), template, "llama")
+    packed = SegmentTokenizer(tokenizer, template, 64)
+    tokenizer.save_pretrained(tmp_path / "shards/tokenizer")
+    loaded = SegmentTokenizer(load_tokenizer(str(tmp_path / "shards/tokenizer")), template, 64)
+    assert len(loaded.prefix) > len(packed.prefix)
+    assert template_prefix_tokens(tmp_path / "shards") == len(packed.prefix) == packed.encode([("a", 0)]).body_starts[0]
