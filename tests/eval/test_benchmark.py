@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import english_pairs, write_jsonl
 from distributed import run_distributed
+from retrieval import write_retrieval
 
 from anchor.errors import ConfigError, DataError
 from eval.__main__ import main
