@@ -12,7 +12,8 @@ from anchor.config.load import load_recipe
 from anchor.config.schema import PackRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
-STUDIES = {ROOT / f"launch/recipes/study/{name}.yaml" for name in ("arms", "cpu", "cpu_mteb", "gpu")}  # test_study.py loads them
+# test_study.py loads them.
+STUDIES = {ROOT / f"launch/recipes/study/{name}.yaml" for name in ("arms", "cpu", "cpu_mteb", "gpu")}
 RECIPES = sorted(set((ROOT / "launch/recipes").rglob("*.yaml")) - STUDIES)
 COMMANDS = [
     line.strip()
