@@ -19,14 +19,14 @@ from launch.study.run import commands, missing, result_file
 from launch.study.tables import curves_of, difference_table, final_table, read_results, write_tables
 
 ROOT = Path(__file__).parents[2]
-SCALES = sorted((ROOT / "launch/recipes/study").glob("[cg]pu.yaml"))
+SCALES = sorted((ROOT / "launch/recipes/study").glob("[cg]pu*.yaml"))
 
 
 @pytest.mark.parametrize("path", SCALES, ids=lambda path: path.stem)
 def test_the_shipped_scales_name_arms_and_recipes_that_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = plan_of(path, stage2_long=60, stage2_full_long=50)
-    assert len(SCALES) == 2
+    assert len(SCALES) == 3
     assert {"untrained", "stage1", "stage2", "stage1_stage2", "language_model_stage2"} <= set(plan.arms.arms)
     packed = pack_recipe(plan.study)
     assert packed.text.hard_negatives == 1
