@@ -163,7 +163,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 class SegmentTokenizer:
-    """Texts -> segments, with a prepared tokenizer.
+    """Texts -> segments.
 
     Args:
         tokenizer: a transformers tokenizer, as :func:`prepare_tokenizer` returns it or untouched.
