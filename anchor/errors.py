@@ -7,12 +7,16 @@ message and exits with code 2. Bugs raise built-in exceptions and keep their tra
 
 import difflib
 import errno
+import os
+import select
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_USER_ERROR = 2
+_EXIT_PIPE = 141
+"""As a shell reports a program that SIGPIPE has ended."""
 
 _DISK_ADVICE = {
     errno.EACCES: "check who may write there, or choose another place",
@@ -21,6 +25,8 @@ _DISK_ADVICE = {
     errno.ENOTDIR: "a part of this path is a file; choose another place",
     errno.ENOSPC: "free some disk and start again",
     errno.EDQUOT: "free some of your quota and start again",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`) and start again",
+    errno.ENFILE: "too many files are open on this machine; start again when there are fewer",
 }
 """What a user does about a file that cannot be written or read; other errors of the operating system are bugs."""
 
@@ -66,16 +72,33 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print an :class:`AnchorError`, or a disk's refusal, as one line on stderr and exit with code 2."""
+    """Print an :class:`AnchorError`, or a disk's refusal, as one line on stderr and exit with code 2.
+
+    A reader of the output that has gone (``| head``) is no error of the program; it ends without a word.
+    """
     try:
         yield
+        sys.stdout.flush()
     except AnchorError as error:
         _exit(str(error))
+    except BrokenPipeError:
+        if not _is_abandoned(sys.stdout):
+            raise
+        # The interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_EXIT_PIPE)
     except OSError as error:
         if error.errno not in _DISK_ADVICE:
             raise
         where = error.filename if error.filename is not None else "a file being written"
         _exit(f"{where}: {error.strerror}; {_DISK_ADVICE[error.errno]}")
+
+
+def _is_abandoned(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _exit(message: str) -> NoReturn:

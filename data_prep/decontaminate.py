@@ -23,7 +23,7 @@ from data_prep.e5_rows import SIDES, Line, read_lines
 from data_prep.new_folder import new_folder
 from data_prep.overlap import EvaluationTexts, Lookup, Match
 from data_prep.readers import TABLE_SUFFIXES, open_output, read_rows
-from data_prep.sources import e5_files
+from data_prep.sources import e5_files, files_below
 from data_prep.tables import print_table
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def evaluation_files(path: Path) -> list[Path]:
     suffixes = (*TABLE_SUFFIXES, ".txt")
     if path.is_file() and path.name.endswith(suffixes):
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes))
+    found = [file for file in files_below(path) if file.name.endswith(suffixes)]
     if not found:
         what = "holds no file" if path.is_dir() else "no such folder or file"
         raise ConfigError(f"--against: {path}: {what} ending in {', '.join(suffixes)}")

@@ -5,6 +5,7 @@ by position, never as a whole, so that memory does not grow with the data.
 """
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from anchor.data.shards import Pack
 from anchor.errors import DataError
 from data_prep.checking import record_type
 from data_prep.spool import DONE, JOURNAL, PAIRS, PART, QUARANTINE, TOKENS, Entry, part_name, read_journal, read_json
+
+_MAX_OPEN = 128
+"""Files held open at a time: 1,024 is all that many systems allow a process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ class Gathered:
         self._type = record_type(hard_negatives)
         self._roles = np.arange(FIRST_NEGATIVE + hard_negatives, dtype=np.int8)
         self.sources = _sources([read_journal(folder) for folder in folders], read_json(folders[0] / PART)["sources"])
-        self._open: dict[tuple[int, str], int] = {}
+        self._open: dict[tuple[int, str], int] = {}  # the one used last is the last
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}  # another process opens the files itself
@@ -79,9 +83,13 @@ class Gathered:
         self._open.clear()
 
     def _read(self, part: int, name: str, first: int, size: int) -> bytes:
-        if (part, name) not in self._open:
-            self._open[part, name] = os.open(self.folders[part] / name, os.O_RDONLY)
-        return os.pread(self._open[part, name], size, first)
+        descriptor = self._open.pop((part, name), None)
+        if descriptor is None:
+            if len(self._open) >= _MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            descriptor = os.open(self.folders[part] / name, os.O_RDONLY)
+        self._open[part, name] = descriptor
+        return os.pread(descriptor, size, first)
 
     def scan(self, source: str) -> Iterator[tuple[int, np.ndarray]]:
         """(number of the first pair, records) of every unit that has pairs."""
@@ -238,9 +246,9 @@ def _check_units(folders: list[Path]) -> None:
             )
 
 
-def fingerprint(folders: list[Path]) -> str:
-    """sha256 (hex) of what the parts hold, by their journals."""
-    digest = hashlib.sha256()
+def fingerprint(folders: list[Path], recipe: dict[str, Any]) -> str:
+    """sha256 (hex) of what the parts hold, by their journals, and of the recipe that they are put together by."""
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for folder in folders:
         digest.update(hashlib.sha256((folder / PART).read_bytes()).digest())
         digest.update(hashlib.sha256((folder / JOURNAL).read_bytes()).digest())

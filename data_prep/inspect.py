@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from anchor.data.records import FIRST_NEGATIVE, POSITIVE, QUERY
 from anchor.data.shards import Pack, ShardReader
-from anchor.errors import DataError
+from anchor.data.tokenization import shards_tokenizer
+from anchor.errors import ConfigError, DataError
 from data_prep.histogram import bars, bins, draw
 from data_prep.tables import print_table
 from data_prep.verifying import batches_of, verify
@@ -40,9 +41,12 @@ def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool, png: Pa
         png: new file for the histogram of lengths as a picture.
 
     Raises:
-        DataError: the picture's file exists.
+        ConfigError: the picture's name has no suffix.
+        DataError: its file exists.
         ShardError: unfinished or altered folder, or a broken promise, by file and batch.
     """
+    if png is not None and not png.suffix:
+        raise ConfigError(f"--png {png}: has no suffix that names a kind of picture; give {png}.png")
     if png is not None and png.exists():
         raise DataError(f"--png {png}: already exists and is not written over; delete it or choose another name")
     reader = ShardReader(folder)
@@ -134,7 +138,7 @@ def examples(reader: ShardReader, number: int) -> list[dict[str, Any]]:
     """
     if number < 1:
         return []
-    tokenizer = Tokenizer.from_file(str(reader.folder / "tokenizer" / "tokenizer.json"))
+    tokenizer = shards_tokenizer(reader.folder, reader.index.tokenizer_sha256)
     out = []
     for k in range(min(number, len(reader) * reader.index.recipe["batch"]["pairs"])):
         position = k * len(reader) / number

@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 
 WORK = "work"
 """Folder of what is unfinished, in the folder of shards."""
-_PLAN, _MARK = "plan", "parts.json"
+PLAN = "plan"
+"""Folder in it of what is planned."""
+_MARK = "parts.json"
 DUPLICATE = "equal to an earlier pair"
 """Why a pair is dropped that :func:`data_prep.shuffle.keep_first` leaves out."""
 
@@ -62,13 +64,13 @@ def make_shards(run: PackRun, gathered: Gathered, traits: list[dict[str, Any]], 
         run: of which recipe.
         gathered: its parts.
         traits: of every source, for the index.
-        parts: their fingerprint; a plan of others is made anew.
+        parts: their fingerprint; a plan of others, or of another recipe, is made anew.
         workers: processes.
 
     Raises:
         DataError: more unusable rows than allowed, or no batch.
     """
-    folder = _open_plan(run.work / _PLAN, parts)
+    folder = _open_plan(run.work / PLAN, parts)
     for name, units in gathered.sources.items():
         _quarantine(run, gathered, name, units)
     kept = {name: keep_first(gathered, name, folder, f"source{i}") for i, name in enumerate(gathered.sources)}

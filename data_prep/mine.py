@@ -21,11 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from anchor.data.records import is_usable
 from anchor.data.shards import text_id
 from anchor.errors import ConfigError
 from anchor.progress import tracked
 from data_prep.dense import Dense, load_model
-from data_prep.e5_rows import Line, negatives_of, read_lines
+from data_prep.e5_rows import SIDES, Line, negatives_of, read_lines
 from data_prep.lexical import Lexical
 from data_prep.new_folder import new_folder
 from data_prep.ranking import Query, Scorer, Window
@@ -111,13 +112,14 @@ class Corpus:
         self._queries: dict[int, str] = {}
         self._known: dict[int, set[int]] = {}
         for line in read_lines(file, f"reading {name}"):
-            if line.row is None:
+            # What `pack` refuses in one row must not become a negative of others.
+            if line.row is None or not all(is_usable(line.row[side]) for side in SIDES):
                 continue
             query = line.row["query"]
             key = text_id(query)
             self._queries[key] = query
             self._known.setdefault(key, set()).add(self._number(line.row["positive"]))
-            for text in negatives_of(line.row):
+            for text in filter(is_usable, negatives_of(line.row)):
                 self._number(text)
 
     def _number(self, document: str) -> int:
@@ -149,7 +151,7 @@ def _write(
     with open_output(target) as out:
         for line in read_lines(file, f"writing {name}"):
             counts["rows"] += 1
-            if line.row is None:
+            if line.row is None or text_id(line.row["query"]) not in mined:
                 # `pack` refuses or skips it as its recipe says.
                 counts["unreadable"] += 1
                 out.write(line.data)

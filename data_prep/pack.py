@@ -9,8 +9,8 @@
 
 ``pack`` does all three, ``pack --part`` the first, ``merge`` the others. Everything is a pure function of the recipe
 and the inputs, for any number of worker processes and of parts. What was finished is kept when the program is run
-again after an interruption: units in step 1, files in step 3. A lock beside ``work`` keeps each part, and steps 2 and
-3, to one process at a time.
+again after an interruption: units in step 1, files in step 3, also when only what steps 2 and 3 read of the recipe
+has changed. A lock beside ``work`` keeps each part, and steps 2 and 3, to one process at a time.
 """
 
 import hashlib
@@ -18,16 +18,17 @@ import logging
 import shutil
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
+from typing import Any
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import PackRecipe
 from anchor.data.shards import INDEX_NAME, Index, read_index
-from anchor.data.templates import resolve_template
+from anchor.data.templates import Template, resolve_template
 from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, prepare_tokenizer
 from anchor.errors import ConfigError, DataError
 from anchor.locks import locked
 from data_prep.gathered import Gathered, find_parts, fingerprint
-from data_prep.making import WORK, PackRun, make_shards
+from data_prep.making import PLAN, WORK, PackRun, make_shards
 from data_prep.reading import read_part
 from data_prep.sources import Source, resolve_sources
 from data_prep.spool import PART, part_name, read_json, write_json
@@ -37,6 +38,9 @@ from data_prep.writing import missing_files
 log = logging.getLogger(__name__)
 
 _INPUTS, _LOCK = "inputs.json", ".lock"
+_PARTS, _MERGE = "part-*-of-*", "merge"
+_READ = ("tokenizer", "template", "sources", "text", "on_bad_row")
+"""Keys of the recipe that step 1 depends on; parts of one recipe agree in these."""
 
 
 def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[int, int] | None = None) -> Index | None:
@@ -93,10 +97,34 @@ def merge(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
 
 def _run(path: str, recipe: PackRecipe) -> PackRun:
     tokenizer = load_tokenizer(recipe.tokenizer)
-    template = resolve_template(recipe.template, tokenizer, f"{path}: template")
+    template = _kept_template(recipe) or resolve_template(recipe.template, tokenizer, f"{path}: template")
     prepare_tokenizer(tokenizer, template, recipe.tokenizer)
     segmenter = SegmentTokenizer(tokenizer, template, recipe.text.max_tokens)
     return PackRun(path, recipe, recipe.model_dump(mode="json"), tokenizer, template, segmenter)
+
+
+def _kept_template(recipe: PackRecipe) -> Template | None:
+    """The template that a part of this recipe was begun with: some chat templates name the day."""
+    for part in sorted((recipe.output_dir / WORK).glob(f"{_PARTS}/{PART}")):
+        content = read_json(part)
+        if content["recipe"] == _read_by(recipe.model_dump(mode="json")):
+            return Template(**content["template"])
+    return None
+
+
+def _read_by(resolved: dict[str, Any]) -> dict[str, Any]:
+    """What step 1 reads of a recipe."""
+    return {name: resolved[name] for name in _READ}
+
+
+def _identity(run: PackRun) -> dict[str, Any]:
+    """What all parts of a run have in common, but for their input."""
+    return {
+        "recipe": _read_by(run.resolved),
+        "template": run.template.to_json(),
+        "tokenizer_sha256": hashlib.sha256(run.segmenter.backend.to_str().encode()).hexdigest(),
+        "units": [UNIT_ROWS, UNIT_BYTES],
+    }
 
 
 def _finished(recipe: PackRecipe) -> Index | None:
@@ -133,36 +161,54 @@ def _refuse_other_input(recipe: PackRecipe, recipe_path: str) -> None:
 
 
 def _complete(folder: Path, index: Index) -> Index:
-    # Of a run that was interrupted after its last file.
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    for lock in folder.glob(f"*{_LOCK}"):
+    _clear(folder)  # of a run that was interrupted after its last file
+    for lock in (*folder.glob(f"{_PARTS}{_LOCK}"), folder / f"{_MERGE}{_LOCK}"):
         lock.unlink(missing_ok=True)
     log.info("%s: already complete, %d batches", folder, index.num_batches)
     return index
 
 
+def _clear(folder: Path) -> None:
+    """Remove the work of a run, and nothing else that may be there."""
+    work = folder / WORK
+    for made in (*work.glob(_PARTS), work / PLAN):
+        shutil.rmtree(made, ignore_errors=True)
+    with suppress(OSError):
+        work.rmdir()
+
+
+def _strange(folder: Path) -> list[Path]:
+    """What no run leaves in a folder before its first part is begun."""
+    if not folder.is_dir():
+        return []
+    work = folder / WORK
+    mine = {work, *folder.glob(f"{_PARTS}{_LOCK}"), folder / f"{_MERGE}{_LOCK}"}
+    made = {*work.glob(_PARTS), work / PLAN}
+    return [path for path in (*folder.iterdir(), *work.glob("*")) if path not in mine | made]
+
+
 def _open_part(run: PackRun, sources: list[Source], part: int, parts: int) -> Path:
     """The folder of a part; kept from an interrupted run of the same recipe and input, else made."""
     content = {
-        "recipe": run.resolved,
-        "tokenizer_sha256": hashlib.sha256(run.segmenter.backend.to_str().encode()).hexdigest(),
-        "units": [UNIT_ROWS, UNIT_BYTES],
+        **_identity(run),
         "sources": [source.traits() for source in sources],
         "inputs": [list(one) for one in _inputs(sources)],
     }
     folder = run.work / part_name(part, parts)
-    others = sorted(other for other in run.work.glob("part-*-of-*") if (other / PART).is_file())
-    if not others and run.folder.is_dir() and not (run.folder / INDEX_NAME).is_file():
-        strange = [file for file in run.folder.iterdir() if file.name != WORK and file.suffix != _LOCK]
+    others = sorted(other for other in run.work.glob(_PARTS) if (other / PART).is_file())
+    if not others and not (run.folder / INDEX_NAME).is_file():
+        strange = _strange(run.folder)
         if strange:
             raise DataError(
-                f"{run.folder}: not empty and not an unfinished run; choose another output_dir or delete it"
+                f"{run.folder}: not empty and not an unfinished run, it holds {strange[0].name}; choose another "
+                "output_dir or delete it"
             )
     for other in others:
         found = read_json(other / PART)
         if found["recipe"] != content["recipe"]:
             raise DataError(
-                f"{run.folder}: holds an unfinished run of another recipe; delete it or choose another output_dir"
+                f"{run.folder}: holds an unfinished run of another recipe, {_differing(found, content)}; delete it or "
+                "choose another output_dir"
             )
         if found != content:
             raise DataError(f"{other}: its input, tokenizer or program is another than now; delete it and run again")
@@ -175,6 +221,11 @@ def _open_part(run: PackRun, sources: list[Source], part: int, parts: int) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PART, content)
     return folder
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    names = [name for name in _READ if one["recipe"].get(name) != other["recipe"].get(name)]
+    return f"{', '.join(names)} {'differs' if len(names) == 1 else 'differ'}"
 
 
 def _locked(run: PackRun, name: str) -> AbstractContextManager[None]:
@@ -190,15 +241,25 @@ def _finish(run: PackRun, workers: int) -> Index:
     """Steps 2 and 3."""
     parts = find_parts(run.work, f"python -m data_prep pack {run.path}")
     made = read_json(parts[0] / PART)
-    if made["recipe"] != run.resolved:
-        raise DataError(f"{run.work}: holds parts of another recipe; give merge the recipe and overrides of the parts")
-    with _locked(run, "merge"):
+    now = _identity(run)
+    if made["recipe"] != now["recipe"]:
+        raise DataError(
+            f"{run.work}: holds parts of another recipe, {_differing(made, now)}; give merge the recipe and overrides "
+            "of the parts"
+        )
+    wrong = [key for key in now if made.get(key) != now[key]]
+    if wrong:
+        raise DataError(
+            f"{run.work}: its parts were made with another {wrong[0].partition('_')[0]} than {run.recipe.tokenizer} "
+            f"and this program give now; put back what was there, or delete {run.work} and pack again"
+        )
+    with _locked(run, _MERGE):
         if not parts[0].is_dir():
             raise DataError(_busy(run))  # it has just finished
         with closing(Gathered(parts, run.recipe.text.hard_negatives)) as gathered:
             write_json(run.folder / _INPUTS, made["inputs"])
-            index = make_shards(run, gathered, made["sources"], fingerprint(parts), workers)
-        shutil.rmtree(run.work)
+            index = make_shards(run, gathered, made["sources"], fingerprint(parts, run.resolved), workers)
+        _clear(run.folder)
     size = run.recipe.batch.pairs
     log.info("%s: %d batches of %d pairs in %d files", run.folder, index.num_batches, size, len(index.shards))
     return index

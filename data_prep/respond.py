@@ -195,7 +195,7 @@ def _stored_frame(options: Options) -> tuple[str, str] | None:
 def _open(options: Options, settings: dict[str, Any]) -> None:
     """Make the folder, or check that it is of this run."""
     work = options.output / WORK
-    if options.output.exists() and not work.is_dir():
+    if options.output.exists() and not work.is_dir() and (options.output.is_file() or any(options.output.iterdir())):
         raise DataError(f"{options.output}: already exists and is no run of respond; choose another --output")
     for file in sorted(work.glob("*.settings.json")):
         other, parts = read_json(file), int(file.name.split(".")[0].rpartition("-")[2])

@@ -1,5 +1,7 @@
 """Recipe sections -> streams of rows, each with the place it came from for messages."""
 
+import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -87,7 +89,7 @@ def _named(section: FilesSource | HubSource, rows: Callable[[Meter], Iterator[Ro
         name=section.name,
         rows=rows,
         files=files,
-        local_copy=_files_below(Path(section.dataset)) if isinstance(section, HubSource) else (),
+        local_copy=_visible_below(Path(section.dataset)) if isinstance(section, HubSource) else (),
         layout=layout_of(section),
         positives=section.positives,
         instructions=section.instructions,
@@ -97,10 +99,23 @@ def _named(section: FilesSource | HubSource, rows: Callable[[Meter], Iterator[Ro
     )
 
 
-def _files_below(folder: Path) -> tuple[Path, ...]:
+def _visible_below(folder: Path) -> tuple[Path, ...]:
     """All but hidden ones; none of a folder that is not there."""
-    paths = sorted(folder.rglob("*"))
-    return tuple(p for p in paths if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts))
+    paths = files_below(folder)
+    return tuple(p for p in paths if not any(x.startswith(".") for x in p.relative_to(folder).parts))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder at any depth, in the order of their names; linked folders are entered, each once."""
+    found, entered = [], set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        about = Path(at).stat()
+        if (about.st_dev, about.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((about.st_dev, about.st_ino))
+        found += [Path(at) / name for name in files if (Path(at) / name).is_file()]
+    return sorted(found)
 
 
 def _reader(files: Sequence[Path], max_rows: int | None) -> Callable[[Meter], Iterator[Row]]:
@@ -199,10 +214,12 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
             row = next(rows, None)
         except (
             OSError,
+            EOFError,
+            zlib.error,
             ValueError,
             TypeError,
             DatasetsError,
-        ) as error:  # TypeError: files whose columns differ in type
+        ) as error:  # EOFError, zlib: a compressed file that is cut; TypeError: files whose columns differ in type
             raise DataError(
                 f"dataset {section.dataset}: row {number} of split {section.split} cannot be read: {first_line(error)}"
             ) from error

@@ -73,12 +73,17 @@ def read_json(file: Path) -> Any:
 
 
 def read_journal(folder: Path) -> list[Entry]:
-    """The units of a part; a last line that an interruption cut short is none."""
+    """The units of a part, up to the first line that a loss of power or an interruption has damaged."""
     file = folder / JOURNAL
     if not file.is_file():
         return []
-    lines = file.read_bytes().split(b"\n")[:-1]
-    return [Entry(**json.loads(line)) for line in lines]
+    found = []
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        try:
+            found.append(Entry(**json.loads(line)))
+        except ValueError:
+            break
+    return found
 
 
 class PartWriter:

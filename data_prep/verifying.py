@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from anchor.data.records import FIRST_NEGATIVE, QUERY
 from anchor.data.shards import Batch, Pack, ShardReader, make_batch
 from anchor.data.templates import Template, special_token_names
-from anchor.data.tokenization import end_token_id, tokenizer_fingerprint
+from anchor.data.tokenization import end_token_id, shards_tokenizer
 from anchor.errors import ShardError
 from anchor.progress import tracked
 
@@ -92,11 +92,9 @@ def verify(reader: ShardReader) -> None:
         ShardError: the first broken promise, by file and batch.
     """
     index = reader.index
-    tokenizer = reader.folder / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
-        raise ShardError(f"{tokenizer}: missing or not the tokenizer that the shards were made with; pack again")
+    tokenizer = shards_tokenizer(reader.folder, index.tokenizer_sha256)
     _check_counts(reader)
-    special = _special_ids(reader)
+    special = _special_ids(reader, tokenizer)
     reader.verify_files()
     pairs = index.recipe["batch"]["pairs"]
     coverage = {source["name"]: _Coverage(source, pairs, index.num_epochs) for source in index.sources}
@@ -130,7 +128,7 @@ def _check_counts(reader: ShardReader) -> None:
             )
 
 
-def _special_ids(reader: ShardReader) -> np.ndarray:
+def _special_ids(reader: ShardReader, backend: Tokenizer) -> np.ndarray:
     """Ids that every segment ends in: the trained special tokens, or the anchor token alone.
 
     Raises:
@@ -140,7 +138,6 @@ def _special_ids(reader: ShardReader) -> np.ndarray:
     template = Template(**index.template)
     if not template.special_tokens:
         return np.asarray([index.anchor_token_id])
-    backend = Tokenizer.from_file(str(reader.folder / "tokenizer" / "tokenizer.json"))
     found = [backend.token_to_id(name) for name in special_token_names(template.special_tokens)]
     first = index.anchor_token_id - template.special_tokens + 1
     if found != list(range(first, index.anchor_token_id + 1)):

@@ -4,11 +4,17 @@ import re
 import unicodedata
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+_THAI_LAO_BURMESE_KHMER = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+_UNSPACED = f"{_CJK}{_THAI_LAO_BURMESE_KHMER}"
+# Vowel signs and accents: no letters of their own for `re`, yet parts of words.
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c) in ("Mn", "Mc"))
+_WORD = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|[^\W{_UNSPACED}](?:[^\W{_UNSPACED}]|[{_MARKS}])*")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; each Chinese, Japanese or Korean character is a word.
+    """Lower-case words without punctuation; each character of a script that is written without spaces is a word.
+
+    These are Chinese, Japanese and Korean, and Thai, Lao, Burmese and Khmer with the marks on a character.
 
     Compatibility forms are one (NFKC): ligatures, full-width letters, composed and decomposed accents.
     """

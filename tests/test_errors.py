@@ -1,6 +1,8 @@
 """Invariants: a user's error, or a disk's refusal, is one line on stderr and exit code 2; a bug keeps its traceback."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,22 @@ def test_every_error_of_the_project_has_one_root() -> None:
 )
 def test_a_near_miss_is_suggested(name: str, known: list[str], hint: str) -> None:
     assert did_you_mean(name, known) == hint
+
+
+def test_a_reader_that_has_gone_ends_the_program_without_a_word() -> None:
+    program = 'from anchor.errors import exit_on_user_error\nwith exit_on_user_error():\n    print("x\\n" * 100000)'
+    pipe = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -c '{program}' | head -n 1; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (pipe.returncode, pipe.stdout, pipe.stderr) == (141, "x\n", "")
+
+
+def test_too_many_open_files_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise OSError(errno.EMFILE, "Too many open files", "x")
+    assert stop.value.code == 2
+    expected = "error: x: Too many open files; raise the limit of open files (`ulimit -n`) and start again\n"
+    assert capsys.readouterr().err == expected

@@ -1,8 +1,10 @@
 """What every section of a recipe is made of: frozen models that forbid unknown keys, and types of numbers."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -10,6 +12,26 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_truth_value_is_no_number(cls, values: Any) -> Any:
+        # YAML reads yes and on as true, and pydantic would take that for 1.
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(name) if isinstance(value, bool) else None
+            if field is not None and bool not in (field.annotation, *get_args(field.annotation)):
+                raise ValueError(f"{name} is a truth value, as yes, no, on and off are; give a number, or quote a word")
+        return values
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: no such user's home") from error
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
+"""A path; ``~`` at its beginning is the user's home."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

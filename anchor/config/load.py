@@ -47,7 +47,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML strictly.
 
     Raises:
-        ConfigError: malformed YAML or a duplicate key, as one line that begins with ``where``.
+        ConfigError: malformed YAML, an impossible date, a duplicate key, as one line that begins with ``where``.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
@@ -56,6 +56,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{where}{line}: {' '.join(str(problem).split())}") from error
+    except ValueError as error:  # what YAML takes for a date or a number, and is none
+        raise ConfigError(f"{where}: {error}; put text in quotes") from error
 
 
 def load_recipe(path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:

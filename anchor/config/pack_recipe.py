@@ -1,11 +1,10 @@
 """Every knob of packing data: :class:`PackRecipe`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt, Section, Weight
+from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt, Section, UserPath, Weight
 
 
 class PresetTemplate(Section):
@@ -74,7 +73,7 @@ class E5Source(Section):
     """A folder (one file per source) or one file in the layout of the E5 public mix."""
 
     kind: Literal["e5"]
-    path: Path
+    path: UserPath
     """Folder of `NAME.jsonl`, `NAME.jsonl.gz` or `NAME.jsonl.zst`, or one such file."""
     only: tuple[str, ...] | None = None
     """Names of the sources to take; all files of the folder when absent."""
@@ -126,7 +125,7 @@ class FilesSource(_NamedSource):
     """JSON-lines, CSV, TSV or Parquet files, read as one source."""
 
     kind: Literal["files"]
-    path: Path
+    path: UserPath
     """A `.jsonl`, `.csv`, `.tsv` (each also with `.gz` or `.zst`) or `.parquet` file, or a folder of them."""
 
 
@@ -192,7 +191,7 @@ Mixture = Annotated[ProportionalMixture | CappedMixture | TemperatureMixture, Fi
 class PackRecipe(Section):
     """What `python -m data_prep pack` does."""
 
-    output_dir: Path
+    output_dir: UserPath
     """Folder of the shards; must be new or an unfinished run of the same recipe."""
     seed: NonNegativeInt
     """Seed of the shuffles."""

@@ -1,11 +1,10 @@
 """Every knob of training: :class:`TrainRecipe`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import NonNegativeInt, PositiveInt, Section
+from anchor.config.fields import NonNegativeInt, PositiveInt, Section, UserPath
 from anchor.config.objectives import (
     ContrastiveObjective,
     LanguageModelObjective,
@@ -15,7 +14,7 @@ from anchor.config.objectives import (
 
 
 class DataSection(Section):
-    shards: Path
+    shards: UserPath
     """Folder written by `python -m data_prep pack`."""
 
 
@@ -83,7 +82,7 @@ class OptimSection(Section):
 
 
 class EngineSection(Section):
-    deepspeed: Path
+    deepspeed: UserPath
     """A file of ds_configs/: ZeRO and communication only."""
     dtype: Literal["bf16", "fp32"]
     """Compute and export dtype; master weights and optimiser state are always fp32."""
@@ -102,7 +101,7 @@ class EngineSection(Section):
 class EvaluationSection(Section):
     """Loss and retrieval on pairs that are not trained on, while training."""
 
-    shards: Path
+    shards: UserPath
     """Held-out shards, packed with the same tokenizer and template."""
     every_steps: PositiveInt
     """Evaluate every so many steps, and before the first and after the last."""
@@ -132,7 +131,7 @@ class TelemetrySection(Section):
 class TrainRecipe(Section):
     """What `python -m anchor.train` does."""
 
-    output_dir: Path
+    output_dir: UserPath
     """Folder of run.yaml, metrics.jsonl, checkpoints/ and export/."""
     seed: NonNegativeInt
     """Seed of the batch order, of dropout and of new parameters."""

@@ -50,7 +50,13 @@ def plan_packs(pair_tokens: Sequence[int], pack_tokens: int, pack_multiple: int)
         raise ValueError(f"{len(pair_tokens)} pairs cannot be cut into multiples of {pack_multiple} packs")
     if max(pair_tokens) > pack_tokens:
         raise ValueError(f"a pair of {max(pair_tokens)} tokens exceeds the pack's {pack_tokens}")
-    num_packs = pack_multiple * max(1, -(-sum(pair_tokens) // (pack_tokens * pack_multiple)))
+    # No fewer can do: by their tokens, by those of which no two fit together, by how many of the shortest fit.
+    least = max(
+        -(-sum(pair_tokens) // pack_tokens),
+        sum(2 * tokens > pack_tokens for tokens in pair_tokens),
+        -(-len(pair_tokens) // (pack_tokens // max(1, min(pair_tokens)))),
+    )
+    num_packs = pack_multiple * -(-least // pack_multiple)
     while True:
         packs = partition_longest_first(pair_tokens, num_packs)
         if max(sum(pair_tokens[i] for i in pack) for pack in packs) <= pack_tokens:

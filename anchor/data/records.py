@@ -110,6 +110,15 @@ def text_field(row: Mapping[str, Any], column: str, where: str, mend: str = "") 
     return _checked(_field(row, column, where), column, where, mend)
 
 
+def is_usable(text: str) -> bool:
+    """Whether a side of a pair may be this text."""
+    try:
+        _checked(text, "", "", "")
+    except DataError:
+        return False
+    return True
+
+
 def _checked(value: Any, column: str, where: str, mend: str) -> str:
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}: field '{column}' is {type(value).__name__}, expected text")

@@ -52,6 +52,8 @@ __all__ = [
 
 BATCHES_PER_SHARD = 256
 _RESIDENT_BYTES = 1 << 24
+_MAX_OPEN = 256
+"""Files mapped at a time: 1,024 is all that many systems allow a process to have open."""
 _COLUMNS: dict[str, Any] = {
     "input_ids": np.int32,
     "segment_lengths": np.int32,
@@ -235,6 +237,7 @@ class ShardReader:
         self._schema = _schema(self._columns)
         self._program = f"`python -m data_prep {'pack' if self.index.teacher is None else 'teach'}`"
         self._first = np.cumsum([0] + [shard["batches"] for shard in self.index.shards])
+        # The one used last is the last.
         self._files: dict[int, tuple[pa.RecordBatchFileReader, mmap.mmap]] = {}
         self._resident_bytes = 0
 
@@ -264,6 +267,8 @@ class ShardReader:
             intact = _checksum(meta, columns) == stored
             self._release(record.nbytes)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's refusal says nothing of the file
+                raise ShardError(f"{where}: cannot be read: {error.strerror}; mend that and start again") from error
             raise ShardError(f"{where}: unreadable ({type(error).__name__}); {mend}") from error
         if not intact:
             raise ShardError(f"{where}: checksum differs; {mend}")
@@ -286,7 +291,13 @@ class ShardReader:
         return int(np.searchsorted(self._first, batch, side="right")) - 1
 
     def _open(self, shard: int) -> pa.RecordBatchFileReader:
-        if shard not in self._files:
+        opened_before = self._files.pop(shard, None)
+        if opened_before is not None:
+            self._files[shard] = opened_before
+        else:
+            if len(self._files) >= _MAX_OPEN:
+                # Batches that were read keep their memory map.
+                del self._files[next(iter(self._files))]
             with self._path(shard).open("rb") as opened:
                 pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             file = pa.ipc.open_file(pa.py_buffer(pages))

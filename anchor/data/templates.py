@@ -8,8 +8,10 @@ and every later consumer produce the same ids.
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
-from anchor.errors import ConfigError, did_you_mean
+from anchor.errors import ConfigError, did_you_mean, first_line
 
 _SENTINEL = "\u241fTEXT\u241f"
 
@@ -114,7 +116,17 @@ def chat_frame(tokenizer: Any, **variables: Any) -> tuple[str, str] | None:
 
     Returns:
         Text with special tokens by name, or None where the template does not repeat the user's text.
+
+    Raises:
+        ConfigError: the template refuses a user's turn.
     """
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False, **variables)
+    turn = [{"role": "user", "content": _SENTINEL}]
+    try:
+        rendered = tokenizer.apply_chat_template(turn, tokenize=False, **variables)
+    except TemplateError as error:
+        raise ConfigError(
+            f"{tokenizer.name_or_path}: the chat template fails: {first_line(error)}; mend it, or use a preset or "
+            "custom template"
+        ) from error
     before, found, behind = rendered.partition(_SENTINEL)
     return (before, behind) if found else None

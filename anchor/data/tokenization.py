@@ -20,7 +20,10 @@ from tokenizers.processors import TemplateProcessing
 
 from anchor.config.model_path import resolve_model_path
 from anchor.data.templates import Template, special_token_names
-from anchor.errors import DataError, ModelError, first_line
+from anchor.errors import DataError, ModelError, ShardError, first_line
+
+_SPACE = "\u2581"
+"""How SentencePiece writes a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +73,15 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
     special tokens are new ones, with consecutive ids behind all others.
 
     Raises:
-        DataError: the template's anchor token or end token is not one token of this tokenizer, or the tokenizer has a
-            token of the name of a trained special token.
+        DataError: the template's anchor token or end token is not one token of this tokenizer, the tokenizer has a
+            token of the name of a trained special token, or makes a special token of its name inside a text.
     """
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     if template.special_tokens:
         _add_special_tokens(backend, template, where)
-    prefix_ids = _template_ids(backend, template.prefix)
-    suffix_ids = _template_ids(backend, template.suffix)
+    prefix_ids, suffix_ids = _frame_ids(backend, template)
     added = backend.get_added_tokens_decoder()
     if not suffix_ids or suffix_ids[-1] not in added:
         pieces = [backend.id_to_token(i) for i in suffix_ids]
@@ -101,6 +103,13 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
         ],
     )
     backend.encode_special_tokens = True
+    for token in {*prefix_ids, *suffix_ids} & {*added}:
+        name = added[token].content
+        if token in backend.encode(name, add_special_tokens=False).ids:
+            raise DataError(
+                f"{where}: the text {name!r} becomes the special token of that name, as the tokenizer's own vocabulary "
+                "has it too, so any text could forge the template; choose a template without it"
+            )
     tokenizer.truncation_side = "right"  # as shards are cut; the suffix is kept all the same
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
@@ -145,6 +154,19 @@ def end_token_id(backend: Tokenizer, template: Template, where: str) -> int:
     return found
 
 
+def _frame_ids(backend: Tokenizer, template: Template) -> tuple[list[int], list[int]]:
+    """Ids of prefix and suffix, as they are where prefix, text and suffix are one string.
+
+    A SentencePiece tokenizer puts a space before whatever it is given: where the template has one between itself and
+    the text, the text (or the suffix) brings its own.
+    """
+    prefix, suffix = template.prefix, template.suffix
+    alone = backend.encode("a", add_special_tokens=False).tokens
+    if alone and alone[0].startswith(_SPACE):
+        prefix, suffix = prefix.removesuffix(" "), suffix.removeprefix(" ")
+    return _template_ids(backend, prefix), _template_ids(backend, suffix)
+
+
 def _template_ids(backend: Tokenizer, text: str) -> list[int]:
     """Ids of template text, special tokens recognised by name."""
     if not text:
@@ -162,6 +184,18 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
+def shards_tokenizer(shards: Path, sha256: str) -> Tokenizer:
+    """The tokenizer of a folder of shards, whose fingerprint its index holds.
+
+    Raises:
+        ShardError: missing or altered.
+    """
+    folder = shards / "tokenizer"
+    if not (folder / "tokenizer.json").is_file() or tokenizer_fingerprint(folder) != sha256:
+        raise ShardError(f"{folder}: missing or not the tokenizer that the shards were made with; pack again")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 class SegmentTokenizer:
     """Texts -> segments.
 
@@ -175,8 +209,7 @@ class SegmentTokenizer:
         self.backend: Tokenizer = tokenizer.backend_tokenizer
         self.backend.encode_special_tokens = True
         self.template = template
-        self.prefix = np.asarray(_template_ids(self.backend, template.prefix), dtype=np.int32)
-        self.suffix = np.asarray(_template_ids(self.backend, template.suffix), dtype=np.int32)
+        self.prefix, self.suffix = (np.asarray(ids, dtype=np.int32) for ids in _frame_ids(self.backend, template))
         self.max_text_tokens = max_tokens - len(self.prefix) - len(self.suffix)
         self.max_tokens = max_tokens
         if self.max_text_tokens < 1:

@@ -18,11 +18,10 @@ from anchor.config import schema
 from anchor.config.schema import TrainRecipe
 from anchor.data.batches import check_ranks
 from anchor.data.shards import ShardReader, index_hash, read_index
-from anchor.data.tokenization import tokenizer_fingerprint
+from anchor.data.tokenization import shards_tokenizer
 from anchor.engine.deepspeed import read_ds_config
 from anchor.engine.held_out import HeldOut
 from anchor.engine.special_tokens import check_template, make_self_supervised
-from anchor.errors import ShardError
 from anchor.objectives.base import Objective
 from anchor.objectives.contrastive import ContrastiveObjective
 from anchor.objectives.language_model import LanguageModelObjective
@@ -60,9 +59,7 @@ def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
     reader = ShardReader(recipe.data.shards)
     index = reader.index
     check_ranks(index.pack_multiple, world_size, recipe.data.shards, recipe_path)
-    tokenizer = recipe.data.shards / "tokenizer"
-    if not (tokenizer / "tokenizer.json").is_file() or tokenizer_fingerprint(tokenizer) != index.tokenizer_sha256:
-        raise ShardError(f"{tokenizer}: missing or altered since packing; pack again")
+    shards_tokenizer(recipe.data.shards, index.tokenizer_sha256)
     check_template(recipe, index, recipe_path)
     held_out = None
     if recipe.evaluation is not None:

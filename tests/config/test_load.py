@@ -150,8 +150,21 @@ def test_overrides_change_single_values(recipe: Path) -> None:
         ("optim.lr=[1", "override 'optim.lr=[1':1: expected ',' or ']', but got '<stream end>'"),
         ("optim.beta=1", "x.yaml: unknown key optim.beta; known are decay_steps, lr, max_grad_norm, total_steps, "
                          "warmup_steps, weight_decay"),
+        ("seed=2024-13-45", "override 'seed=2024-13-45': month must be in 1..12; put text in quotes"),
+        ("optim.total_steps=yes", "x.yaml: optim: total_steps is a truth value, as yes, no, on and off are; give a "
+                                  "number, or quote a word"),
         ("optim.lr=", "x.yaml: optim.lr: got None, input should be a valid number"),
     ],
 )  # fmt: skip
 def test_bad_overrides_are_refused(recipe: Path, override: str, expected: str) -> None:
     assert message(recipe, override) == expected
+
+
+def test_a_tilde_is_the_users_home(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # pyarrow reads it so, pathlib does not: half of the shards once went to another folder.
+    monkeypatch.setenv("HOME", "/home/someone")
+    loaded = load_recipe(recipe, TrainRecipe, ["output_dir='~/run'", "data.shards='~/shards'"])
+    assert (loaded.output_dir, loaded.data.shards) == (Path("/home/someone/run"), Path("/home/someone/shards"))
+    assert message(recipe, "output_dir='~nobody-of-this-name/run'") == (
+        "x.yaml: output_dir: ~nobody-of-this-name/run: no such user's home"
+    )

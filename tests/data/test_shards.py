@@ -3,6 +3,7 @@ are ordinary Arrow that others can read.
 """
 
 import dataclasses
+import errno
 import json
 import random
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import anchor.data.shards as shards_module
 from anchor.data.shards import (
     FORMAT_VERSION,
     Batch,
@@ -260,3 +262,32 @@ def test_text_ids_are_equal_for_equal_texts_only() -> None:
     assert len({text_id(text) for text in texts}) == len(texts)
     assert text_id("漢字") == text_id("漢" + "字")
     assert all(-(2**63) <= text_id(text) < 2**63 for text in texts)
+
+
+def test_more_files_than_may_be_open_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "_MAX_OPEN", 2)
+    batches = random_batches(8, 6)
+    reader = ShardReader(write_folder(tmp_path / "s", batches, batches_per_shard=1))
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = []
+    for number in (0, 3, 1, 0, 5, 4, 2, 3):
+        read = reader.read(number)
+        assert equal(read, batches[number])
+        kept.append((number, read))
+        del read
+    assert all(equal(read, batches[number]) for number, read in kept)  # closed files leave what was read
+    kept.clear()
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before + 2
+
+
+def test_a_systems_refusal_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # "delete the file" was advised where only too many files were open.
+    folder = write_folder(tmp_path / "s", random_batches(9, 2), batches_per_shard=1)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(shards_module.mmap, "mmap", refused)
+    assert refusal(folder, 1) == (
+        f"{folder}/00001.arrow: batch 1: cannot be read: Too many open files; mend that and start again"
+    )

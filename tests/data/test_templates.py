@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jinja2 import TemplateError
 
 from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
 from anchor.data.templates import PRESETS, Template, resolve_template
@@ -102,3 +103,15 @@ def test_unusable_templates_are_refused(
     with pytest.raises(ConfigError) as caught:
         resolve_template(section, tokenizer(**changes), "r")
     assert str(caught.value) == expected
+
+
+def test_a_chat_template_that_fails_is_one_line() -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise TemplateError("only system turns\nare allowed")
+
+    broken = tokenizer(chat_template="x", apply_chat_template=fails, name_or_path="m")
+    with pytest.raises(ConfigError) as caught:
+        resolve_template(ChatTemplate(kind="chat"), broken, "r")
+    assert str(caught.value) == (
+        "m: the chat template fails: only system turns; mend it, or use a preset or custom template"
+    )

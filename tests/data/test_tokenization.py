@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from anchor.data.templates import Template
 from anchor.data.tokenization import (
@@ -283,3 +287,35 @@ def test_special_tokens_that_cannot_be_added_are_refused(
     with pytest.raises(DataError) as caught:
         prepare_tokenizer(tokenizer, template, "tiny")
     assert str(caught.value).startswith(expected)
+
+
+def sentencepiece(model: Any, *, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = Metaspace(prepend_scheme="first")
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[0])
+
+
+def test_a_template_does_not_double_the_space_that_sentencepiece_puts_before_a_text() -> None:
+    words = ["<unk>", "<s>", "</s>", "▁", "▁a", "▁hello", "▁world", *"▁abcdehlorw[]/INST"]
+    model = WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, words[0])
+    tokenizer = sentencepiece(model, special=("<s>", "</s>", "[INST]", "[/INST]"))
+    template = Template("<s>[INST] ", " [/INST]</s>", "{text}")
+    whole = tokenizer.backend_tokenizer.encode("<s>[INST] hello world[/INST]</s>", add_special_tokens=False).tokens
+    assert whole == ["<s>", "[INST]", "▁hello", "▁world", "[/INST]", "</s>"]
+    prepare_tokenizer(tokenizer, template, "tiny")
+    assert tokenizer.backend_tokenizer.encode("hello world").tokens == whole
+    segments = SegmentTokenizer(tokenizer, template, 16).encode([("hello world", 0)])
+    assert tokenizer.convert_ids_to_tokens(segments.input_ids.tolist()) == whole
+    assert (segments.body_starts.tolist(), segments.body_ends.tolist()) == ([2], [4])
+
+
+def test_a_vocabulary_that_makes_a_special_token_of_its_name_is_refused() -> None:
+    vocabulary = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁the", -1.0), *((c, -9.0) for c in "▁the</s>")]
+    tokenizer = sentencepiece(Unigram(vocabulary, unk_id=0), special=("</s>",))
+    with pytest.raises(DataError) as caught:
+        prepare_tokenizer(tokenizer, Template("", "</s>", "{text}"), "tiny")
+    assert str(caught.value) == (
+        "tiny: the text '</s>' becomes the special token of that name, as the tokenizer's own vocabulary has it too, "
+        "so any text could forge the template; choose a template without it"
+    )

@@ -2,6 +2,7 @@
 again; a finished folder, and a folder of anything else or of another process, is left alone.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from conftest import english_pairs, write_jsonl
 from packs import MakeRecipe, files_source, folder_bytes, packed, refusal
 
 import data_prep.pack as pack_module
+import data_prep.reading as reading_module
 import data_prep.units as units_module
 import data_prep.writing as writing_module
 from anchor.data.shards import ShardWriter
 from anchor.errors import DataError
 from data_prep.checking import Checked
 from data_prep.pack import merge, pack
-from data_prep.spool import PartWriter, read_journal
+from data_prep.spool import Entry, PartWriter, read_journal
 
 
 def emptied(folder: Path) -> None:
@@ -229,12 +231,61 @@ def test_other_folders_are_left_alone(tmp_path: Path, make_recipe: MakeRecipe) -
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert refusal(make_recipe(output_dir=str(tmp_path / "full"))) == (
-        f"{tmp_path}/full: not empty and not an unfinished run; choose another output_dir or delete it"
+        f"{tmp_path}/full: not empty and not an unfinished run, it holds thesis.txt; choose another output_dir or "
+        "delete it"
     )
     bad = make_recipe([files_source(write_jsonl(tmp_path / "x.jsonl", [{}]))])
     refusal(bad)
     assert (bad.parent / "shards" / "work").is_dir()
     assert refusal(make_recipe(output_dir=str(bad.parent / "shards"))) == (
-        f"{bad.parent}/shards: holds an unfinished run of another recipe; delete it or choose another output_dir"
+        f"{bad.parent}/shards: holds an unfinished run of another recipe, sources differs; delete it or choose another "
+        "output_dir"
     )
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["work/thesis/chapter1.tex", "uv.lock"])
+def test_what_only_looks_like_an_unfinished_run_is_left_alone(
+    tmp_path: Path, make_recipe: MakeRecipe, name: str
+) -> None:
+    # `work` was once removed whole at the end, with all `.lock` files.
+    precious = tmp_path / "full" / name
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    recipe = make_recipe(output_dir=str(tmp_path / "full"))
+    shown = "thesis" if name.startswith("work") else name
+    assert refusal(recipe).startswith(f"{tmp_path}/full: not empty and not an unfinished run, it holds {shown};")
+    assert precious.read_text() == "mine"
+    # Nor do later runs touch what came later.
+    recipe = make_recipe()
+    folder = packed(recipe).folder
+    assert not (folder / "work").exists()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    pack(str(recipe), [])
+    assert (folder / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", ["max_skipped_fraction=0.5", "batch.pairs=8", "seed=7", "epochs=3"])
+def test_what_only_later_steps_read_may_be_changed_after_reading(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    rows: list[Any] = english_pairs(40)
+    rows[2] = rows[9] = rows[30] = {"query": "q"}
+    recipe = make_recipe([files_source(write_jsonl(tmp_path / "a.jsonl", rows))], on_bad_row="skip")
+    folder = recipe.parent / "shards"
+    overrides = [] if change.startswith("max") else ["max_skipped_fraction=0.5"]
+    expected = folder_bytes(packed(recipe, *overrides, change).folder)
+    emptied(folder)
+    with pytest.raises(DataError, match="raise max_skipped_fraction"):
+        pack(str(recipe), [])
+    monkeypatch.setattr(reading_module, "work", lambda *_: pytest.fail("tokenised again"))
+    pack(str(recipe), [*overrides, change])
+    assert folder_bytes(folder) == expected
+
+
+def test_a_journal_that_lost_its_end_is_continued(tmp_path: Path) -> None:
+    entry = Entry("a", 0, 1, 2, 0, 1, {}, 0, "0")
+    line = json.dumps(entry.to_json()).encode() + b"\n"
+    (tmp_path / "units.jsonl").write_bytes(line + b"\0" * 40 + b"\n" + line)
+    assert read_journal(tmp_path) == [entry]

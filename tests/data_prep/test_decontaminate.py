@@ -180,3 +180,15 @@ def test_the_mteb_folders_at_hand_have_texts() -> None:
         pytest.skip("../shared/data/mteb is absent")
     counts = {folder.name: sum(1 for _ in evaluation_texts(folder / "test.jsonl")) for folder in [root / "sts16-sts"]}
     assert counts == {"sts16-sts": 2 * 1186}
+
+
+def test_linked_folders_are_entered_once(tmp_path: Path, tasks: list[Path]) -> None:
+    rows = english_pairs(3)
+    rows[1]["query"] = "where does the river end"
+    pairs = write_jsonl(tmp_path / "pairs" / "a.jsonl", rows)
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "linked").symlink_to(tasks[0], target_is_directory=True)
+    (tmp_path / "task" / "again").symlink_to(tmp_path / "task", target_is_directory=True)
+    report = run(pairs.parent, tmp_path / "task")
+    assert report["tasks"][0]["texts"] == run(pairs.parent, tasks[0])["tasks"][0]["texts"]
+    assert report["sources"][0]["matched"] == 1

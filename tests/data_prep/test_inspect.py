@@ -342,3 +342,14 @@ def test_a_wrong_folder_exits_2_with_one_line(tmp_path: Path, capsys: pytest.Cap
         "",
         f"error: {tmp_path}: unfinished, it has no index.json; run `python -m data_prep pack` again\n",
     )
+
+
+def test_a_picture_without_a_suffix_is_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # matplotlib adds `.png` by itself, and wrote over a file that was there.
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(shards), "--png", str(tmp_path / "hist")])
+    assert stop.value.code == 2
+    expected = f"error: --png {tmp_path}/hist: has no suffix that names a kind of picture; give {tmp_path}/hist.png\n"
+    assert capsys.readouterr().err == expected

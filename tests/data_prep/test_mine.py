@@ -144,19 +144,20 @@ def test_rows_that_cannot_be_used_stay_for_pack_to_judge(tmp_path: Path, capsys:
         '{"query": "q", "positive": 3}',
         '{"query": "\\ud800 red", "positive": "漢"}',
         '{"query": "...", "positive": "river two red", "negative": null}',
+        '{"query": "red", "positive": "river red \\u0000"}',
     ]
     file.write_text("\n\n".join(rows), encoding="utf-8")
     main(["mine", str(file), "--output", str(tmp_path / "out"), "--negatives", "2", "--ranks", "1-2"])
     assert capsys.readouterr().out.splitlines() == [
         "source  rows  unreadable  queries  documents  negatives  rows with fewer than 2",
-        "s       5     2           3        3          3          2",
+        "s       6     4           2        2          1          2",
     ]
     lines = (tmp_path / "out" / "s.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines == [
         '{"query": "red river", "positive": "red river one", "negative": ["river two red"]}',
-        *rows[1:3],
-        '{"query": "\\ud800 red", "positive": "漢", "negative": ["red river one", "river two red"]}',
+        *rows[1:4],
         '{"query": "...", "positive": "river two red", "negative": []}',
+        rows[5],  # what `pack` refuses became a negative of every other row once
     ]
 
 

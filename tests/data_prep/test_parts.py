@@ -12,10 +12,14 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from packs import MakeRecipe, files_source, folder_bytes, packed
 
+import data_prep.gathered as gathered_module
 import data_prep.units as units_module
+from anchor.data.shards import ShardReader
 from anchor.errors import DataError
 from data_prep.__main__ import main
+from data_prep.inspect import examples
 from data_prep.pack import merge, pack
+from data_prep.verifying import verify
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +159,10 @@ def test_merge_wants_the_recipe_of_the_parts(recipe: Path) -> None:
     for part in (0, 1):
         pack(str(recipe), [], part=(part, 2))
     with pytest.raises(DataError) as caught:
-        merge(str(recipe), ["seed=4"])
+        merge(str(recipe), ["text.max_tokens=32"])
     assert str(caught.value) == (
-        f"{work_of(recipe)}: holds parts of another recipe; give merge the recipe and overrides of the parts"
+        f"{work_of(recipe)}: holds parts of another recipe, text differs; give merge the recipe and overrides of the "
+        "parts"
     )
     # Nor is another cut begun in the same folder.
     with pytest.raises(DataError) as caught:
@@ -166,3 +171,64 @@ def test_merge_wants_the_recipe_of_the_parts(recipe: Path) -> None:
         f"{recipe.parent}/shards: holds part-00000-of-00002, this run is part 0 of 1; finish that array of parts with "
         f"`merge`, or delete {work_of(recipe)}"
     )
+
+
+def test_merge_refuses_parts_of_another_tokenizer(recipe: Path, tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    # Their ids would be decoded, and trained on, as other words.
+    other = shutil.copytree(tiny_tokenizer_dir, tmp_path / "tokenizer")
+    tokenizer = [f"tokenizer={other}"]
+    pack(str(recipe), tokenizer, part=(0, 1))
+    stored = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = stored["model"]["vocab"]
+    one, two = [name for name in ids if name.isalpha()][:2]
+    ids[one], ids[two] = ids[two], ids[one]
+    (other / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        merge(str(recipe), tokenizer)
+    assert str(caught.value) == (
+        f"{work_of(recipe)}: its parts were made with another tokenizer than {other} and this program give now; put "
+        f"back what was there, or delete {work_of(recipe)} and pack again"
+    )
+
+
+def test_a_chat_template_that_names_the_day_is_the_one_of_the_first_part(
+    make_recipe: MakeRecipe, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_tokenizer_dir, tmp_path / "tokenizer")
+
+    def write_day(day: str) -> None:
+        turn = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>"
+        text = f"<|im_start|>system\nToday is {day}.<|im_end|>{turn}"
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+    write_day("Monday")
+    chat = make_recipe(tokenizer=str(folder), template={"kind": "chat"})
+    pack(str(chat), [], part=(0, 2))
+    write_day("Tuesday")
+    pack(str(chat), [], part=(1, 2))
+    merge(str(chat), [])
+    reader = ShardReader(chat.parent / "shards")
+    verify(reader)
+    assert "Today is Monday." in reader.index.template["prefix"]
+    assert {"Monday" in example["segments"]["query"] for example in examples(reader, 20)} == {True}
+
+
+def test_many_parts_need_few_open_files(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = packed(recipe).folder
+    expected = folder_bytes(folder)
+    shutil.rmtree(folder)
+    for part in range(8):
+        pack(str(recipe), [], part=(part, 8))
+    monkeypatch.setattr(gathered_module, "_MAX_OPEN", 3)
+    opened: list[int] = []
+    read = gathered_module.Gathered._read
+
+    def counted(self: gathered_module.Gathered, *arguments: Any) -> bytes:
+        found = read(self, *arguments)
+        opened.append(len(self._open))
+        return found
+
+    monkeypatch.setattr(gathered_module.Gathered, "_read", counted)
+    merge(str(recipe), [])
+    assert max(opened) == 3
+    assert folder_bytes(folder) == expected

@@ -160,10 +160,25 @@ def test_parts_add_up_to_the_same_bytes(
         teach(shards, tmp_path / "parts", teacher=export_dir, part=(1, 2))
     assert len(list((tmp_path / "parts" / "work").glob("*.npy"))) == 5
     monkeypatch.setattr(teach_module, "_half", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(teach_module, "_MAX_OPEN", 2)
+    (tmp_path / "parts" / "work" / "notes.txt").write_text("mine")
     teach(shards, tmp_path / "parts", teacher=export_dir)
+    assert [file.name for file in (tmp_path / "parts" / "work").iterdir()] == ["notes.txt"]
+    shutil.rmtree(tmp_path / "parts" / "work")
     assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "whole")
     # A finished folder is left as it is.
     assert teach(shards, tmp_path / "parts", teacher=export_dir) is not None
+
+
+def test_a_folder_that_another_part_has_just_made_is_no_other_ones(
+    shards: Path, export_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "parts" / "work").mkdir(parents=True)
+    assert teach(shards, tmp_path / "parts", teacher=export_dir, part=(0, 2)) is None
+    (tmp_path / "other" / "work").mkdir(parents=True)
+    (tmp_path / "other" / "work" / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="already holds something else"):
+        teach(shards, tmp_path / "other", teacher=export_dir, part=(0, 2))
 
 
 def test_a_file_that_was_deleted_comes_back(
@@ -236,6 +251,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
         f"--teacher {tmp_path}: not a sentence-transformers folder, it has no modules.json"
     )
     assert refusal(tmp_path, new, teacher=export_dir).startswith(f"{tmp_path}: unfinished, it has no index.json")
+    (tmp_path / "thesis.txt").write_text("mine")
     for other in (taught, shards, tmp_path):
         assert refusal(shards, other, teacher=export_dir, prompt="x") == (
             f"{other}: already holds something else; choose another --output or delete it"

@@ -15,6 +15,9 @@ from data_prep.words import words
         ("漢字とGPT3", ["漢", "字", "と", "gpt3"]),
         ("Straße", ["strasse"]),
         ("...", []),
+        ("हिन्दी में खोज", ["हिन्दी", "में", "खोज"]),  # vowel signs are parts of words
+        ("كِتَابٌ جَدِيدٌ", ["كِتَابٌ", "جَدِيدٌ"]),
+        ("ภาษาที่", ["ภ", "า", "ษ", "า", "ที่"]),
     ],
 )
 def test_words_are_normalised(text: str, expected: list[str]) -> None:
