@@ -1,11 +1,14 @@
 """Many ranks embed while one scores.
 
 Rank 0 runs mteb and asks for embeddings; the other ranks wait in :meth:`RankedEncoder.serve` for their share of the
-texts. The texts are dealt round in order of length, so that the shares take equal time. The group of its own waits for
-days where a collective of training would give up after minutes: scoring a task may take hours.
+texts. The texts are dealt round in order of length, so that the shares take equal time. An error of any rank is raised
+on rank 0, and the others go on waiting. The group of its own waits for days where a collective of training would give
+up after minutes: scoring a task may take hours.
 """
 
 import datetime
+import logging
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +18,8 @@ from jaxtyping import Float
 
 from anchor.errors import AnchorError
 from eval.encoder import NotFiniteError, TextEncoder
+
+log = logging.getLogger(__name__)
 
 PATIENCE = datetime.timedelta(days=14)
 """Of a rank that waits for another that writes or scores."""
@@ -52,14 +57,16 @@ class RankedEncoder(TextEncoder):
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         shares = [order[rank :: self.world_size] for rank in range(self.world_size)]
         self._scatter([(prompt, [texts[i] for i in share]) for share in shares])
-        parts: list[np.ndarray | AnchorError | None] = [None] * self.world_size
+        parts: list[np.ndarray | Exception | None] = [None] * self.world_size
         dist.gather_object(self._work(prompt, [texts[i] for i in shares[0]]), parts, group=self._group)
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for share, part in zip(shares, parts, strict=True):
+        for rank, (share, part) in enumerate(zip(shares, parts, strict=True)):
             if isinstance(part, NotFiniteError):
                 part.index = share[part.index]
-            if isinstance(part, AnchorError) or part is None:
-                raise part or RuntimeError("a rank sent nothing")
+            if isinstance(part, AnchorError):
+                raise part
+            if not isinstance(part, np.ndarray):
+                raise RuntimeError(f"rank {rank} did not embed its {len(share)} texts; its log says why") from part
             out[share] = part
         return out
 
@@ -73,11 +80,18 @@ class RankedEncoder(TextEncoder):
         if self.world_size > 1:
             self._scatter([None] * self.world_size)
 
-    def _work(self, prompt: str, texts: list[str]) -> np.ndarray | AnchorError:
+    def _work(self, prompt: str, texts: list[str]) -> np.ndarray | Exception:
+        """This rank's share, or what :meth:`states` raises on rank 0.
+
+        An error of any kind is a result: the other ranks wait in the gather that follows, for days.
+        """
         try:
             return self._local.states(texts, prompt)
         except AnchorError as error:
-            return error  # raised on rank 0, so that no rank waits for another that is gone
+            return error
+        except Exception as error:
+            log.exception("rank %d on %s failed", self.rank, socket.gethostname())
+            return RuntimeError(f"{type(error).__name__}: {error}")  # whatever it holds, this can be sent
 
     def _scatter(self, tasks: list | None) -> tuple[str, list[str]] | None:
         box: list = [None]
