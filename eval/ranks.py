@@ -9,14 +9,18 @@ up after minutes: scoring a task may take hours.
 import datetime
 import logging
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from jaxtyping import Float
 
-from anchor.errors import AnchorError
+from anchor import dist as anchor_dist
+from anchor import log as anchor_log
+from anchor.errors import EXIT_USER_ERROR, AnchorError, exit_on_user_error
 from eval.encoder import NotFiniteError, TextEncoder
 
 log = logging.getLogger(__name__)
@@ -28,6 +32,28 @@ PATIENCE = datetime.timedelta(days=14)
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of ranks; 0 and 1 outside a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def joined(timeout: datetime.timedelta | None = None) -> Iterator[None]:
+    """Meanwhile this process is a rank among all; see :func:`anchor.dist.init` for the argument.
+
+    A rank that fails says why and ends at once, without leaving the process group: with NCCL it would wait there for
+    the other ranks, and those wait for this one. The launcher ends them.
+    """
+    if anchor_dist.init(timeout=timeout).world_size == 1:
+        try:
+            yield
+        finally:
+            anchor_dist.shutdown()
+        return
+    sys.excepthook = anchor_log.crash_reporter(None)
+    try:
+        with exit_on_user_error():
+            yield
+    except SystemExit:
+        anchor_dist.leave(EXIT_USER_ERROR)
+    anchor_dist.shutdown()
 
 
 class RankedEncoder(TextEncoder):
