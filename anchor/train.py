@@ -7,7 +7,6 @@ process is a rank; without one it is a single process.
 
 import argparse
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from anchor import log
@@ -95,11 +94,11 @@ def _train(recipe: TrainRecipe, recipe_path: str, *, resume: bool) -> bool:
     from anchor import dist
     from anchor.engine.loop import train
     from anchor.engine.plan import make_plan
-    from anchor.engine.stop import StopRequest
+    from anchor.engine.stop import StopRequest, group_timeout
 
     sys.excepthook = log.crash_reporter(None)
     with StopRequest().listening() as stop:
-        ranks = dist.init(timeout=timedelta(seconds=recipe.engine.timeout_seconds))
+        ranks = dist.init(timeout=group_timeout(recipe.engine.timeout_seconds))
         plan = make_plan(recipe, recipe_path, ranks.world_size)
         path = log.rank_file(recipe.output_dir / "logs")
         sys.excepthook = log.crash_reporter(path)
