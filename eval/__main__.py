@@ -115,13 +115,25 @@ def _open(arguments: argparse.Namespace) -> "PackedEncoder | PlainEncoder":
     """The encoder of `eval embed` and `eval mteb`."""
     from eval.opening import open_encoder
 
-    return open_encoder(
+    encoder = open_encoder(
         arguments.model,
         dtype=arguments.dtype,
         attention=arguments.attention,
         pack_tokens=arguments.pack_tokens,
         base=arguments.base,
     )
+    _warn_of_fp32(encoder)
+    return encoder
+
+
+def _warn_of_fp32(encoder: "PackedEncoder | PlainEncoder") -> None:
+    from anchor import dist
+    from eval.encoder import PackedEncoder
+
+    if encoder.dtype == "fp32" and encoder.device.type == "cuda" and dist.is_first_rank():
+        of_kernel = " and attention, which no packed kernel knows in fp32, is one call per text and layer"
+        why = of_kernel if isinstance(encoder, PackedEncoder) else ""
+        log.warning("fp32 on CUDA: matrices are multiplied in full precision%s; --dtype bf16 is many times faster", why)
 
 
 def _path(given: str) -> Path | None:

@@ -10,6 +10,7 @@ from conftest import english_pairs
 
 from anchor.errors import ConfigError, ModelError
 from eval import cache
+from eval.__main__ import _warn_of_fp32
 from eval.embed import Options
 from eval.encoder import Encoder
 from eval.opening import open_encoder
@@ -58,6 +59,21 @@ class Watched:
     def encode_batch_fast(self, texts: list[str]):
         self.blocks.append(len(texts))
         return self.backend.encode_batch_fast(texts)
+
+
+@pytest.mark.parametrize(("dtype", "device", "rank", "warns"), [
+    ("fp32", "cuda", 0, True), ("fp32", "cuda", 1, False), ("bf16", "cuda", 0, False), ("fp32", "cpu", 0, False),
+])  # fmt: skip
+def test_fp32_on_cuda_is_warned_of_once(export_dir, monkeypatch, caplog, dtype, device, rank, warns):
+    encoder = Encoder(export_dir, dtype=dtype)
+    encoder.device = torch.device(device)
+    monkeypatch.setattr("anchor.dist.is_first_rank", lambda: rank == 0)
+    _warn_of_fp32(encoder)
+    expected = (
+        "fp32 on CUDA: matrices are multiplied in full precision and attention, which no packed kernel knows in fp32, "
+        "is one call per text and layer; --dtype bf16 is many times faster"
+    )
+    assert caplog.messages == ([expected] if warns else [])
 
 
 def test_a_prompt_changes_the_vectors_and_an_unknown_one_is_refused(export_dir):
