@@ -6,15 +6,17 @@ process is a rank; without one it is a single process.
 """
 
 import argparse
+import os
 import sys
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anchor import log
 from anchor.arguments import positive
 from anchor.config.load import load_recipe
 from anchor.config.schema import TrainRecipe
-from anchor.errors import exit_on_user_error
+from anchor.errors import EXIT_USER_ERROR, exit_on_user_error
 
 _EXAMPLE = """example:
   python -m anchor.train launch/recipes/quickstart/stage1.yaml --dry-run
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     arguments = _arguments(argv)
     log.setup()
-    with exit_on_user_error():
+    with _leaving_at_once(), exit_on_user_error():
         recipe = load_recipe(arguments.recipe, TrainRecipe, arguments.overrides)
         # Only now torch: a mistake in a recipe is answered at once.
         if arguments.dry_run:
@@ -73,6 +75,20 @@ def main(argv: list[str] | None = None) -> None:
         dist.leave(code)
     if code:
         sys.exit(code)
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """A rank among others that has said a user's error takes nothing down: with NCCL that may wait for the others."""
+    try:
+        yield
+    except SystemExit as stop:
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or "torch" not in sys.modules
+        if __name__ != "__main__" or alone:
+            raise
+        from anchor import dist
+
+        dist.leave(stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR)
 
 
 def _dry_run(recipe: TrainRecipe, arguments: argparse.Namespace) -> None:
@@ -95,11 +111,11 @@ def _train(recipe: TrainRecipe, recipe_path: str, *, resume: bool) -> bool:
     from anchor import dist
     from anchor.engine.loop import train
     from anchor.engine.plan import make_plan
-    from anchor.engine.stop import StopRequest
+    from anchor.engine.stop import StopRequest, group_timeout
 
     sys.excepthook = log.crash_reporter(None)
     with StopRequest().listening() as stop:
-        ranks = dist.init(timeout=timedelta(seconds=recipe.engine.timeout_seconds))
+        ranks = dist.init(timeout=group_timeout(recipe.engine.timeout_seconds))
         plan = make_plan(recipe, recipe_path, ranks.world_size)
         path = log.rank_file(recipe.output_dir / "logs")
         sys.excepthook = log.crash_reporter(path)

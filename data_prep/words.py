@@ -6,7 +6,7 @@ import unicodedata
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _THAI_LAO_BURMESE_KHMER = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 _UNSPACED = f"{_CJK}{_THAI_LAO_BURMESE_KHMER}"
-# Vowel signs and accents: no letters of their own for `re`, yet parts of words. Of the basic plane, whose sets are fast.
+# Vowel signs and accents: no letters for `re`, yet parts of words. Of the basic plane alone, whose sets are fast.
 _MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c) in ("Mn", "Mc"))
 _ASCII_WORD = re.compile(r"\w+")
 _WORD = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|[^\W{_UNSPACED}]+(?:[{_MARKS}]+[^\W{_UNSPACED}]*)*")

@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from mteb.abstasks.abstask import AbsTask
     from mteb.benchmarks.benchmark import Benchmark
 
+    from eval.encoder import PackedEncoder
+    from eval.plain import PlainEncoder
+
 log = logging.getLogger("eval")
 
 
 def _mteb(arguments: argparse.Namespace) -> None:
-    from anchor import dist
     from eval.benchmark import run_tasks
-    from eval.opening import SELF_SUPERVISED, objective_of, open_encoder
+    from eval.opening import SELF_SUPERVISED, objective_of
     from eval.prompts import load_prompts
-    from eval.ranks import RankedEncoder
+    from eval.ranks import RankedEncoder, joined
     from eval.table import main_scores, published, task_results
 
     with_published = "published" in arguments.compare
@@ -39,17 +41,8 @@ def _mteb(arguments: argparse.Namespace) -> None:
         main_scores(folder) if benchmark is None else task_results(folder)
     if benchmark is not None and with_published:
         published(benchmark.name)
-    dist.init()
-    try:
-        encoder = RankedEncoder(
-            open_encoder(
-                arguments.model,
-                dtype=arguments.dtype,
-                attention=arguments.attention,
-                pack_tokens=arguments.pack_tokens,
-                base=arguments.base,
-            )
-        )
+    with joined():
+        encoder = RankedEncoder(_open(arguments))
         if encoder.rank > 0:
             encoder.serve()
             return
@@ -59,8 +52,6 @@ def _mteb(arguments: argparse.Namespace) -> None:
             encoder.stop()
         _show(benchmark, labelled, published=with_published)
         log.info("results in %s", output)
-    finally:
-        dist.shutdown()
 
 
 def _tasks(arguments: argparse.Namespace) -> tuple["Benchmark | None", list["AbsTask"]]:
@@ -103,10 +94,8 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from anchor import dist
     from eval.embed import Options, embed
-    from eval.opening import open_encoder
-    from eval.ranks import PATIENCE
+    from eval.ranks import PATIENCE, joined
     from eval.texts import Source
 
     source = Source(_path(arguments.input), arguments.format, arguments.text_field, arguments.id_field)
@@ -118,18 +107,36 @@ def _embed(arguments: argparse.Namespace) -> None:
         format=arguments.output_format,
         shard_texts=arguments.shard_texts,
     )
-    dist.init(timeout=PATIENCE)  # rank 0 merges the parts of all, whatever their size
-    try:
-        encoder = open_encoder(
-            arguments.model,
-            dtype=arguments.dtype,
-            attention=arguments.attention,
-            pack_tokens=arguments.pack_tokens,
-            base=arguments.base,
+    with joined(PATIENCE):  # rank 0 merges the parts of all, whatever their size
+        embed(_open(arguments), source, arguments.output, options, overwrite=arguments.overwrite)
+
+
+def _open(arguments: argparse.Namespace) -> "PackedEncoder | PlainEncoder":
+    """The encoder of `eval embed` and `eval mteb`."""
+    from eval.opening import open_encoder
+
+    encoder = open_encoder(
+        arguments.model,
+        dtype=arguments.dtype,
+        attention=arguments.attention,
+        pack_tokens=arguments.pack_tokens,
+        base=arguments.base,
+    )
+    _warn_of_fp32(encoder)
+    return encoder
+
+
+def _warn_of_fp32(encoder: "PackedEncoder | PlainEncoder") -> None:
+    from anchor import dist
+    from eval.encoder import PackedEncoder
+
+    if encoder.dtype == "fp32" and encoder.device.type == "cuda" and dist.is_first_rank():
+        of_kernel = " and attention, which no packed kernel knows in fp32, is one call per text and layer"
+        why = of_kernel if isinstance(encoder, PackedEncoder) else ""
+        log.warning(
+            "fp32 on CUDA: matrices are multiplied in full precision%s; if half precision will do, give --dtype bf16",
+            why,
         )
-        embed(encoder, source, arguments.output, options, overwrite=arguments.overwrite)
-    finally:
-        dist.shutdown()
 
 
 def _path(given: str) -> Path | None:

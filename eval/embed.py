@@ -83,6 +83,8 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
         raise ConfigError(f"{source.path}: the input lies inside --output {output}; choose another --output")
     with _claimed(output, job, overwrite) if rank == 0 else nullcontext():
         dist.barrier()
+        # A network disk may remember of the check above that there was no folder; to make it is to look again.
+        (output / _PARTS).mkdir(parents=True, exist_ok=True)
         _embed_parts(encoder, source, output, options, job, overwrite)
         dist.barrier()
 

@@ -32,8 +32,9 @@ from anchor.models.attention import default_kernel, implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
 from anchor.models.embedder import Embedder
 
-BLOCK_TEXTS = 2048
-"""Texts that are tokenised, sorted and held at a time."""
+BLOCK_TEXTS = 512
+"""Texts that are tokenised, sorted and held at a time: enough to fill packs, and several blocks in each call of `eval
+embed` and `eval mteb` (2,048 and 1,024 texts per rank), so that all but the first are tokenised meanwhile."""
 CPU_PASS_TOKENS = 4096
 """Most tokens of one forward pass on a CPU: larger activations leave its caches (16,384 tokens are 16 % slower)."""
 

@@ -1,20 +1,29 @@
 """Many ranks embed while one scores.
 
 Rank 0 runs mteb and asks for embeddings; the other ranks wait in :meth:`RankedEncoder.serve` for their share of the
-texts. The texts are dealt round in order of length, so that the shares take equal time. The group of its own waits for
-days where a collective of training would give up after minutes: scoring a task may take hours.
+texts. The texts are dealt round in order of length, so that the shares take equal time. An error of any rank is raised
+on rank 0, and the others go on waiting. The group of its own waits for days where a collective of training would give
+up after minutes: scoring a task may take hours.
 """
 
 import datetime
-from collections.abc import Sequence
+import logging
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from jaxtyping import Float
 
-from anchor.errors import AnchorError
+from anchor import dist as anchor_dist
+from anchor import log as anchor_log
+from anchor.errors import EXIT_USER_ERROR, AnchorError, exit_on_user_error
 from eval.encoder import NotFiniteError, TextEncoder
+
+log = logging.getLogger(__name__)
 
 PATIENCE = datetime.timedelta(days=14)
 """Of a rank that waits for another that writes or scores."""
@@ -23,6 +32,28 @@ PATIENCE = datetime.timedelta(days=14)
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of ranks; 0 and 1 outside a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def joined(timeout: datetime.timedelta | None = None) -> Iterator[None]:
+    """Meanwhile this process is a rank among all; see :func:`anchor.dist.init` for the argument.
+
+    A rank that fails says why and ends at once, without leaving the process group: with NCCL it would wait there for
+    the other ranks, and those wait for this one. The launcher ends them.
+    """
+    if anchor_dist.init(timeout=timeout).world_size == 1:
+        try:
+            yield
+        finally:
+            anchor_dist.shutdown()
+        return
+    sys.excepthook = anchor_log.crash_reporter(None)
+    try:
+        with exit_on_user_error():
+            yield
+    except SystemExit:
+        anchor_dist.leave(EXIT_USER_ERROR)
+    anchor_dist.shutdown()
 
 
 class RankedEncoder(TextEncoder):
@@ -52,14 +83,16 @@ class RankedEncoder(TextEncoder):
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         shares = [order[rank :: self.world_size] for rank in range(self.world_size)]
         self._scatter([(prompt, [texts[i] for i in share]) for share in shares])
-        parts: list[np.ndarray | AnchorError | None] = [None] * self.world_size
+        parts: list[np.ndarray | Exception | None] = [None] * self.world_size
         dist.gather_object(self._work(prompt, [texts[i] for i in shares[0]]), parts, group=self._group)
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for share, part in zip(shares, parts, strict=True):
+        for rank, (share, part) in enumerate(zip(shares, parts, strict=True)):
             if isinstance(part, NotFiniteError):
                 part.index = share[part.index]
-            if isinstance(part, AnchorError) or part is None:
-                raise part or RuntimeError("a rank sent nothing")
+            if isinstance(part, AnchorError):
+                raise part
+            if not isinstance(part, np.ndarray):
+                raise RuntimeError(f"rank {rank} did not embed its {len(share)} texts; its log says why") from part
             out[share] = part
         return out
 
@@ -73,11 +106,18 @@ class RankedEncoder(TextEncoder):
         if self.world_size > 1:
             self._scatter([None] * self.world_size)
 
-    def _work(self, prompt: str, texts: list[str]) -> np.ndarray | AnchorError:
+    def _work(self, prompt: str, texts: list[str]) -> np.ndarray | Exception:
+        """This rank's share, or what :meth:`states` raises on rank 0.
+
+        An error of any kind is a result: the other ranks wait in the gather that follows, for days.
+        """
         try:
             return self._local.states(texts, prompt)
         except AnchorError as error:
-            return error  # raised on rank 0, so that no rank waits for another that is gone
+            return error
+        except Exception as error:
+            log.exception("rank %d on %s failed", self.rank, socket.gethostname())
+            return RuntimeError(f"{type(error).__name__}: {error}")  # whatever it holds, this can be sent
 
     def _scatter(self, tasks: list | None) -> tuple[str, list[str]] | None:
         box: list = [None]

@@ -95,7 +95,8 @@ class EngineSection(Section):
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of so many steps are kept too, for good."""
     timeout_seconds: PositiveInt = 1800
-    """Longest that a collective, a step, a checkpoint or the export may take; then the run ends and names the step."""
+    """Longest that a step, a checkpoint or the export may take; then the run ends and names the step.
+    Collectives have a minute more."""
 
 
 class EvaluationSection(Section):

@@ -6,6 +6,7 @@ Exit code 0: nothing in the way; 1: the last line says what is; 2: the command l
 import argparse
 import os
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _EXAMPLE = """examples:
   python -m anchor.doctor --hostfile launch/hostfile.example launch/recipes/quickstart/stage1.yaml
 """
 _JOIN_SECONDS = 60
+_GROUP_SECONDS = _JOIN_SECONDS + 60
 EXIT_PROBLEM = 1
 
 
@@ -118,16 +120,17 @@ def _measure(console: Console, facts: object, sizes_mib: list[int]) -> list[str]
     from anchor.doctor.collectives import time_collectives
     from anchor.doctor.screen import show_machines, show_timings
 
+    deadline = _Deadline()
     try:
         ranks = dist.init(timeout=timedelta(seconds=_JOIN_SECONDS))
+        dist.set_timeout(timedelta(seconds=_GROUP_SECONDS))
+        deadline.begin(_did_not_meet("the first collective has not ended"))
         everyone = dist.gather_objects(facts)
-        timings = time_collectives(ranks, sizes_mib)
+        timings = time_collectives(ranks, sizes_mib, begin=lambda what: deadline.begin(_did_not_end(what)))
     except (torch.distributed.DistError, RuntimeError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        return [
-            f"rank {os.environ['RANK']}: the ranks did not meet at {where} within {_JOIN_SECONDS} s "
-            f"({first_line(error)}); is every rank started, is the address rank 0's, is the port open?"
-        ]
+        return [_did_not_meet(first_line(error))]
+    finally:
+        deadline.end()
     if ranks.rank == 0:
         hosts = {one.host: one for one in everyone}
         show_machines(console, list(hosts.values()), [sum(o.host == host for o in everyone) for host in hosts])
@@ -135,6 +138,49 @@ def _measure(console: Console, facts: object, sizes_mib: list[int]) -> list[str]
     dist.barrier()
     dist.shutdown()
     return []
+
+
+class _Deadline:
+    """Says a problem and ends the process where a collective hangs: one of NCCL raises nothing in Python.
+
+    NCCL itself ends the process after the group's time-out, which is later, without a word about the ranks.
+    """
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+
+    def begin(self, problem: str) -> None:
+        """From now on it is this that may last so long; what was before is over."""
+        self.end()
+        self._timer = threading.Timer(_JOIN_SECONDS, self._pass, [problem])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        """Nothing is being waited for."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _pass(self, problem: str) -> None:
+        from anchor import dist
+
+        _say([problem], "problem")
+        dist.leave(EXIT_PROBLEM)
+
+
+def _did_not_meet(why: str) -> str:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return (
+        f"rank {os.environ['RANK']}: the ranks did not meet at {where} within {_JOIN_SECONDS} s ({why}); is every rank "
+        "started, is the address rank 0's, is the port open?"
+    )
+
+
+def _did_not_end(what: str) -> str:
+    return (
+        f"rank {os.environ['RANK']}: {what} did not end within {_JOIN_SECONDS} s, though the ranks had met; is a rank "
+        "gone, is the network that they use (NCCL_SOCKET_IFNAME, NCCL_IB_HCA) open to all? NCCL_DEBUG=INFO says more"
+    )
 
 
 def _local_size() -> int:

@@ -30,13 +30,16 @@ class Timing:
     gib_per_second: float
 
 
-def time_collectives(ranks: Ranks, sizes_mib: Sequence[int], turns: int = 5) -> list[Timing]:
+def time_collectives(
+    ranks: Ranks, sizes_mib: Sequence[int], turns: int = 5, begin: Callable[[str], None] = lambda what: None
+) -> list[Timing]:
     """Time all-gather and reduce-scatter; every rank calls it.
 
     Args:
         ranks: this process among all, in a process group.
         sizes_mib: sizes of the whole tensor in MiB.
         turns: repetitions, after one that is not counted.
+        begin: told before every repetition what it is.
     """
     found = []
     for size in sizes_mib:
@@ -46,15 +49,17 @@ def time_collectives(ranks: Ranks, sizes_mib: Sequence[int], turns: int = 5) -> 
             ("all-gather", lambda share=share, whole=whole: dist.all_gather_into_tensor(whole, share)),
             ("reduce-scatter", lambda share=share, whole=whole: dist.reduce_scatter_tensor(share, whole)),
         ):
-            seconds = _median_seconds(call, ranks.device, turns)
+            what = f"{name} of {size} MiB"
+            seconds = _median_seconds(call, ranks.device, turns, lambda what=what: begin(what))
             moved = whole.numel() * 4 * (ranks.world_size - 1) / ranks.world_size
             found.append(Timing(name, size, seconds * 1e3, moved / seconds / 1024**3))
     return found
 
 
-def _median_seconds(call: Callable[[], object], device: torch.device, turns: int) -> float:
+def _median_seconds(call: Callable[[], object], device: torch.device, turns: int, begin: Callable[[], None]) -> float:
     taken = []
     for _ in range(turns + 1):
+        begin()
         dist.barrier()
         start = time.perf_counter()
         call()

@@ -1,7 +1,6 @@
 """A plan -> the engine that trains it: backbone, objective, DeepSpeed."""
 
 import logging
-from datetime import timedelta
 
 import torch
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from anchor import dist
 from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
 from anchor.engine.plan import Plan, make_objective
+from anchor.engine.stop import group_timeout
 from anchor.engine.vocabulary import check_vocabulary
 from anchor.models.backbone import DTYPES, load_backbone
 
@@ -41,7 +41,7 @@ def load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
     objective = make_objective(causal_lm, recipe)
     _log_parameters(objective)
     engine = Engine(objective, ds_config, recipe.optim, ranks, universal=universal)
-    dist.set_timeout(timedelta(seconds=recipe.engine.timeout_seconds))
+    dist.set_timeout(group_timeout(recipe.engine.timeout_seconds))
     return engine
 
 

@@ -7,7 +7,8 @@
 3. The watchdog knows when a step, a checkpoint or an export began. One that lasts longer than
    ``engine.timeout_seconds`` is stuck (a rank is gone, a collective hangs, a disk does not answer): it names the step,
    writes the stacks of all threads to the rank's log and ends the process. After a signal it is less patient, because
-   whoever sent it kills what does not stop.
+   whoever sent it kills what does not stop. Collectives have a minute more: NCCL's own time-out kills the process
+   before Python can say a word.
 """
 
 import faulthandler
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from io import TextIOBase
 from types import FrameType
 
@@ -31,9 +33,15 @@ EXIT_STUCK = 70
 """Exit code of a process that its watchdog ended."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+_GROUP_MARGIN_SECONDS = 60
 _SAME_SIGNAL_SECONDS = 2.0
 _LEAST_PATIENCE_SECONDS = 30.0
 _SLOWEST_STEPS = 3
+
+
+def group_timeout(timeout_seconds: int) -> timedelta:
+    """Of a run's process groups: later than that of its watchdog, whose line names the step."""
+    return timedelta(seconds=timeout_seconds + _GROUP_MARGIN_SECONDS)
 
 
 class StopRequest:

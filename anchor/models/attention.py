@@ -12,6 +12,9 @@ functions registered beside the kernels keep it from building a mask that nobody
 ``merge_with_config_defaults``); that attribute is saved with the model, so whoever loads the folder attends alike.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,6 +115,12 @@ def segments_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+@functools.cache
+def _takes_groups(kernel: Callable[..., Any]) -> bool:
+    """Whether torch's kernel takes fewer heads of keys than of queries: that of 2.13 does, the first did not."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
 def varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -134,13 +143,16 @@ def varlen_attention(
     if dropout:
         raise ModelError("backbone.attention 'varlen' has no attention dropout; use 'segments' or 'flash'")
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    grouped: dict[str, Any] = {}
+    if groups > 1 and _takes_groups(varlen_attn):
+        grouped = {"enable_gqa": True}
+    elif groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     # Tokens that are seen before and after oneself; -1 is all.
     window = (-1, 0) if is_causal else (-1, -1)
     out: Any = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **grouped
     )
     return out[None], None
 

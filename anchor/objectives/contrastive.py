@@ -57,7 +57,7 @@ class ContrastiveTerm:
     ) -> tuple[Float[Tensor, ""], Shares]:
         """This rank's share of the loss, and of the metrics at full dimension; see :class:`PooledObjective`."""
         layout = pool_layout(batch, rank, world_size)
-        known = KnownMatches(layout, embeddings.device)
+        known = KnownMatches(layout, embeddings.device, self.section.negatives)
         rows, columns = self._gathered(embeddings, layout)
         losses: list[Tensor] = []
         shares: Shares = {}

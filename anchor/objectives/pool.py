@@ -7,11 +7,12 @@
 3. Masks are made for a run of rows at a time: no array of B x N outlives it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from anchor.config.schema import Similarity
@@ -96,20 +97,25 @@ class KnownMatches:
     Args:
         layout: the pool.
         device: where masks are made.
+        similarities: those that masks are asked of.
     """
 
-    def __init__(self, layout: PoolLayout, device: torch.device) -> None:
+    def __init__(self, layout: PoolLayout, device: torch.device, similarities: Iterable[Similarity]) -> None:
         positive_text = layout.document_text[layout.target]
+        # Almost every text stands for one pair only; the few others have lists. All of this is done before the first
+        # copy to the device, which waits for what the device was given to do.
+        pairs_by_text = {"document": (layout.query_text, positive_text), "query": (positive_text, layout.query_text)}
+        wanted = {known for similarity in similarities for known in _known_sides(similarity)}
+        more = {known: _partners(*pairs_by_text[known], layout.local) for known in sorted(wanted)}
         self._texts = {
             "query": torch.from_numpy(layout.query_text).to(device),
             "document": torch.from_numpy(layout.document_text).to(device),
         }
         own = torch.from_numpy(np.stack([layout.query_text, positive_text])[:, layout.local]).to(device)
         self._own_query, self._own_positive = own[0], own[1]
-        # Almost every text stands for one pair only; the few others have lists.
         self._more = {
-            "document": _partners(layout.query_text, positive_text, layout.local, device),
-            "query": _partners(positive_text, layout.query_text, layout.local, device),
+            known: [(rows, torch.from_numpy(partners).to(device)) for rows, partners in found]
+            for known, found in more.items()
         }
 
     def keep(self, similarity: Similarity, rows: slice) -> Bool[Tensor, "R N"]:
@@ -119,12 +125,11 @@ class KnownMatches:
             similarity: which side of the local pairs to which side of all pairs.
             rows: a run of local pairs.
         """
-        side, _, other = similarity.partition("_to_")
-        columns = self._texts[other]
+        columns = self._texts[similarity.partition("_to_")[2]]
         # The query's text, its positive's, and with them the pair's own column.
         keep = columns != self._own_query[rows, None]
         keep &= columns != self._own_positive[rows, None]
-        for known in ("document", "query") if side == other else (other,):
+        for known in _known_sides(similarity):
             for members, partners in self._more[known]:
                 here = members[(members >= rows.start) & (members < rows.stop)]
                 if len(here):
@@ -132,15 +137,20 @@ class KnownMatches:
         return keep
 
 
-def _partners(
-    texts: np.ndarray, partners: np.ndarray, local: slice, device: torch.device
-) -> list[tuple[np.ndarray, Int[Tensor, " K"]]]:
+def _known_sides(similarity: Similarity) -> tuple[str, ...]:
+    """Which of a pair's known texts are no columns of a similarity: its documents, its queries or both."""
+    side, _, other = similarity.partition("_to_")
+    return ("document", "query") if side == other else (other,)
+
+
+def _partners(texts: np.ndarray, partners: np.ndarray, local: slice) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text of several pairs: the local pairs that have it, and the partners of all pairs that have it."""
     _, inverse, times = np.unique(texts, return_inverse=True, return_counts=True)
-    groups = np.split(np.argsort(inverse, kind="stable"), np.cumsum(times)[:-1])
+    several = np.flatnonzero(times[inverse] > 1)
+    several = several[np.argsort(inverse[several], kind="stable")]
     out = []
-    for group in groups:
+    for group in np.split(several, np.flatnonzero(np.diff(inverse[several])) + 1):
         rows = group[(group >= local.start) & (group < local.stop)] - local.start
-        if len(group) > 1 and len(rows):
-            out.append((rows, torch.from_numpy(np.unique(partners[group])).to(device)))
+        if len(rows):
+            out.append((rows, np.unique(partners[group])))
     return out

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from anchor.engine.stop import StopRequest, Watchdog
+from anchor.engine.stop import StopRequest, Watchdog, group_timeout
 
 
 def watched(*, steps: int) -> Watchdog:
@@ -25,6 +25,13 @@ def test_the_first_step_after_a_start_has_the_whole_time_limit() -> None:
     assert watchdog._overdue(now) is None
     assert watchdog._overdue(now + 99) is None
     assert watchdog._overdue(now + 101) == 100.0
+
+
+def test_the_watchdog_speaks_before_a_collective_times_out() -> None:
+    # Both had one limit; NCCL's ends the process without the line that names the step.
+    watchdog = Watchdog(100.0, StopRequest())
+    watchdog.begin("step 1")
+    assert watchdog._overdue(time.monotonic() + group_timeout(100).total_seconds() - 30) == 100.0
 
 
 def test_a_later_step_has_thirty_seconds() -> None:

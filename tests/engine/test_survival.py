@@ -209,8 +209,8 @@ def test_a_rank_that_hangs_ends_the_run_by_time_out_and_names_the_step(tmp_path,
     run.ranks[1].send_signal(signal.SIGSTOP)
     code = run.ranks[0].wait(90)
     run.kill()
-    assert code in (1, 70)
-    assert " step " in run.console().split("failed" if code == 1 else "CRITICAL")[-1]
+    assert code == 70  # the watchdog's, not the collective's own
+    assert " step " in run.console().split("CRITICAL")[-1]
 
 
 @pytest.fixture

@@ -118,6 +118,14 @@ def test_an_unfinished_run_of_another_job_and_damaged_parts_are_refused(encoder,
         embed(encoder, source, out, options)
 
 
+def test_a_rank_to_which_the_folder_is_not_there_yet_writes_its_parts(encoder, source, tmp_path, monkeypatch):
+    # On a network disk another host may not yet see what rank 0 has made; the first write failed there.
+    monkeypatch.setattr("eval.embed.rank_and_size", lambda: (1, 2))
+    embed(encoder, source, tmp_path / "out", Options(shard_texts=10))
+    parts = sorted(path.name for path in (tmp_path / "out/.parts").iterdir())
+    assert parts == ["part-000001.safetensors", "part-000003.safetensors"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_second_run_in_one_folder_is_refused_while_the_first_goes_on(encoder, source, tmp_path, overwrite):
     """The slower of two found its parts gone."""

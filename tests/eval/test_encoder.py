@@ -9,6 +9,9 @@ import torch
 from conftest import english_pairs
 
 from anchor.errors import ConfigError, ModelError
+from eval import cache
+from eval.__main__ import _warn_of_fp32
+from eval.embed import Options
 from eval.encoder import Encoder
 from eval.opening import open_encoder
 
@@ -31,6 +34,46 @@ def test_a_cpu_gets_no_larger_passes_than_its_caches_like(export_dir, monkeypatc
     encoder.encode(["word " * 200] * 300)  # each cut to 48 tokens
     assert len(seen) > 1
     assert 2048 < max(seen) <= 4096
+
+
+def test_each_call_of_a_command_has_several_blocks_so_that_most_are_tokenised_meanwhile(export_dir, monkeypatch):
+    # A call was one block: the device waited for the tokenizer before every one.
+    encoder, blocks = Encoder(export_dir, dtype="fp32"), []
+    monkeypatch.setattr(encoder, "backend", Watched(encoder.backend, blocks))
+    for texts in (Options().shard_texts, cache.BLOCK_TEXTS):
+        blocks.clear()
+        vectors = encoder.encode([str(number % 100) for number in range(texts)])
+        assert len(blocks) >= 2
+        assert sum(blocks) == texts
+        # The same text has the same vector in every block, and another text another.
+        np.testing.assert_allclose(vectors[-100:], vectors[:100][np.arange(texts - 100, texts) % 100], atol=1e-5)
+        assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+
+
+class Watched:
+    """A tokenizer that notes how many texts it is given at a time."""
+
+    def __init__(self, backend, blocks: list[int]) -> None:
+        self.backend, self.blocks = backend, blocks
+
+    def encode_batch_fast(self, texts: list[str]):
+        self.blocks.append(len(texts))
+        return self.backend.encode_batch_fast(texts)
+
+
+@pytest.mark.parametrize(("dtype", "device", "rank", "warns"), [
+    ("fp32", "cuda", 0, True), ("fp32", "cuda", 1, False), ("bf16", "cuda", 0, False), ("fp32", "cpu", 0, False),
+])  # fmt: skip
+def test_fp32_on_cuda_is_warned_of_once(export_dir, monkeypatch, caplog, dtype, device, rank, warns):
+    encoder = Encoder(export_dir, dtype=dtype)
+    encoder.device = torch.device(device)
+    monkeypatch.setattr("anchor.dist.is_first_rank", lambda: rank == 0)
+    _warn_of_fp32(encoder)
+    expected = (
+        "fp32 on CUDA: matrices are multiplied in full precision and attention, which no packed kernel knows in fp32, "
+        "is one call per text and layer; if half precision will do, give --dtype bf16"
+    )
+    assert caplog.messages == ([expected] if warns else [])
 
 
 def test_a_prompt_changes_the_vectors_and_an_unknown_one_is_refused(export_dir):

@@ -92,6 +92,51 @@ def test_a_stale_lock_is_exit_code_1_and_the_last_line(tmp_path: Path) -> None:
     assert "interfaces" in done.stdout
 
 
+HANGING = """
+import sys, threading, anchor.dist, anchor.doctor.__main__ as doctor, torch.distributed
+doctor._JOIN_SECONDS, hang = 2, threading.Event().wait
+anchor.dist.init = lambda timeout: anchor.dist.Ranks(0, 2, 0, None)
+anchor.dist.set_timeout = lambda timeout: None
+if sys.argv[1] == "first":
+    anchor.dist.gather_objects = lambda facts: hang()
+else:
+    anchor.dist.gather_objects = lambda facts: [facts, facts]
+    torch.distributed.barrier = torch.distributed.all_gather_into_tensor = hang
+doctor.main(["--sizes", "4"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        (
+            "first",
+            "problem: rank 0: the ranks did not meet at 127.0.0.1:1 within 2 s (the first collective has not ended); "
+            "is every rank started, is the address rank 0's, is the port open?",
+        ),
+        (
+            "later",
+            "problem: rank 0: all-gather of 4 MiB did not end within 2 s, though the ranks had met; is a rank gone, is "
+            "the network that they use (NCCL_SOCKET_IFNAME, NCCL_IB_HCA) open to all? NCCL_DEBUG=INFO says more",
+        ),
+    ],
+)
+def test_a_collective_that_hangs_is_exit_code_1_and_the_last_line(tmp_path: Path, which: str, expected: str) -> None:
+    """A collective of NCCL raises nothing: NCCL killed the process, and the line was never said."""
+    of_two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, which],
+        cwd=ROOT,
+        env={**os.environ, **of_two, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -3,6 +3,7 @@ for 1-token and maximal segments and any grouping of heads; no token sees anothe
 here is refused, never replaced."""
 
 import functools
+import inspect
 import itertools
 import json
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from reference import plain_hidden, plain_model, relative, segments_of
+from torch.nn.attention.varlen import varlen_attn
 
 from anchor.config import schema
 from anchor.data.batches import to_tensors
@@ -111,6 +113,49 @@ def test_segments_kernel_equals_loops_over_tokens_forward_and_backward(lengths, 
     assert float(ours[2].grad.norm()) > 0
     for mine, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-10, atol=1e-12)
+
+
+def with_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """As torch's kernel, which needs CUDA: ``T H D``, heads grouped only when told."""
+    assert (k.shape[1] == q.shape[1]) or enable_gqa
+    lengths = cu_q.diff().tolist()
+    tensors = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return naive_attention(*tensors, lengths, scaling=scale, causal=window_size == (-1, 0))[0]
+
+
+def without_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """As that of a torch whose kernel has no argument for groups."""
+    return with_groups(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+@pytest.mark.parametrize("kernel", [with_groups, without_groups])
+def test_varlen_hands_heads_over_as_the_kernel_takes_them(kernel, num_groups, causal, monkeypatch):
+    handed = []
+
+    @functools.wraps(kernel)
+    def watched(q, k, v, *args, **kwargs):
+        handed.append([t.shape[1] for t in (q, k, v)])
+        return kernel(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", watched)
+    lengths = LENGTHS["mixed"]
+    ours, theirs = (heads(lengths, 4, num_groups) for _ in range(2))
+    boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    out, _ = varlen_attention(
+        torch.nn.Identity(), *ours, None,
+        cu_seq_lens_q=boundaries, max_length_q=max(lengths), scaling=0.3, is_causal=causal,
+    )  # fmt: skip
+    # Repeated keys and values cost memory and time, so they are repeated only where the kernel knows no groups.
+    given = num_groups if kernel is with_groups else 4
+    assert handed == [[4, given, given]]
+    torch.testing.assert_close(out, naive_attention(*theirs, lengths, scaling=0.3, causal=causal))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="older kernels may not")
+def test_this_torch_takes_grouped_heads():
+    assert "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from anchor.data.shards import Pack, make_batch
 from anchor.errors import ConfigError
 from anchor.objectives.contrastive import ContrastiveTerm
 from anchor.objectives.info_nce import info_nce
-from anchor.objectives.pool import KnownMatches, pool_layout
+from anchor.objectives.pool import KnownMatches, _partners, pool_layout
 
 
 def test_info_nce_equals_a_hand_computed_case():
@@ -71,7 +71,7 @@ def test_every_query_finds_its_positive_in_the_pool_of_all_ranks(world_size):
 
 def kept(pairs: list[tuple[int, ...]], similarity="query_to_document") -> list[list[bool]]:
     layout = pool_layout(make_batch([make_pack(pairs)], "x"), 0, 1)
-    keep = KnownMatches(layout, torch.device("cpu")).keep(similarity, slice(0, len(pairs)))
+    keep = KnownMatches(layout, torch.device("cpu"), (similarity,)).keep(similarity, slice(0, len(pairs)))
     if similarity == "query_to_document":
         rows = torch.arange(len(pairs))
         assert not keep[rows, torch.from_numpy(layout.target)].any()  # the positive is put back by the loss
@@ -114,11 +114,39 @@ def test_positives_of_the_same_query_are_not_pushed_apart():
 
 def test_masks_of_a_run_of_rows_equal_those_of_all():
     layout = pool_layout(make_batch([make_pack([(1, 11, 9), (1, 12, 3), (2, 11, 8), (3, 13, 7)])], "x"), 0, 1)
-    known = KnownMatches(layout, torch.device("cpu"))
+    known = KnownMatches(layout, torch.device("cpu"), ALL)
     for similarity in ALL:
         whole = known.keep(similarity, slice(0, 4))
+        # Masks do not depend on what others are asked for.
+        alone = KnownMatches(layout, torch.device("cpu"), (similarity,))
+        assert torch.equal(alone.keep(similarity, slice(0, 4)), whole)
         assert torch.equal(torch.cat([known.keep(similarity, slice(a, a + 1)) for a in range(4)]), whole)
         assert not whole.all()
+
+
+def every_known_text(texts, partners, local: slice) -> dict[tuple[int, ...], set[int]]:
+    """Local pairs of a text -> its partners, for each text that several pairs have, one after another."""
+    found = {}
+    for text in set(texts.tolist()):
+        pairs = np.flatnonzero(texts == text)
+        rows = tuple(int(i) - local.start for i in pairs if local.start <= i < local.stop)
+        if len(pairs) > 1 and rows:
+            found[rows] = set(partners[pairs].tolist())
+    return found
+
+
+@pytest.mark.parametrize("kinds", [1, 5, 40, 10**6])
+def test_only_texts_of_several_pairs_have_lists_and_those_are_whole(kinds):
+    rng = np.random.default_rng(0)
+    texts, partners = (rng.integers(-kinds, kinds, 90) for _ in range(2))
+    for local in (slice(0, 90), slice(30, 60), slice(60, 60)):
+        ours = _partners(texts, partners, local)
+        assert {tuple(rows.tolist()): set(known.tolist()) for rows, known in ours} == every_known_text(
+            texts, partners, local
+        )
+        assert all((np.diff(known) > 0).all() for _, known in ours)
+    assert _partners(texts[:0], partners[:0], slice(0, 0)) == []
+    assert bool(_partners(texts, partners, slice(0, 90))) == (kinds < 10**6)
 
 
 ALL = ("query_to_document", "query_to_query", "document_to_query", "document_to_document")
