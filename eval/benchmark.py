@@ -204,7 +204,8 @@ def run_tasks(
                 "give --data-root (python -m eval fetch makes it)"
             ) from error
         model.forget(task)
-        return task, float(result.task_results[0].get_score())
+        # A stored result may hold more subsets than this task asks for.
+        return task, float(result.task_results[0].validate_and_filter_scores(task).get_score())
 
     with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="task") as pool:
         running = [pool.submit(run, task) for task in tasks]

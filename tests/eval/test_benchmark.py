@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import english_pairs, write_jsonl
 from distributed import run_distributed
+from mteb.results import TaskResult
 from retrieval import write_retrieval
 
 from anchor.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ from eval.encoder import Encoder
 from eval.prompts import load_prompts
 from eval.ranks import RankedEncoder
 from eval.table import main_scores
-from eval.tasks import hub_datasets, local_retrieval_task, tasks_by_name, with_data
+from eval.tasks import find_benchmark, hub_datasets, local_retrieval_task, parts_of, tasks_by_name, with_data
 from eval.texts import Source
 from eval.vectors import read_folder
 
@@ -206,6 +207,26 @@ def test_a_task_whose_local_data_changed_is_scored_again(export_dir, tmp_path):
         score(folders[1])
     assert main_scores(out) == {"Local-other": kept}  # an old score does not outlive its data
     assert score(other) == kept
+
+
+def result_of(task, scores: dict[str, float]) -> TaskResult:
+    named = {s: {"main_score": v, "hf_subset": s, "languages": ["eng-Latn"]} for s, v in scores.items()}
+    return TaskResult.from_task_results(task, dict.fromkeys(task.eval_splits, named), evaluation_time=1.0)
+
+
+@pytest.mark.parametrize("name", ["STS17", "CQADupstackRetrieval"])
+def test_a_score_is_that_of_the_subsets_asked_for(export_dir, tmp_path, name):
+    """STS17 has 11 subsets, of which `lite` wants one: the mean over those of an earlier run stood for it."""
+    encoder, whole = Encoder(export_dir, dtype="fp32"), mteb.get_task(name)
+    task = next(t for t in find_benchmark("MTEB(eng, v1)").tasks if t.metadata.name == name)
+    wanted = "en-en" if name == "STS17" else "default"
+    subsets = whole.hf_subsets if name == "STS17" else [wanted]
+    results, model = mteb.ResultCache(tmp_path), MtebEncoder(encoder).mteb_model_meta
+    for one in parts_of(task):
+        results.save_to_cache(result_of(one, {"default": 0.5}), model)
+    results.save_to_cache(result_of(whole, {s: 0.9 if s == wanted else 0.1 for s in subsets}), model)
+    assert run_tasks(encoder, [task], tmp_path) == {name: pytest.approx(0.9)}
+    assert len(subsets) == (11 if name == "STS17" else 1)
 
 
 @pytest.mark.filterwarnings("ignore")

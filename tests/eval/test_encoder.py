@@ -62,6 +62,24 @@ def test_a_folder_of_sentence_transformers_is_served_by_that_library(export_dir,
     np.testing.assert_allclose(encoder.encode(TEXTS[:5], "Answer it: "), ours, atol=1e-5)
 
 
+def test_the_revision_of_such_a_folder_is_that_of_all_its_modules(export_dir, tmp_path):
+    """Only FOLDER/*.safetensors counted: a folder of pytorch_model.bin had the revision, and so the scores, of any."""
+    folder = tmp_path / "plain"
+    shutil.copytree(export_dir, folder)
+    (folder / "anchor.json").unlink()
+    encoder = open_encoder(folder, dtype="fp32")
+    seen = [encoder.revision()]
+    for name in ("pytorch_model.bin", "2_Dense/model.safetensors", "2_Dense/config.json", "modules.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"another {name}")
+        seen.append(encoder.revision())
+    assert len(set(seen)) == 5
+    for name in ("mteb/cache/block-0.safetensors", "README.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("no part of the model")
+    assert encoder.revision() == seen[-1]
+
+
 def test_an_unreadable_or_incomplete_description_is_named(export_dir, tmp_path):
     folder = tmp_path / "export"
     shutil.copytree(export_dir, folder)
