@@ -87,8 +87,10 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
         data_root: None: everything is left to mteb and the hub, except AdvBench-IR, which only exists offline.
 
     Raises:
+        ConfigError: a task of images, sound or video.
         DataError: ``checksums.json`` is not readable.
     """
+    _refuse_other_than_text(tasks)
     there: list[AbsTask] = []
     missing: list[str] = []
     sums = {} if data_root is None else read_checksums(data_root)
@@ -115,6 +117,16 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
             _set_dataset(task, revision=f"{task.metadata.revision}-{digest}")
         there.append(task)
     return there, missing
+
+
+def _refuse_other_than_text(tasks: Sequence[AbsTask]) -> None:
+    others = [task for task in tasks if set(task.metadata.modalities) != {"text"}]
+    if others:
+        first = f"{others[0].metadata.name} ({', '.join(sorted(others[0].metadata.modalities))})"
+        raise ConfigError(
+            f"{len(others)} of {len(tasks)} tasks are not of text alone, first {first}; a text embedder has no score "
+            "there, leave them out"
+        )
 
 
 def _set_dataset(task: AbsTask, **changes: str) -> None:
