@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 import threading
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -198,13 +199,17 @@ def run_tasks(
     def run(task: AbsTask) -> tuple[AbsTask, float]:
         try:
             result = mteb.evaluate(model, [task], cache=results, show_progress_bar=False)
-        except _HUB_ERRORS as error:
-            raise DataError(
-                f"{task.metadata.name}: its data cannot be loaded: {first_line(error)}; without a network "
-                "give --data-root (python -m eval fetch makes it)"
-            ) from error
+        except (*_HUB_ERRORS, FileNotFoundError, KeyError, ValueError) as error:
+            said = _data_error(task, error)
+            if said is None:
+                raise
+            raise said from error
+        if not result.task_results:  # of private data mteb notes the refusal and goes on
+            why = first_line(ValueError(result.exceptions[0].exception)) if result.exceptions else "mteb says nothing"
+            raise DataError(f"{task.metadata.name}: its data cannot be loaded: {why}; leave the task out")
         model.forget(task)
-        return task, float(result.task_results[0].get_score())
+        # A stored result may hold more subsets than this task asks for.
+        return task, float(result.task_results[0].validate_and_filter_scores(task).get_score())
 
     with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="task") as pool:
         running = [pool.submit(run, task) for task in tasks]
@@ -220,6 +225,27 @@ def run_tasks(
             for one in running:  # after an error nothing new begins
                 one.cancel()
     return scores
+
+
+def _data_error(task: AbsTask, error: Exception) -> DataError | None:
+    """What to say of an error that the task's data is to blame for; None of any other."""
+    part, step = task, None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name in ("load_data", "evaluate") and isinstance(frame.f_locals.get("self"), AbsTask):
+            part, step = frame.f_locals["self"], frame.f_code.co_name
+    no_split = isinstance(error, KeyError) and any(one in part.eval_splits for one in error.args)
+    if not (isinstance(error, _HUB_ERRORS) or no_split or step == "load_data"):
+        return None
+    cause = error.__cause__ if isinstance(error, DatasetsError) and isinstance(error.__cause__, Exception) else error
+    why = f"no split {error}" if no_split else first_line(cause)
+    why = f"KeyError {why}" if isinstance(error, KeyError) and not no_split else why
+    folder = Path(part.metadata.dataset["path"])
+    if folder.is_dir():
+        return DataError(f"{folder.resolve()}: {part.metadata.name} cannot read its data: {why}; fetch it again")
+    return DataError(
+        f"{task.metadata.name}: its data cannot be loaded: {why}; without a network give --data-root (python -m eval "
+        "fetch makes it)"
+    )
 
 
 def _prompts_id(encoder: TextEncoder, prompts: PromptSet | None) -> str:

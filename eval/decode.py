@@ -24,6 +24,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.adapters import without_adapter
+from anchor.models.head import output_layer
 from anchor.models.reconstructor import generate_from_prefixes
 from eval.encoder import PackedEncoder, TextEncoder
 from eval.opening import SELF_SUPERVISED
@@ -75,6 +76,7 @@ class Decoder:
     def __init__(self, encoder: TextEncoder, *, max_new_tokens: int = 64, num_beams: int = 1) -> None:
         if not isinstance(encoder, PackedEncoder):
             raise ModelError(f"{encoder.folder}: no anchor.json; only folders exported by anchor.train can be decoded")
+        output_layer(encoder.causal_lm)
         objective = encoder.about.get("objective")
         if not getattr(encoder.causal_lm.config, "is_causal", True):
             raise ModelError(f"{encoder.folder}: attends in both directions, so its language model cannot generate")

@@ -3,11 +3,10 @@
 Every hub repository goes to ``DIR/<hub path>`` at the revision that mteb names; ``DIR/checksums.json`` gets the
 SHA-256 of every file. ``--source`` copies from another offline copy instead of the hub. A repository whose files are
 all there and right, of that revision, is not fetched again. One is written beside and renamed; a folder with files that
-the checksums do not list is not replaced.
+the checksums do not list is not replaced, nor is another revision: tasks of both would be scored on one's data.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,12 +18,11 @@ from huggingface_hub import snapshot_download
 from mteb.abstasks.abstask import AbsTask
 
 from anchor.errors import ConfigError, DataError, first_line
+from eval.local_data import CHECKSUMS, holds_files, read_checksums
 from eval.tasks import hub_datasets
 from eval.vectors import write_json
 
 log = logging.getLogger(__name__)
-
-CHECKSUMS = "checksums.json"
 
 
 def fetch(tasks: Sequence[AbsTask], data_root: Path, source: Path | None = None) -> list[str]:
@@ -39,13 +37,13 @@ def fetch(tasks: Sequence[AbsTask], data_root: Path, source: Path | None = None)
         Hub paths fetched now.
 
     Raises:
-        ConfigError: ``source`` is ``data_root``.
+        ConfigError: ``source`` is ``data_root``; two revisions of one repository, one of them perhaps there.
         DataError: something could not be fetched, all of it named; the rest is there.
     """
     if source is not None and source.resolve() == data_root.resolve():
         raise ConfigError(f"--source {source}: is --data-root itself; name another copy, or leave it out")
-    wanted = {path: revision for task in tasks for path, revision in hub_datasets(task)}
     sums = read_checksums(data_root)
+    wanted = _one_revision_each(tasks, data_root, sums)
     fetched, failed = [], []
     for path, revision in wanted.items():
         known = sums.get(path, {"revision": None, "files": {}})
@@ -71,6 +69,30 @@ def fetch(tasks: Sequence[AbsTask], data_root: Path, source: Path | None = None)
     return fetched
 
 
+def _one_revision_each(tasks: Sequence[AbsTask], data_root: Path, sums: dict[str, Any]) -> dict[str, str | None]:
+    """Hub path -> revision of all repositories.
+
+    Raises:
+        ConfigError: tasks want two revisions of one, or another one than ``data_root`` holds.
+    """
+    wanted: dict[str, tuple[str | None, str]] = {}
+    for task in tasks:
+        name = task.metadata.name
+        for path, revision in hub_datasets(task):
+            other, by = wanted.setdefault(path, (revision, name))
+            if other != revision:
+                raise ConfigError(
+                    f"{path}: {by} wants revision {other}, {name} wants {revision}; fetch them by two calls, each with "
+                    "a --data-root of its own"
+                )
+            if path in sums and sums[path]["revision"] != revision and holds_files(data_root / path):
+                raise ConfigError(
+                    f"{data_root / path}: holds revision {sums[path]['revision']}, {name} wants {revision}; give "
+                    "another --data-root, or delete the folder if no other task needs it"
+                )
+    return {path: revision for path, (revision, _) in wanted.items()}
+
+
 def verify(data_root: Path) -> int:
     """Check every file of an offline copy; returns their number.
 
@@ -84,21 +106,6 @@ def verify(data_root: Path) -> int:
     if wrong:
         raise DataError(f"{data_root}: {len(wrong)} files are missing or altered: {', '.join(wrong)}; fetch again")
     return sum(len(about["files"]) for about in sums.values())
-
-
-def read_checksums(data_root: Path) -> dict[str, Any]:
-    """What the checksum file holds; nothing where there is none.
-
-    Raises:
-        DataError: not readable.
-    """
-    file = data_root / CHECKSUMS
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not readable ({error}); delete it and fetch again") from error
 
 
 def _refuse_foreign(path: str, folder: Path, known: dict[str, str]) -> None:

@@ -5,9 +5,11 @@ That library keeps a prepared copy of a folder by the folder's last name. Where 
 folder of the same name, or the same folder after a change, would silently be read from the old copy.
 """
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import datasets.config
 import xxhash
@@ -15,6 +17,29 @@ import xxhash
 from anchor.data.retrieval_files import RETRIEVAL_FILES, RETRIEVAL_README
 from anchor.errors import DataError, did_you_mean
 from eval.texts import iterate_rows
+
+CHECKSUMS = "checksums.json"
+"""In an offline copy: hub path -> revision and SHA-256 of its files."""
+
+
+def read_checksums(data_root: Path) -> dict[str, Any]:
+    """What the checksum file holds; nothing where there is none.
+
+    Raises:
+        DataError: not readable.
+    """
+    file = data_root / CHECKSUMS
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not readable ({error}); delete it and fetch again") from error
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is any file in it."""
+    return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
 
 
 def data_hash(folder: Path) -> str:

@@ -27,7 +27,7 @@ def open_encoder(
         ModelError: missing folder, or neither ``anchor.json`` nor ``modules.json`` in it.
         ConfigError: an option that this kind of folder has no use for.
     """
-    resolve_model_path(str(folder))
+    resolve_model_path(str(folder), ("config.json", "modules.json"))  # a StaticEmbedding has no config.json
     if objective_of(folder) == SELF_SUPERVISED:
         return SoftPromptsEncoder(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens, base=base)
     if base is not None:

@@ -8,7 +8,12 @@ from jaxtyping import Float
 
 from anchor.errors import ModelError, first_line
 from anchor.models.backbone import DTYPES
-from eval.encoder import TextEncoder, finite
+from eval.encoder import TextEncoder, finite, weights_xxh3
+
+RESULTS = "mteb"
+"""Where `eval mteb` puts results, vectors among them, unless told otherwise."""
+_WEIGHTS = (".safetensors", ".bin")
+_DESCRIPTIONS = ("modules.json", "config.json", "sentence_bert_config.json")
 
 
 class PlainEncoder(TextEncoder):
@@ -38,6 +43,12 @@ class PlainEncoder(TextEncoder):
         super().__init__(folder, {"prompts": dict(model.prompts), "max_tokens": limit}, dtype)
         self.model = model
         self.batch_size = max(1, pack_tokens // limit)
+
+    def revision(self) -> str:
+        """xxh3 of the weights and configurations of all modules."""
+        beneath = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
+        inside = (path for path in beneath if path.relative_to(self.folder).parts[0] != RESULTS)
+        return weights_xxh3([path for path in inside if path.suffix in _WEIGHTS or path.name in _DESCRIPTIONS])
 
     @property
     def dimension(self) -> int:

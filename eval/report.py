@@ -16,6 +16,7 @@ from markupsafe import Markup
 from mteb.benchmarks.benchmark import Benchmark
 
 from anchor.errors import ConfigError
+from eval.advbench import ADVBENCH
 from eval.decode import check_output
 from eval.encoder import TextEncoder
 from eval.plots import curves
@@ -126,7 +127,7 @@ def _scores(runs: Sequence[Run]) -> dict[str, Any] | None:
     rows = []
     for task in tasks:
         values = [run.scores.get(task) for run in scored]
-        best = max(value for value in values if value is not None)
+        best = (min if task in _LOWER_IS_BETTER else max)(value for value in values if value is not None)
         cells = [("not run" if v is None else f"{100 * v:.2f}", v == best and len(scored) > 1) for v in values]
         rows.append((task, cells))
     return {"labels": [run.label for run in scored], "rows": rows}
@@ -150,6 +151,7 @@ def _benchmark(runs: Sequence[Run], benchmark: Benchmark) -> dict[str, Any]:
     }
 
 
+_LOWER_IS_BETTER = (ADVBENCH,)
 _PUBLISHED = ("MTEB(eng, v1)", "MTEB(eng, v2)", "lite")
 
 

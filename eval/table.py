@@ -4,6 +4,7 @@ No task is silently missing: a category or an average that lacks a task is withh
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Summary:
 
     Attributes:
         tasks: score of each task there is, 0 to 1.
-        absent: tasks of the benchmark without a result.
+        absent: tasks of the benchmark without a result; of those with a part of one, its missing subsets in brackets.
         values: categories and averages, 0 to 1; None where a task is absent.
         counts: ``(there, all)`` tasks of each category.
     """
@@ -113,7 +114,8 @@ def task_results(folder: Path) -> list[TaskResult]:
 def summarise(benchmark: Benchmark, results: list[TaskResult]) -> Summary:
     """Categories and averages of a benchmark by mteb's own aggregation; only whole ones."""
     chosen = ModelResult(model_name="one", model_revision="one", task_results=results).select_tasks(benchmark.tasks)
-    by_name = {result.task_name: result for result in chosen.task_results}
+    missing = {result.task_name: _missing(result) for result in chosen.task_results}
+    by_name = {result.task_name: result for result in chosen.task_results if not missing[result.task_name]}
     kinds: dict[str, list[str]] = {}
     for task in benchmark.tasks:
         kinds.setdefault(task.metadata.type, []).append(task.metadata.name)
@@ -122,12 +124,24 @@ def summarise(benchmark: Benchmark, results: list[TaskResult]) -> Summary:
         there = [by_name[name] for name in names if name in by_name]
         whole = len(there) == len(names)
         values[kind] = BenchmarkAggregation.TASK_TYPES.aggregate(there)[kind] if whole else None
-    absent = [task.metadata.name for task in benchmark.tasks if task.metadata.name not in by_name]
+    names = [task.metadata.name for task in benchmark.tasks if task.metadata.name not in by_name]
+    absent = [f"{name} ({', '.join(missing[name])})" if name in missing else name for name in names]
     for aggregation in (BenchmarkAggregation.MEAN_TASK, BenchmarkAggregation.MEAN_TASK_TYPE):
         key = aggregation.get_score_keys[0]
         values[key] = aggregation.aggregate(list(by_name.values()))[key] if not absent else None
     counts = {kind: (sum(name in by_name for name in names), len(names)) for kind, names in kinds.items()}
     return Summary({name: float(one.get_score()) for name, one in by_name.items()}, absent, values, counts)
+
+
+def _missing(result: TaskResult) -> list[str]:
+    """Subsets without a score, of a result that mteb has fitted to its task; where there is only one, the split."""
+    gaps = [
+        split if score["hf_subset"] == "default" else score["hf_subset"]
+        for split, scores in result.scores.items()
+        for score in scores
+        if score["main_score"] is None or math.isnan(score["main_score"])
+    ]
+    return sorted(set(gaps))
 
 
 def published(benchmark: str) -> dict[str, dict[str, float]]:

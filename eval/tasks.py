@@ -8,6 +8,7 @@ import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mteb
 import xxhash
@@ -19,7 +20,7 @@ from mteb.benchmarks.benchmark import Benchmark
 from anchor.data.retrieval_files import RETRIEVAL_FILES
 from anchor.errors import ConfigError, DataError
 from eval.advbench import ADVBENCH, AdvBenchIR, own_metadata
-from eval.local_data import check_retrieval, data_hash, distinct_path, retrieval_path
+from eval.local_data import check_retrieval, data_hash, distinct_path, holds_files, read_checksums, retrieval_path
 
 LITE_TASKS = (
     *("ArguAna", "ClimateFEVERHardNegatives", "AskUbuntuDupQuestions", "ArXivHierarchicalClusteringP2P"),
@@ -81,18 +82,25 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
 
     Args:
         tasks: their data's path is changed to the folder under ``data_root``, and the revision, which goes into the
-            results, gets the folder's hash.
+            results, gets the folder's hash. A folder that ``checksums.json`` lists with another revision counts as
+            missing; one that it does not list is taken as it is.
         data_root: None: everything is left to mteb and the hub, except AdvBench-IR, which only exists offline.
+
+    Raises:
+        ConfigError: a task of images, sound or video.
+        DataError: ``checksums.json`` is not readable.
     """
+    _refuse_other_than_text(tasks)
     there: list[AbsTask] = []
     missing: list[str] = []
+    sums = {} if data_root is None else read_checksums(data_root)
     for task in tasks:
         if data_root is None:
             (missing.append(f"{ADVBENCH} (needs --data-root)") if isinstance(task, AdvBenchIR) else there.append(task))
             continue
-        absent = [data_root / path for path, _ in hub_datasets(task) if not _holds_files(data_root / path)]
-        if absent:
-            missing.append(f"{task.metadata.name} ({', '.join(map(str, absent))})")
+        absent = [_absent(data_root, path, revision, sums) for path, revision in hub_datasets(task)]
+        if any(absent):
+            missing.append(f"{task.metadata.name} ({', '.join(one for one in absent if one)})")
             continue
         if isinstance(task, AbsTaskAggregate):  # mteb makes its parts once, for all who ask
             own = [copy.copy(part) for part in parts_of(task)]
@@ -111,6 +119,16 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
     return there, missing
 
 
+def _refuse_other_than_text(tasks: Sequence[AbsTask]) -> None:
+    others = [task for task in tasks if set(task.metadata.modalities) != {"text"}]
+    if others:
+        first = f"{others[0].metadata.name} ({', '.join(sorted(others[0].metadata.modalities))})"
+        raise ConfigError(
+            f"{len(others)} of {len(tasks)} tasks are not of text alone, first {first}; a text embedder has no score "
+            "there, leave them out"
+        )
+
+
 def _set_dataset(task: AbsTask, **changes: str) -> None:
     task.metadata = task.metadata.model_copy(update={"dataset": {**task.metadata.dataset, **changes}})
 
@@ -127,8 +145,14 @@ def parts_of(task: AbsTask) -> list[AbsTask]:
     return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
 
 
-def _holds_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
+def _absent(data_root: Path, path: str, revision: str | None, sums: dict[str, Any]) -> str | None:
+    """What to say of a repository that a task cannot use; None where it is there."""
+    folder = data_root / path
+    if not holds_files(folder):
+        return str(folder)
+    if path in sums and sums[path]["revision"] != revision:
+        return f"{folder} holds revision {sums[path]['revision']}, the task wants {revision}"
+    return None
 
 
 def local_retrieval_task(folder: Path) -> AbsTask:

@@ -24,7 +24,7 @@ from anchor.config.schema import LoraTraining, TrainRecipe
 from anchor.data.shards import Index
 from anchor.engine import export_special_tokens
 from anchor.engine.deepspeed import Engine
-from anchor.engine.folder_files import config_for_all, prompts_and_limit, write_json_files
+from anchor.engine.folder_files import config_for_all, prompts_and_limit, prompts_line, write_json_files
 from anchor.models.backbone import DTYPES, lora_config
 from anchor.models.embedder import Embedder
 from anchor.models.special_tokens import SpecialTokens
@@ -190,6 +190,9 @@ def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
 
 def _model_card(recipe: TrainRecipe, index: Index) -> str:
     sources = ", ".join(source["name"] for source in index.sources)
+    done = f"Trained by Anchor from `{recipe.backbone.path}` on {sources}."
+    if recipe.optim.total_steps == 0:
+        done = f"Untrained: the weights of `{recipe.backbone.path}` with a template for embedding."
     bidirectional = recipe.backbone.direction == "bidirectional"
     # Older transformers would read the folder without a word and attend causally.
     needs = (
@@ -202,8 +205,10 @@ tags: [sentence-transformers, feature-extraction]
 ---
 # Text embedder ({recipe.objective.kind})
 
-Trained by Anchor from `{Path(recipe.backbone.path).name}` on {sources}. The embedding of a text is the hidden state
-of its last token, which the tokenizer's post-processor appends; at most {index.recipe["text"]["max_tokens"]} tokens.
+{done}
+
+The embedding of a text is the hidden state of its last token, which the tokenizer's post-processor appends; at most
+{index.recipe["text"]["max_tokens"]} tokens.
 {needs}
 ```python
 from sentence_transformers import SentenceTransformer
@@ -214,5 +219,5 @@ documents = model.encode(["An anchor holds a ship in place."], prompt_name="docu
 print(model.similarity(queries, documents))
 ```
 
-Queries carry the prompt {index.prompts["query"]!r}; documents carry none. `anchor.json` says how it was made.
+{prompts_line(index.prompts)} `anchor.json` says how it was made.
 """

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from anchor import dist
 from anchor.config.schema import TrainRecipe
 from anchor.data.shards import Index
-from anchor.engine.folder_files import write_special_tokens_files
+from anchor.engine.folder_files import prompts_line, write_special_tokens_files
 from anchor.models.special_tokens import Description, SpecialTokens, fingerprint, fingerprinted
 
 
@@ -80,6 +80,8 @@ def model_card(recipe: TrainRecipe, special: SpecialTokens, index: Index) -> str
     """README.md of a trained folder."""
     sources = ", ".join(source["name"] for source in index.sources)
     origin = f"trained by Anchor on {sources} with the teacher `{(index.teacher or {}).get('model')}`"
+    if recipe.optim.total_steps == 0:
+        origin = "untrained"
     adapter = recipe.backbone.trained.kind == "lora"
     said, max_tokens = _description("", special, recipe), index.recipe["text"]["max_tokens"]
     return card("self_supervised", said, origin, index.prompts, max_tokens, adapter=adapter)
@@ -97,7 +99,6 @@ def card(title: str, said: Description, origin: str, prompts: dict[str, str], ma
         adapter: whether there is one.
     """
     needs = "xxhash; its adapter, in `adapter/`, needs peft" if adapter else "xxhash"
-    behind = f"documents {prompts['document']!r}" if prompts.get("document") else "documents carry none"
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -122,5 +123,5 @@ documents = model.encode(["An anchor holds a ship in place."], prompt_name="docu
 print(model.similarity(queries, documents))
 ```
 
-Queries carry the prompt {prompts["query"]!r}; {behind}. `anchor.json` says how it was made.
+{prompts_line(prompts)} `anchor.json` says how it was made.
 """

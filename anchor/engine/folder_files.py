@@ -41,6 +41,13 @@ def prompts_and_limit(folder: Path, prompts: dict[str, str], max_tokens: int) ->
     }
 
 
+def prompts_line(prompts: dict[str, str]) -> str:
+    """What a model card says of the prompts of queries and documents."""
+    query, document = (repr(prompts[name]) if prompts.get(name) else None for name in ("query", "document"))
+    queries = "Queries carry none" if query is None else f"Queries carry the prompt {query}"
+    return f"{queries}; documents {'carry none' if document is None else document}."
+
+
 def config_for_all(folder: Path) -> dict[str, Any]:
     """``config.json`` with the rotary embedding said twice: as transformers 5 writes it, and as readers before it look.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of the architectures whose attention the packed kernels are proven for."""
+
+OUTPUT_LAYER = "lm_head"
+"""Name of the output layer in all of them."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -54,7 +58,7 @@ def load_backbone(
 
     Raises:
         ModelError: no such model, unsupported architecture, attention kernel that cannot run here.
-        ConfigError: a LoRA target that matches no layer; a causal recipe over a bidirectional folder.
+        ConfigError: a LoRA target that is no layer, or the output layer; a causal recipe over a bidirectional folder.
     """
     path = section.path
     if path.endswith(".gguf"):
@@ -89,20 +93,51 @@ def _set_direction(model: PreTrainedModel, section: BackboneSection) -> None:
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """``from_pretrained`` with our error messages.
+    """``from_pretrained`` with our error messages, and without random numbers in the place of missing weights.
+
+    An output layer that is missing and not tied, as sentence-transformers saves a model, becomes None; see
+    :func:`anchor.models.head.output_layer`.
 
     Raises:
-        ModelError: no such model, unreadable, or of an unsupported architecture.
+        ModelError: no such model, unreadable, incomplete, or of an unsupported architecture.
     """
     location, config = resolve_model_path(path), read_config(path)
     # Of a GGUF file plain weights, not kernels over packed ones.
     packed = {} if location.gguf_file is None else {"quantization_config": GgufConfig(dequantize=True)}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            location.name, **location.kwargs(), **packed, config=config, dtype=dtype, attn_implementation=attention
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location.name,
+            **location.kwargs(),
+            **packed,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: the model could not be loaded: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"{path}: the model could not be loaded: {_in_one_line(error)}") from error
+    model, found = loaded
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        shapes = " by config.json, found ".join(" x ".join(map(str, shape)) for shape in (expected, stored))
+        raise ModelError(f"{path}: {name}: expected {shapes}; give the config.json of these weights")
+    missing = set(found["missing_keys"])
+    if f"{OUTPUT_LAYER}.weight" in missing:
+        model.set_output_embeddings(None)
+    _refuse_missing(path, sorted(missing - {f"{OUTPUT_LAYER}.weight"}))
+    return model
+
+
+def _in_one_line(error: Exception) -> str:
+    """The first line, and the second where the first only announces it."""
+    lines = str(error).strip().splitlines()[:2]
+    return " ".join(map(str.strip, lines)) if lines and lines[0].endswith(":") else first_line(error)
+
+
+def _refuse_missing(path: str, names: list[str]) -> None:
+    if names:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ModelError(f"{path}: {len(names)} weights are missing: {some}; copy or export the model again")
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -160,7 +195,7 @@ def choose_trained(model: PreTrainedModel, backbone: BackboneSection) -> None:
     """Freeze what is not trained, under LoRA with adapters injected; works on the meta device too.
 
     Raises:
-        ConfigError: a LoRA target that matches no layer.
+        ConfigError: a LoRA target that matches no layer, or the output layer.
     """
     section = backbone.trained
     if isinstance(section, FrozenTraining):
@@ -169,6 +204,11 @@ def choose_trained(model: PreTrainedModel, backbone: BackboneSection) -> None:
         return
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in section.targets:
+        if target == OUTPUT_LAYER:
+            raise ConfigError(
+                f"backbone.trained.targets: '{target}' is the output layer, whose adapter would not be trained, as "
+                "the losses read its own weight alone; leave it out"
+            )
         if target not in linear:
             hint = did_you_mean(target, linear)
             raise ConfigError(f"backbone.trained.targets: no linear layer is called '{target}'{hint}")

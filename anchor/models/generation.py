@@ -29,6 +29,7 @@ from transformers import (
 from anchor.config.model_path import resolve_model_path
 from anchor.errors import ConfigError, ModelError, first_line
 from anchor.models.backbone import DTYPES, load_causal_lm, read_config
+from anchor.models.head import output_layer
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (None, 1.0),
@@ -163,7 +164,9 @@ class Generator:
     """
 
     def __init__(self, path: str, sampling: Sampling, dtype: str, device: str) -> None:
-        self._model = load_causal_lm(path, DTYPES[dtype], "sdpa").to(device).eval()  # pyright: ignore[reportArgumentType]
+        model = load_causal_lm(path, DTYPES[dtype], "sdpa")
+        output_layer(model)
+        self._model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
         self._sampling = sampling
 
     def answer(self, prompts: Sequence[list[int]], quantiles: np.ndarray) -> list[Answer]:

@@ -9,11 +9,14 @@ torch's own ``linear_cross_entropy`` (2.13) sums a bfloat16 loss in bfloat16: 1,
 16,768 instead of 17,221 nats. This one sums in float32, takes a weight per row, and runs on older torch.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anchor.errors import ModelError
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 
@@ -85,6 +88,21 @@ def chunked_cross_entropy(
     gradient = torch.is_grad_enabled()
     total, nll = _ChunkedCrossEntropy.apply(hidden, weight, target, row_weight, chunk_rows, gradient)
     return total, nll
+
+
+def output_layer(causal_lm: PreTrainedModel) -> nn.Linear:
+    """The model's ``lm_head``.
+
+    Raises:
+        ModelError: the model's files hold none, as sentence-transformers saves a model.
+    """
+    layer = causal_lm.get_output_embeddings()
+    if layer is None:
+        raise ModelError(
+            f"{causal_lm.name_or_path}: holds no lm_head.weight, without which it embeds but predicts no tokens; give "
+            "a folder with the whole causal LM"
+        )
+    return cast(nn.Linear, layer)
 
 
 class Head(nn.Module):

@@ -20,7 +20,7 @@ from anchor.data.packing import cu_seqlens, decode_plan, position_ids
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Pack
 from anchor.models.embedder import Embedder
-from anchor.models.head import Head
+from anchor.models.head import Head, output_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Reconstructor(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel, prefix_tokens: int | None = None) -> None:
         super().__init__()
         self.embedder = Embedder(causal_lm)
-        self.head = Head(cast(nn.Linear, causal_lm.get_output_embeddings()))
+        self.head = Head(output_layer(causal_lm))
         self.prefix_tokens = prefix_tokens
 
     def target_starts(self, pack: Pack) -> np.ndarray:

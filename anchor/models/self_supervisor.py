@@ -7,8 +7,6 @@
 3. The head runs on the last body + 1 positions of each row only; they predict ``[ids[body], end token]``.
 """
 
-from typing import cast
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -19,7 +17,7 @@ from anchor.data.batches import PackTensors, to_tensors
 from anchor.data.packing import answer_decode_plan, cu_seqlens, position_ids
 from anchor.data.records import QUERY
 from anchor.models.adapters import without_adapter
-from anchor.models.head import Head
+from anchor.models.head import Head, output_layer
 from anchor.models.special_tokens import SpecialTokens, SpecialTokensEmbedder
 
 
@@ -35,7 +33,7 @@ class SelfSupervisor(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel, special: SpecialTokens, end_token_id: int) -> None:
         super().__init__()
         self.embedder = SpecialTokensEmbedder(causal_lm, special)
-        self.head = Head(cast(nn.Linear, causal_lm.get_output_embeddings()))
+        self.head = Head(output_layer(causal_lm))
         self.end_token_id = end_token_id
 
     def forward(

@@ -92,7 +92,7 @@ def meta_model(section: BackboneSection) -> PreTrainedModel:
 def shape_of(causal_lm: PreTrainedModel) -> ModelShape:
     """Dimensions and parameters of a model, on whatever device."""
     model: Any = causal_lm
-    config = model.config
+    config, output = model.config, model.get_output_embeddings()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     first = model.base_model.layers[0]
     adapted = [m for m in first.modules() if any(name.startswith("lora_A") for name, _ in m.named_children())]
@@ -105,7 +105,7 @@ def shape_of(causal_lm: PreTrainedModel) -> ModelShape:
         query_size=config.num_attention_heads * head_dim,
         key_value_size=config.num_key_value_heads * head_dim,
         num_heads=config.num_attention_heads,
-        tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
+        tied=output is not None and model.get_input_embeddings().weight is output.weight,
         parameters=tuple(
             # Under ZeRO-3 a parameter is empty and knows its size otherwise.
             ParameterSize(_group(name), getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad)

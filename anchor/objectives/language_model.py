@@ -8,12 +8,11 @@
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from anchor.data.batches import PackTensors
@@ -21,7 +20,7 @@ from anchor.data.packing import cu_seqlens
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Pack
 from anchor.models.embedder import Embedder, unit_vectors
-from anchor.models.head import Head
+from anchor.models.head import Head, output_layer
 from anchor.objectives.base import SeparableObjective, Shares
 
 
@@ -69,7 +68,7 @@ class LanguageModelObjective(SeparableObjective):
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
         self.embedder = Embedder(causal_lm)
-        self.head = Head(cast(nn.Linear, causal_lm.get_output_embeddings()))
+        self.head = Head(output_layer(causal_lm))
 
     def prepare(self, pack: Pack) -> Pack:
         return pack.select(pack.roles <= POSITIVE)

@@ -65,7 +65,7 @@ def write_tables(folder: Path, arms: ArmsRecipe) -> Path | None:
 
 
 def _refuse_mixed(folder: Path, results: Sequence[Result]) -> None:
-    """An arm and a seed end once, and all were trained on the same shards."""
+    """An arm and a seed end once, all were trained on the same shards, and scored on the same tasks."""
     ends: dict[tuple[str, int], Result] = {}
     for result in results:
         other = ends.setdefault((result["arm"], result["seed"]), result) if result["final"] else result
@@ -73,6 +73,8 @@ def _refuse_mixed(folder: Path, results: Sequence[Result]) -> None:
             _refuse(folder, other, result, "are both the last of their arm and seed")
         if result["data_index_sha256"] != results[0]["data_index_sha256"]:
             _refuse(folder, results[0], result, "are of different shards (data_index_sha256)")
+        if differing := sorted(set(result["scores"]) ^ set(results[0]["scores"])):
+            _refuse(folder, results[0], result, f"are of different tasks (only one has {', '.join(differing)})")
 
 
 def _refuse(folder: Path, first: Result, second: Result, what: str) -> NoReturn:
@@ -91,11 +93,12 @@ def final_table(results: Sequence[Result], tasks: Sequence[str]) -> str:
     """One row per arm: what it cost and what its last step scores."""
     rows = []
     for cells in _by_arm(r for r in results if r["final"]).values():
-        cost = cells[0]["with_before"]
+        costs = [r["with_before"] for r in cells]
+        tokens, petaflops = (statistics.fmean(cost[key] for cost in costs) for key in ("tokens", "petaflops"))
         rows.append(
             [
-                *(cells[0]["label"], len(cells), cost["steps"], f"{cost['tokens']:,}", f"{cost['petaflops']:.3g}"),
-                spread([r["with_before"]["training_seconds"] / 60 for r in cells]),
+                *(cells[0]["label"], len(cells), costs[0]["steps"], f"{round(tokens):,}", f"{petaflops:.3g}"),
+                spread([cost["training_seconds"] / 60 for cost in costs]),
                 *(spread([score_of(r, task) for r in cells]) for task in tasks),
             ]
         )

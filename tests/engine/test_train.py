@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,26 @@ def test_a_run_leaves_what_the_readme_says(runs):
 def test_the_model_card_says_what_a_bidirectional_folder_needs(runs):
     needs = {name: "transformers >= 5.2" in (runs[name][0] / "run/export/README.md").read_text() for name in runs}
     assert needs == {"one": False, "two": False, "lora": False, "bidirectional": True}
+
+
+def test_the_model_card_names_the_base_the_prompts_and_a_model_that_is_untrained(tmp_path, shards):
+    """The base `runs/a/stage1/export` was called `export`, documents never had a prompt, and 0 steps were training."""
+    from anchor.config.load import load_recipe
+    from anchor.config.schema import TrainRecipe
+    from anchor.data.shards import read_index
+    from anchor.engine.export import _model_card
+
+    index = read_index(shards)
+    recipe = load_recipe(write_recipe(tmp_path, Path("runs/a/stage1/export"), shards), TrainRecipe)
+    card = _model_card(recipe, index)
+    assert "Trained by Anchor from `runs/a/stage1/export` on small." in card
+    assert "Queries carry the prompt 'Answer it: '; documents carry none. `anchor.json`" in card
+    card = _model_card(recipe, replace(index, prompts={"query": "", "document": "Text: "}))
+    assert "Queries carry none; documents 'Text: '." in card
+    untrained = write_recipe(tmp_path, Path("runs/a/stage1/export"), shards, optim__total_steps=0)
+    card = _model_card(load_recipe(untrained, TrainRecipe), index)
+    assert "Untrained: the weights of `runs/a/stage1/export` with a template" in card
+    assert "Trained by" not in card
 
 
 TEXTS = [

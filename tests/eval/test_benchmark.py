@@ -10,7 +10,9 @@ import mteb
 import numpy as np
 import pytest
 from conftest import english_pairs, write_jsonl
+from datasets.exceptions import DatasetNotFoundError
 from distributed import run_distributed
+from mteb.results import TaskResult
 from retrieval import write_retrieval
 
 from anchor.errors import ConfigError, DataError
@@ -22,7 +24,15 @@ from eval.encoder import Encoder
 from eval.prompts import load_prompts
 from eval.ranks import RankedEncoder
 from eval.table import main_scores
-from eval.tasks import hub_datasets, local_retrieval_task, tasks_by_name, with_data
+from eval.tasks import (
+    find_benchmark,
+    hub_datasets,
+    local_retrieval_task,
+    named_tasks,
+    parts_of,
+    tasks_by_name,
+    with_data,
+)
 from eval.texts import Source
 from eval.vectors import read_folder
 
@@ -208,6 +218,26 @@ def test_a_task_whose_local_data_changed_is_scored_again(export_dir, tmp_path):
     assert score(other) == kept
 
 
+def result_of(task, scores: dict[str, float]) -> TaskResult:
+    named = {s: {"main_score": v, "hf_subset": s, "languages": ["eng-Latn"]} for s, v in scores.items()}
+    return TaskResult.from_task_results(task, dict.fromkeys(task.eval_splits, named), evaluation_time=1.0)
+
+
+@pytest.mark.parametrize("name", ["STS17", "CQADupstackRetrieval"])
+def test_a_score_is_that_of_the_subsets_asked_for(export_dir, tmp_path, name):
+    """STS17 has 11 subsets, of which `lite` wants one: the mean over those of an earlier run stood for it."""
+    encoder, whole = Encoder(export_dir, dtype="fp32"), mteb.get_task(name)
+    task = next(t for t in find_benchmark("MTEB(eng, v1)").tasks if t.metadata.name == name)
+    wanted = "en-en" if name == "STS17" else "default"
+    subsets = whole.hf_subsets if name == "STS17" else [wanted]
+    results, model = mteb.ResultCache(tmp_path), MtebEncoder(encoder).mteb_model_meta
+    for one in parts_of(task):
+        results.save_to_cache(result_of(one, {"default": 0.5}), model)
+    results.save_to_cache(result_of(whole, {s: 0.9 if s == wanted else 0.1 for s in subsets}), model)
+    assert run_tasks(encoder, [task], tmp_path) == {name: pytest.approx(0.9)}
+    assert len(subsets) == (11 if name == "STS17" else 1)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_every_part_of_a_task_of_tasks_counts_as_its_data(tmp_path):
     def revision() -> str:
@@ -270,6 +300,66 @@ def test_data_that_only_the_hub_has_is_one_line_without_a_network(export_dir, tm
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: BIOSSES: its data cannot be loaded: ")
     assert line.endswith("; without a network give --data-root (python -m eval fetch makes it)")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        (".gitattributes", "no data", "The directory at "),
+        ("train.jsonl", '{"sentence1": "a", "sentence2": "b", "score": 1.0}\n', "no split 'test'"),
+        ("test.jsonl", '{"sentence1": "a", "sente', "JSON parse error"),
+    ],
+)
+def test_local_data_that_a_task_cannot_read_is_one_line(export_dir, tmp_path, monkeypatch, name, text, why):
+    """An empty folder and a missing split were tracebacks; of a cut file the advice was to give --data-root."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "root/mteb/biosses-sts"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(text)
+    tasks = tasks_by_name(["BIOSSES"], tmp_path / "root")
+    with pytest.raises(DataError) as error:
+        run_tasks(Encoder(export_dir, dtype="fp32"), tasks, tmp_path / "out")
+    assert str(error.value).startswith(f"{folder}: BIOSSES cannot read its data: {why}")
+    assert str(error.value).endswith("; fetch it again")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_that_is_not_of_the_data_keeps_its_traceback(export_dir, retrieval_folder, tmp_path, monkeypatch):
+    def wrong(*_, **__):
+        raise KeyError("not a split")
+
+    encoder = Encoder(export_dir, dtype="fp32")
+    monkeypatch.setattr(encoder, "encode", wrong)
+    with pytest.raises(KeyError, match="not a split"):
+        run_tasks(encoder, [local_retrieval_task(retrieval_folder)], tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_private_data_is_one_line(export_dir, tmp_path, monkeypatch):
+    every = mteb.get_tasks(exclude_superseded=False, exclude_private=False)
+    task = next(t for t in every if not t.metadata.is_public and set(t.metadata.modalities) == {"text"})
+
+    def refused(**_):
+        raise DatasetNotFoundError("Dataset 'x' cannot be accessed.\nLog in.")
+
+    monkeypatch.setattr(task, "load_data", refused)
+    with pytest.raises(DataError) as error:
+        run_tasks(Encoder(export_dir, dtype="fp32"), [task], tmp_path)
+    assert str(error.value) == (
+        f"{task.metadata.name}: its data cannot be loaded: Dataset 'x' cannot be accessed.; leave the task out"
+    )
+
+
+@pytest.mark.parametrize("root", [None, Path("anywhere")])
+def test_tasks_of_images_are_refused_before_a_model_is_loaded(root):
+    with pytest.raises(ConfigError) as error:
+        with_data(named_tasks(["BIOSSES", "VisualSTS17Eng"]), root)
+    assert str(error.value) == (
+        "1 of 2 tasks are not of text alone, first VisualSTS17Eng (image); a text embedder has no score there, leave "
+        "them out"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -105,6 +105,40 @@ def test_a_folder_of_sentence_transformers_is_served_by_that_library(export_dir,
     np.testing.assert_allclose(encoder.encode(TEXTS[:5], "Answer it: "), ours, atol=1e-5)
 
 
+def test_a_folder_without_a_config_in_its_root_is_served(tiny_tokenizer_dir, tmp_path):
+    """Static embeddings have modules.json alone, and were no model folder."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tiny_tokenizer_dir / "tokenizer.json"))
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    model.save(str(tmp_path / "static"))
+    (tmp_path / "static/config.json").unlink(missing_ok=True)
+    vectors = open_encoder(tmp_path / "static", dtype="fp32").encode(TEXTS[:5])
+    theirs = model.encode(TEXTS[:5], normalize_embeddings=True)
+    np.testing.assert_allclose(vectors, theirs, atol=1e-6)
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+
+
+def test_the_revision_of_such_a_folder_is_that_of_all_its_modules(export_dir, tmp_path):
+    """Only FOLDER/*.safetensors counted: a folder of pytorch_model.bin had the revision, and so the scores, of any."""
+    folder = tmp_path / "plain"
+    shutil.copytree(export_dir, folder)
+    (folder / "anchor.json").unlink()
+    encoder = open_encoder(folder, dtype="fp32")
+    seen = [encoder.revision()]
+    for name in ("pytorch_model.bin", "2_Dense/model.safetensors", "2_Dense/config.json", "modules.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"another {name}")
+        seen.append(encoder.revision())
+    assert len(set(seen)) == 5
+    for name in ("mteb/cache/block-0.safetensors", "README.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("no part of the model")
+    assert encoder.revision() == seen[-1]
+
+
 def test_an_unreadable_or_incomplete_description_is_named(export_dir, tmp_path):
     folder = tmp_path / "export"
     shutil.copytree(export_dir, folder)

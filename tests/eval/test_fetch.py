@@ -72,21 +72,53 @@ def test_a_copy_killed_halfway_leaves_no_task_and_is_made_again(advbench_root, t
     assert verify(out) == len(list(out.rglob("*.jsonl"))) == 3
 
 
-def test_another_revision_is_fetched_again(advbench_root, tmp_path, monkeypatch):
+def test_another_revision_is_neither_taken_nor_replaced(advbench_root, tmp_path, monkeypatch):
+    """Tasks of two benchmarks share a path: both were scored on what was fetched last."""
     out, other = tmp_path / "copy", tmp_path / "other"
     for place in (out, other):
         fetch([AdvBenchIR()], place, advbench_root)
     names = AdvBenchIR.hub_paths
-    monkeypatch.setattr("eval.fetch.hub_datasets", lambda _: [(names[0], "abc"), (names[1], None)])
+    wanted = [(names[0], "abc"), (names[1], None)]
+    for module in ("fetch", "tasks"):
+        monkeypatch.setattr(f"eval.{module}.hub_datasets", lambda _: wanted)
+    folder = out / names[0]
+    assert with_data([AdvBenchIR()], out) == (
+        [],
+        [f"AdvBench-IR ({folder} holds revision None, the task wants abc)"],
+    )
+    assert with_data([AdvBenchIR()], advbench_root)[1] == []  # made by hand, without checksums
+    with pytest.raises(ConfigError) as error:
+        fetch([AdvBenchIR()], out, advbench_root)
+    assert str(error.value) == (
+        f"{folder}: holds revision None, AdvBench-IR wants abc; give another --data-root, or delete the folder if no "
+        "other task needs it"
+    )
+    shutil.rmtree(folder)
     with pytest.raises(DataError) as error:
         fetch([AdvBenchIR()], out, other)
     why = f"{names[0]} ({other} has revision None, wanted is abc)"
     assert str(error.value) == f"{out}: 1 of 2 repositories are missing: {why}"
     write_jsonl(advbench_root / names[0] / "train.jsonl", [{"ID": 7}])
     assert fetch([AdvBenchIR()], out, advbench_root) == [names[0]]
-    assert (out / names[0] / "train.jsonl").read_text() == '{"ID": 7}\n'
+    assert (folder / "train.jsonl").read_text() == '{"ID": 7}\n'
     assert json.loads((out / "checksums.json").read_text())[names[0]]["revision"] == "abc"
     assert fetch([AdvBenchIR()], out, advbench_root) == []
+    assert with_data([AdvBenchIR()], out)[1] == []
+
+
+def test_two_revisions_of_one_repository_are_refused_before_anything_is_fetched(tmp_path):
+    tasks = named_tasks(["STS22", "STS22.v2"])
+    (first, one), (second, two) = (hub_datasets(task)[0] for task in tasks)
+    assert first == second
+    assert one != two
+    with pytest.raises(ConfigError) as error:
+        fetch(tasks, tmp_path)
+    names = [task.metadata.name for task in tasks]
+    assert str(error.value) == (
+        f"{first}: {names[0]} wants revision {one}, {names[1]} wants {two}; fetch them by two calls, each with a "
+        "--data-root of its own"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_no_fetch_wrote_are_not_replaced(advbench_root, tmp_path):

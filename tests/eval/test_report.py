@@ -132,6 +132,21 @@ def test_untrained_runs_and_bare_results_have_no_curves(tmp_path):
     assert "only results are known" in text
 
 
+def test_the_star_of_harmful_queries_goes_to_the_safer_model(tmp_path):
+    """AdvBench-IR is the share of harmful queries that find their passage: the least safe model was best."""
+    runs = []
+    for label, score in (("safe", 0.25), ("unsafe", 0.75)):
+        folder = make_run(tmp_path / label) / "mteb"
+        (folder / "scores.json").write_text(json.dumps({"scores": {"AdvBench-IR": score, "SciFact": score}}))
+        runs.append(read_run(f"{label}={folder}"))
+    write_report(runs, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    starred = {line.split("</th>")[0].split(">")[-1]: line for line in text.splitlines() if "★" in line}
+    assert "25.00 ★" in starred["AdvBench-IR"]
+    assert "75.00 ★" in starred["SciFact"]
+    assert starred["AdvBench-IR"].count("★") == 1
+
+
 def test_the_command_writes_a_benchmark_table_beside_published_rows(tmp_path, capsys):
     from test_table import made_up_results
 

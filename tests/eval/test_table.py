@@ -78,6 +78,27 @@ def test_an_average_that_lacks_a_task_is_withheld_and_the_task_named():
     assert "62.24" in cells["Mean(Task)"]
 
 
+@pytest.mark.filterwarnings("ignore")  # mteb's own word about it
+def test_a_task_that_lacks_a_subset_is_absent_and_the_subset_named():
+    """It counted as there, `28 of 28`, while its average was withheld and nobody was named."""
+    benchmark = find_benchmark("MTEB(Scandinavian, v1)")
+    results = made_up_results(benchmark)
+    several = next(task for task in benchmark.tasks if len(task.hf_subsets) > 2)
+    result = next(one for one in results if one.task_name == several.metadata.name)
+    for scores in result.scores.values():
+        del scores[1:]
+    name = f"{several.metadata.name} ({', '.join(sorted(several.hf_subsets[1:]))})"
+    summary = summarise(benchmark, results)
+    number = len(benchmark.tasks)
+    assert summary.absent == [name]
+    assert absent_line("x", summary) == f"x: averages are withheld, 1 tasks have no result: {name}"
+    assert several.metadata.name not in summary.tasks
+    assert summary.values[several.metadata.type] is None
+    table = benchmark_table(benchmark, {"x": summary})
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["Mean(Task)"] == [f"{number - 1} of {number}"]
+
+
 def test_published_averages_are_near_the_mean_of_their_categories():
     """A slip of the pen in a row of seven categories would show in its average."""
     sizes = {"Retrieval": 15, "Reranking": 4, "Clustering": 11, "PairClassification": 3, "Classification": 12}

@@ -264,6 +264,26 @@ def test_one_table_does_not_hold_results_of_different_shards(scored: StudyPlan, 
     )
 
 
+def test_one_table_does_not_hold_results_of_different_tasks(scored: StudyPlan, scale: Path, capsys) -> None:
+    """A task that one result lacks was a KeyError."""
+    file = write_result(scored, scored.cells("stage1", 0)[0], 0.2, scores={"A": 0.2, "STS16": 0.3})
+    with pytest.raises(SystemExit) as exit_:
+        main([str(scale), "--tables"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {file.parent}: untrained-seed0-step0.json and {file.name} are of different tasks (only one has "
+        "B, STS16); delete one, or choose another results_dir"
+    )
+
+
+def test_tokens_and_work_are_means_over_the_seeds(scored: StudyPlan) -> None:
+    """They were the first seed's."""
+    results = read_results(scored.study.results_dir)
+    last = next(r for r in results if r["arm"] == "stage2" and r["seed"] == 1 and r["final"])
+    last["with_before"] |= {"tokens": 2001, "petaflops": 4}
+    assert "| Stage II only (LoRA) | 2 | 3 | 1,500 | 3 |" in final_table(results, ["A", "mean"])
+
+
 def test_settings_do_not_depend_on_where_things_lie_but_on_what_is_done(scale: Path) -> None:
     cell = plan_of(scale).cells("stage1_stage2", 0)[-1]
     before = plan_of(scale).settings_sha256(cell)

@@ -1,16 +1,23 @@
-"""Invariants: what cannot be loaded is refused by name; with LoRA only adapters are trained; a GGUF file becomes a
-folder once."""
+"""Invariants: what cannot be loaded is refused by name; no weight is made up; with LoRA only adapters are trained, and
+every one of them; a GGUF file becomes a folder once."""
 
+import functools
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import run_distributed
+from safetensors.torch import load_file, save_file
 
 from anchor.config.schema import BackboneSection
 from anchor.errors import ConfigError, ModelError
 from anchor.models.backbone import load_backbone
+from anchor.models.head import output_layer
+from anchor.models.shape import shape_of
+from anchor.objectives.language_model import LanguageModelObjective
 
 
 def load(path: Path, tmp_path: Path, **trained):
@@ -71,3 +78,113 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(ModelError, match=r"model\.gguf: no model configuration could be read: "):
         load(tmp_path / "model.gguf", tmp_path)
+
+
+def changed(folder: Path, tmp_path: Path, change) -> Path:
+    """A copy of a model folder; ``change`` gets its tensors by name, and says which are written."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    tensors = change(load_file(copy / "model.safetensors"))
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def without(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    return kept
+
+
+def test_missing_weights_are_refused_by_name_and_not_filled_with_random_numbers(tmp_path, tiny_model_dir):
+    folder = changed(tiny_model_dir, tmp_path, lambda tensors: without(tensors, ".mlp."))
+    with pytest.raises(ModelError) as error:
+        load(folder, tmp_path)
+    assert str(error.value) == (
+        f"{folder}: 6 weights are missing: model.layers.0.mlp.down_proj.weight, model.layers.0.mlp.gate_proj.weight, "
+        "model.layers.0.mlp.up_proj.weight, ...; copy or export the model again"
+    )
+
+
+def test_the_output_layer_of_a_tied_model_is_never_missing(tmp_path, tiny_model_dir):
+    assert "lm_head.weight" not in load_file(tiny_model_dir / "model.safetensors")
+    model = load(tiny_model_dir, tmp_path)
+    assert output_layer(model).weight is model.get_input_embeddings().weight
+
+
+def test_a_missing_output_layer_is_none_and_whoever_decodes_is_told(tmp_path, tiny_untied_model_dir):
+    """As sentence-transformers saves an untied model; random numbers stood there."""
+    folder = changed(tiny_untied_model_dir, tmp_path, lambda tensors: without(tensors, "lm_head"))
+    model, whole = load(folder, tmp_path), load(tiny_untied_model_dir, tmp_path)
+    assert model.get_output_embeddings() is None
+    assert not shape_of(model).tied
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.base_model.parameters(), strict=True))
+    with pytest.raises(ModelError) as error:
+        LanguageModelObjective(model)
+    assert str(error.value) == (
+        f"{folder}: holds no lm_head.weight, without which it embeds but predicts no tokens; give a folder with the "
+        "whole causal LM"
+    )
+
+
+def zero3_errors(ranks, incomplete: Path, headless: Path) -> tuple[str, bool]:
+    from anchor.engine.deepspeed import init_communication
+
+    init_communication()
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    sections = [
+        BackboneSection.model_validate({"path": str(path), "trained": {"kind": "full"}, "attention": "segments"})
+        for path in (headless, incomplete)
+    ]
+    load_here = functools.partial(
+        load_backbone, dtype=torch.float32, device_type="cpu", work_dir=Path("unused"), ds_config=config
+    )
+    model = load_here(sections[0])
+    try:
+        load_here(sections[1])
+    except ModelError as error:
+        return str(error), model.get_output_embeddings() is None
+    return "loaded", False
+
+
+def test_under_zero_3_every_rank_refuses_missing_weights(tmp_path, tiny_untied_model_dir):
+    incomplete = changed(tiny_untied_model_dir, tmp_path / "1", lambda tensors: without(tensors, "1.mlp.up_proj"))
+    headless = changed(tiny_untied_model_dir, tmp_path / "2", lambda tensors: without(tensors, "lm_head"))
+    found = run_distributed(zero3_errors, 2, incomplete, headless)
+    message = f"{incomplete}: 1 weights are missing: model.layers.1.mlp.up_proj.weight; copy or export the model again"
+    assert found == [(message, True)] * 2
+
+
+def test_weights_of_another_size_than_the_configuration_are_refused_by_name(tmp_path, tiny_model_dir):
+    folder = changed(tiny_model_dir, tmp_path, dict)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    with pytest.raises(ModelError) as error:
+        load(folder, tmp_path)
+    assert str(error.value) == (
+        f"{folder}: model.layers.0.mlp.down_proj.weight: expected 32 x 128 by config.json, found 32 x 64; give the "
+        "config.json of these weights"
+    )
+
+
+def test_a_cut_file_and_a_missing_quantisation_package_are_one_line(tmp_path, tiny_model_dir):
+    cut, packed = changed(tiny_model_dir, tmp_path / "1", dict), changed(tiny_model_dir, tmp_path / "2", dict)
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[:-1000])
+    config = json.loads((packed / "config.json").read_text())
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    for folder, what in ((cut, "incomplete metadata"), (packed, "bitsandbytes")):
+        if folder is packed and importlib.util.find_spec("bitsandbytes") is not None:
+            continue
+        with pytest.raises(ModelError, match=f"^{folder}: the model could not be loaded: .*{what}") as error:
+            load(folder, tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_an_adapter_on_the_output_layer_is_refused_as_the_losses_would_not_train_it(tmp_path, tiny_untied_model_dir):
+    with pytest.raises(ConfigError) as error:
+        load(tiny_untied_model_dir, tmp_path, kind="lora", r=2, alpha=4, dropout=0.0, targets=["q_proj", "lm_head"])
+    assert str(error.value) == (
+        "backbone.trained.targets: 'lm_head' is the output layer, whose adapter would not be trained, as the losses "
+        "read its own weight alone; leave it out"
+    )
