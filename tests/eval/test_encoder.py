@@ -36,29 +36,22 @@ def test_a_cpu_gets_no_larger_passes_than_its_caches_like(export_dir, monkeypatc
     assert 2048 < max(seen) <= 4096
 
 
-def test_each_call_of_a_command_has_several_blocks_so_that_most_are_tokenised_meanwhile(export_dir, monkeypatch):
+def test_each_call_of_a_command_has_several_blocks_so_that_most_are_tokenised_meanwhile(export_dir):
     # A call was one block: the device waited for the tokenizer before every one.
-    encoder, blocks = Encoder(export_dir, dtype="fp32"), []
-    monkeypatch.setattr(encoder, "backend", Watched(encoder.backend, blocks))
+    encoder = Encoder(export_dir, dtype="fp32")
     for texts in (Options().shard_texts, cache.BLOCK_TEXTS):
-        blocks.clear()
-        vectors = encoder.encode([str(number % 100) for number in range(texts)])
+        blocks = list(encoder._tokenised([str(number) for number in range(texts)], ""))
         assert len(blocks) >= 2
-        assert sum(blocks) == texts
-        # The same text has the same vector in every block, and another text another.
-        np.testing.assert_allclose(vectors[-100:], vectors[:100][np.arange(texts - 100, texts) % 100], atol=1e-5)
-        assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+        assert [start for start, _ in blocks] == np.cumsum([0, *(len(ids) for _, ids in blocks[:-1])]).tolist()
+        assert sum(len(ids) for _, ids in blocks) == texts
 
 
-class Watched:
-    """A tokenizer that notes how many texts it is given at a time."""
-
-    def __init__(self, backend, blocks: list[int]) -> None:
-        self.backend, self.blocks = backend, blocks
-
-    def encode_batch_fast(self, texts: list[str]):
-        self.blocks.append(len(texts))
-        return self.backend.encode_batch_fast(texts)
+def test_vectors_do_not_depend_on_blocks(export_dir, monkeypatch):
+    encoder = Encoder(export_dir, dtype="fp32")
+    whole = encoder.encode([str(number) for number in range(20)])
+    monkeypatch.setattr("eval.encoder.BLOCK_TEXTS", 8)
+    np.testing.assert_allclose(encoder.encode([str(number) for number in range(20)]), whole, atol=1e-5)
+    assert np.abs(whole[0] - whole[1]).max() > 0.01
 
 
 @pytest.mark.parametrize(("dtype", "device", "rank", "warns"), [

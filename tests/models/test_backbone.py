@@ -146,6 +146,7 @@ def zero3_errors(ranks, incomplete: Path, headless: Path) -> tuple[str, bool]:
     return "loaded", False
 
 
+@pytest.mark.slow
 def test_under_zero_3_every_rank_refuses_missing_weights(tmp_path, tiny_untied_model_dir):
     incomplete = changed(tiny_untied_model_dir, tmp_path / "1", lambda tensors: without(tensors, "1.mlp.up_proj"))
     headless = changed(tiny_untied_model_dir, tmp_path / "2", lambda tensors: without(tensors, "lm_head"))
