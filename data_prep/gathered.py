@@ -18,11 +18,12 @@ import numpy as np
 from anchor.data.records import FIRST_NEGATIVE
 from anchor.data.shards import Pack
 from anchor.errors import DataError
+from anchor.recent import Recent
 from data_prep.checking import record_type
 from data_prep.spool import DONE, JOURNAL, PAIRS, PART, QUARANTINE, TOKENS, Entry, part_name, read_journal, read_json
 
 _MAX_OPEN = 128
-"""Files held open at a time: 1,024 is all that many systems allow a process."""
+"""Files held open at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +73,19 @@ class Gathered:
         self._type = record_type(hard_negatives)
         self._roles = np.arange(FIRST_NEGATIVE + hard_negatives, dtype=np.int8)
         self.sources = _sources([read_journal(folder) for folder in folders], read_json(folders[0] / PART)["sources"])
-        self._open: dict[tuple[int, str], int] = {}  # the one used last is the last
+        self._open = _descriptors()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # another process opens the files itself
+        return self.__dict__ | {"_open": None}  # another process opens the files itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _open=_descriptors())
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
         self._open.clear()
 
     def _read(self, part: int, name: str, first: int, size: int) -> bytes:
-        descriptor = self._open.pop((part, name), None)
-        if descriptor is None:
-            if len(self._open) >= _MAX_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            descriptor = os.open(self.folders[part] / name, os.O_RDONLY)
-        self._open[part, name] = descriptor
+        descriptor = self._open.get((part, name), lambda: os.open(self.folders[part] / name, os.O_RDONLY))
         return os.pread(descriptor, size, first)
 
     def scan(self, source: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -133,6 +130,10 @@ class Gathered:
         """Lines of the rows of a source that cannot be used, unit by unit."""
         for part, first, size in self.sources[source].quarantine:
             yield self._read(part, QUARANTINE, first, size)
+
+
+def _descriptors() -> Recent[tuple[int, str], int]:
+    return Recent(_MAX_OPEN, os.close)
 
 
 def _sources(journals: list[list[Entry]], traits: list[dict[str, Any]]) -> dict[str, SourceUnits]:

@@ -41,6 +41,7 @@ from anchor.data.shards import (
 from anchor.data.tokenization import shards_tokenizer
 from anchor.errors import ConfigError, DataError, ShardError
 from anchor.locks import locked
+from anchor.recent import Recent
 from data_prep.dense import load_model
 from data_prep.spool import part_name, read_json, write_json
 from data_prep.verifying import UNIT_TOLERANCE, batches_of
@@ -216,7 +217,7 @@ class _Run:
         self._reader, self._teacher, self._work, self._settings = reader, teacher, work, settings
         self._tokenizer = shards_tokenizer(reader.folder, reader.index.tokenizer_sha256)
         self._places: dict[int, int] = {}
-        self._maps: dict[int, np.ndarray] = {}  # the one used last is the last
+        self._maps: Recent[int, np.ndarray] = Recent(_MAX_OPEN)
         self._prompt = ""
 
     def embed(self, model: Any, batch_size: int, part: tuple[int, int]) -> int:
@@ -296,13 +297,7 @@ class _Run:
 
     def _vectors(self, chunk: int) -> np.ndarray:
         """A chunk, as a memory map."""
-        found = self._maps.pop(chunk, None)
-        if found is None:
-            if len(self._maps) >= _MAX_OPEN:
-                del self._maps[next(iter(self._maps))]
-            found = np.load(self._chunk_file(chunk), mmap_mode="r")
-        self._maps[chunk] = found
-        return found
+        return self._maps.get(chunk, lambda: np.load(self._chunk_file(chunk), mmap_mode="r"))
 
     def _taught(self, batch: Batch) -> Batch:
         packs = []

@@ -107,15 +107,12 @@ class RankedEncoder(TextEncoder):
             self._scatter([None] * self.world_size)
 
     def _work(self, prompt: str, texts: list[str]) -> np.ndarray | Exception:
-        """This rank's share, or what :meth:`states` raises on rank 0.
-
-        An error of any kind is a result: the other ranks wait in the gather that follows, for days.
-        """
+        """This rank's share, or what :meth:`states` raises on rank 0."""
         try:
             return self._local.states(texts, prompt)
         except AnchorError as error:
             return error
-        except Exception as error:
+        except Exception as error:  # of any kind: the other ranks wait in the gather that follows, for days
             log.exception("rank %d on %s failed", self.rank, socket.gethostname())
             return RuntimeError(f"{type(error).__name__}: {error}")  # whatever it holds, this can be sent
 

@@ -23,6 +23,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from anchor.data.index import FORMAT_VERSION, INDEX_NAME, TEACHER_VERSION, Index
 from anchor.data.packing import cu_seqlens
 from anchor.data.records import QUERY
 from anchor.errors import ShardError
+from anchor.recent import Recent
 
 __all__ = [
     "FORMAT_VERSION",
@@ -53,7 +55,7 @@ __all__ = [
 BATCHES_PER_SHARD = 256
 _RESIDENT_BYTES = 1 << 24
 _MAX_OPEN = 256
-"""Files mapped at a time: 1,024 is all that many systems allow a process to have open."""
+"""Files mapped at a time."""
 _COLUMNS: dict[str, Any] = {
     "input_ids": np.int32,
     "segment_lengths": np.int32,
@@ -237,8 +239,8 @@ class ShardReader:
         self._schema = _schema(self._columns)
         self._program = f"`python -m data_prep {'pack' if self.index.teacher is None else 'teach'}`"
         self._first = np.cumsum([0] + [shard["batches"] for shard in self.index.shards])
-        # The one used last is the last.
-        self._files: dict[int, tuple[pa.RecordBatchFileReader, mmap.mmap]] = {}
+        # Batches that were read keep the memory map of a file that goes.
+        self._files: Recent[int, tuple[pa.RecordBatchFileReader, mmap.mmap]] = Recent(_MAX_OPEN)
         self._resident_bytes = 0
 
     def __len__(self) -> int:
@@ -258,7 +260,7 @@ class ShardReader:
         mend = f"delete the file and run {self._program} again"
         local = batch - int(self._first[shard])
         try:
-            file = self._open(shard)
+            file, _ = self._files.get(shard, partial(self._open, shard))
             record, custom = file.get_batch_with_custom_metadata(local)
             record.validate()  # lengths and buffers fit: else reading an altered file could leave the memory map
             meta = json.loads(custom[b"anchor"])
@@ -290,21 +292,13 @@ class ShardReader:
     def _shard_of(self, batch: int) -> int:
         return int(np.searchsorted(self._first, batch, side="right")) - 1
 
-    def _open(self, shard: int) -> pa.RecordBatchFileReader:
-        opened_before = self._files.pop(shard, None)
-        if opened_before is not None:
-            self._files[shard] = opened_before
-        else:
-            if len(self._files) >= _MAX_OPEN:
-                # Batches that were read keep their memory map.
-                del self._files[next(iter(self._files))]
-            with self._path(shard).open("rb") as opened:
-                pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            file = pa.ipc.open_file(pa.py_buffer(pages))
-            if not file.schema.equals(self._schema):  # the checksum covers the bytes, not what they mean
-                raise pa.ArrowInvalid("schema differs")
-            self._files[shard] = (file, pages)
-        return self._files[shard][0]
+    def _open(self, shard: int) -> tuple[pa.RecordBatchFileReader, mmap.mmap]:
+        with self._path(shard).open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        file = pa.ipc.open_file(pa.py_buffer(pages))
+        if not file.schema.equals(self._schema):  # the checksum covers the bytes, not what they mean
+            raise pa.ArrowInvalid("schema differs")
+        return file, pages
 
     def _release(self, num_bytes: int) -> None:
         """Hand pages that were read back to the page cache now and then; a view that still needs one reads it again.

@@ -8,7 +8,8 @@ usage() {
 usage: launch/airgap/gather.sh [options] FOLDER
   --model NAME      model of the hub, or a local folder; may be repeated
   --data NAME       data set of the hub, or a local folder; may be repeated
-  --benchmark NAME  MTEB data of a benchmark, 'MTEB(eng, v2)'; may be repeated
+  --benchmark NAME  MTEB data of a benchmark, 'MTEB(eng, v2)', into data/mteb; may be repeated: then each
+                    goes into a folder of its own, data/MTEB-eng-v2, as some want other revisions of a data set
   --source DIR      take MTEB data from this offline copy instead of the hub
   --gpu             wheels of requirements-gpu.txt too (compiles flash-attn, needs nvcc)
   --no-wheels       without Python packages
@@ -70,8 +71,10 @@ fi
 for one in ${models[@]+"${models[@]}"}; do say "model $one"; fetch model "$one"; done
 for one in ${data[@]+"${data[@]}"}; do say "data $one"; fetch data "$one"; done
 for one in ${benchmarks[@]+"${benchmarks[@]}"}; do
-  say "MTEB data of $one"
-  HF_HUB_OFFLINE=0 .venv/bin/python -m eval fetch --benchmark "$one" --data-root "$folder/data/mteb" ${source[@]+"${source[@]}"}
+  to=mteb
+  [ ${#benchmarks[@]} = 1 ] || to=$(tr -cs 'A-Za-z0-9.' - <<< "$one" | sed 's/^-*//; s/-*$//')
+  say "MTEB data of $one into data/$to"
+  HF_HUB_OFFLINE=0 .venv/bin/python -m eval fetch --benchmark "$one" --data-root "$folder/data/$to" ${source[@]+"${source[@]}"}
 done
 say "checksums"
 (cd "$folder" && find . -type f ! -name SHA256SUMS ! -name .sums ! -path '*/.cache/*' -print0 | sort -z | xargs -0 sha256sum > .sums && mv .sums SHA256SUMS)

@@ -101,6 +101,20 @@ def test_linked_files_are_gathered_as_files_and_two_of_one_name_refused(tmp_path
     assert done.stderr == "error: gather: two models are called 'export'; link one under another name\n"
 
 
+@pytest.mark.slow
+def test_each_of_several_benchmarks_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    # In one folder the second was refused, after hours, where it wants another revision of a data set.
+    if not (ROOT / ".git").exists():
+        pytest.skip("gathering needs a git checkout")
+    (tmp_path / "empty").mkdir()
+    gather = ("bash", ROOT / "launch/airgap/gather.sh", "--no-wheels", "--source", tmp_path / "empty")
+    for more, to in (((), "mteb"), (("--benchmark", "MTEB(eng, v1)"), "MTEB-eng-v2")):
+        done = run(*gather, "--benchmark", "MTEB(eng, v2)", *more, tmp_path / "disk")
+        assert f"gather: MTEB data of MTEB(eng, v2) into data/{to}\n" in done.stdout
+        assert done.returncode == 2  # the source holds nothing
+        assert done.stderr.count("Traceback") == 0
+
+
 def test_a_newer_bundle_brings_an_installed_checkout_to_its_commit(gathered: Path, tmp_path: Path) -> None:
     target = tmp_path / "checkout"
     assert run("bash", gathered / "install.sh", target).returncode == 0
