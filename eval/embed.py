@@ -99,7 +99,7 @@ def _embed_parts(
     kept = made = 0
     last = time.monotonic()
     console = Console(stderr=True)
-    blocks = read_blocks(source, options.shard_texts)
+    blocks = read_blocks(source, options.shard_texts, check_ids=rank == 0)
     for block in track(blocks, "embedding", console=console, disable=not console.is_terminal, transient=True):
         keys.append(_key(block))
         path = _part(parts, block.number)

@@ -1,4 +1,4 @@
-"""Texts with ids from JSON lines, Parquet, plain text or standard input, block by block, in constant memory."""
+"""Texts with ids from JSON lines, Parquet, plain text or standard input, block by block."""
 
 import hashlib
 import json
@@ -66,20 +66,26 @@ def read_texts(source: Source) -> tuple[list[str], list[str]]:
     return ids, texts
 
 
-def read_blocks(source: Source, num_texts: int) -> Iterator[Block]:
+def read_blocks(source: Source, num_texts: int, *, check_ids: bool = True) -> Iterator[Block]:
     """Blocks of ``num_texts`` texts (the last may have fewer), in the order of the source.
+
+    Args:
+        source: read once, in constant memory but for the check.
+        num_texts: texts of a block.
+        check_ids: refuse an id that was there before, for 75 bytes an id. One rank of several is enough.
 
     Raises:
         ConfigError: missing file or another kind of file.
         DataError: malformed line, missing field, an id given twice, no text at all.
     """
     number, ids, texts = 0, [], []
-    seen: set[bytes] = set()  # 8 bytes an id instead of the ids themselves
+    seen: set[bytes] = set()  # hashes instead of the ids themselves
     for one, text in _rows(source):
-        key = hashlib.blake2b(one.encode(), digest_size=8).digest()
-        if key in seen:
-            raise DataError(f"{source.name}: the id '{one}' is given twice; ids must differ")
-        seen.add(key)
+        if check_ids:
+            key = hashlib.blake2b(one.encode(), digest_size=8).digest()
+            if key in seen:
+                raise DataError(f"{source.name}: the id '{one}' is given twice; ids must differ")
+            seen.add(key)
         ids.append(one)
         texts.append(text)
         if len(ids) == num_texts:

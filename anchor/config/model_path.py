@@ -8,6 +8,7 @@ from anchor.errors import ModelError
 
 _TRUE = ("1", "ON", "YES", "TRUE")
 """What huggingface_hub reads as yes."""
+_WHOLE = ("config.json",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class ModelPath:
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
-def resolve_model_path(path: str, files: tuple[str, ...] = ("config.json",)) -> ModelPath:
+def resolve_model_path(path: str, files: tuple[str, ...] = _WHOLE) -> ModelPath:
     """Tell a folder, a GGUF file and a hub name apart.
 
     A path that exists is local. ``owner/name`` that does not exist is a hub name: without a network
@@ -37,7 +38,8 @@ def resolve_model_path(path: str, files: tuple[str, ...] = ("config.json",)) -> 
         files: a folder must hold one of these; a tokenizer alone has no config.json.
 
     Raises:
-        ModelError: no such folder or file, or a folder with none of ``files``.
+        ModelError: no such folder or file, a folder with none of ``files``, or an adapter where a model is wanted:
+            transformers would load its base with the adapter unmerged.
     """
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
@@ -45,6 +47,11 @@ def resolve_model_path(path: str, files: tuple[str, ...] = ("config.json",)) -> 
             raise ModelError(f"{path}: no such GGUF file")
         return ModelPath(str(local.parent), local.name)
     if local.is_dir():
+        if files == _WHOLE and (local / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path}: holds an adapter (adapter_config.json), not a whole model; merge it into its base with "
+                "peft's merge_and_unload and give the folder that is saved then"
+            )
         if not any((local / file).is_file() for file in files):
             raise ModelError(
                 f"{path}: not a model folder, it has no {' or '.join(files)}; an exported model is in RUN/export"

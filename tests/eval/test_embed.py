@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -124,6 +125,14 @@ def test_a_rank_to_which_the_folder_is_not_there_yet_writes_its_parts(encoder, s
     embed(encoder, source, tmp_path / "out", Options(shard_texts=10))
     parts = sorted(path.name for path in (tmp_path / "out/.parts").iterdir())
     assert parts == ["part-000001.safetensors", "part-000003.safetensors"]
+
+
+def test_rank_0_alone_keeps_the_ids_and_refuses_one_that_is_given_twice(encoder, tmp_path, monkeypatch):
+    source = Source(write_jsonl(tmp_path / "texts.jsonl", [{"id": "a", "text": text} for text in "xy"]))
+    for rank in (0, 1):
+        monkeypatch.setattr("eval.embed.rank_and_size", lambda rank=rank: (rank, 2))
+        with pytest.raises(DataError, match="given twice") if rank == 0 else nullcontext():
+            embed(encoder, source, tmp_path / "out", Options(shard_texts=1))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from anchor.config.schema import BackboneSection
 from anchor.errors import ConfigError, ModelError
@@ -153,6 +155,20 @@ def test_under_zero_3_every_rank_refuses_missing_weights(tmp_path, tiny_untied_m
     found = run_distributed(zero3_errors, 2, incomplete, headless)
     message = f"{incomplete}: 1 weights are missing: model.layers.1.mlp.up_proj.weight; copy or export the model again"
     assert found == [(message, True)] * 2
+
+
+def test_an_adapter_beside_or_instead_of_a_model_is_refused(tmp_path, tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "alone")
+    beside = changed(tiny_model_dir, tmp_path, dict)
+    shutil.copy(tmp_path / "alone/adapter_config.json", beside)
+    for folder in (tmp_path / "alone", beside):
+        with pytest.raises(ModelError) as error:
+            load(folder, tmp_path)
+        assert str(error.value) == (
+            f"{folder}: holds an adapter (adapter_config.json), not a whole model; merge it into its base with peft's "
+            "merge_and_unload and give the folder that is saved then"
+        )
 
 
 def test_weights_of_another_size_than_the_configuration_are_refused_by_name(tmp_path, tiny_model_dir):
