@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+source launch/signals.sh
 
 usage() {
   cat <<'TEXT'
@@ -109,28 +110,10 @@ if [ -n "$dry" ]; then
   exit 0
 fi
 
-# The first signal asks every rank for a checkpoint and ends the run with the trainer's code 85; the second ends it at
-# once. The ranks are told themselves: DeepSpeed's own handling cuts their output off first and kills after 30 s.
+# The ranks are told themselves: DeepSpeed's own handling cuts their output off first.
 hosts=$(awk '{ sub(/#.*/, "") } NF { print $1 }' "$hostfile" | paste -sd, -)
 ranks=$(sed -e 's/[][\.*^$(){}?+|/]/[&]/g' -e 's/\[\^\]/\\^/g' <<<"-u -m anchor.train --local_rank=X $recipe")
 ranks=${ranks/X/[0-9]*} # which does not match the command line of the pkill itself
-signals=0
-on_signal() {
-  signals=$((signals + 1))
-  if [ $signals = 1 ]; then
-    echo "multinode: asking all ranks for a checkpoint; once more to end them at once" >&2
-    PDSH_RCMD_TYPE=ssh pdsh -w "$hosts" "pkill -USR1 -f -- $(in_single_quotes "$ranks")" || true
-  else
-    kill -TERM "$runner" 2>/dev/null || true
-  fi
-}
-trap on_signal INT TERM HUP USR1
-"${command[@]}" &
-runner=$!
-while :; do
-  seen=$signals code=0
-  wait "$runner" || code=$?
-  [ "$seen" != "$signals" ] || break # otherwise a signal has cut `wait` short
-done
-[ $code = 85 ] && echo "multinode: stopped with a checkpoint; the same command goes on from it" >&2
-exit $code
+ask_ranks() { PDSH_RCMD_TYPE=ssh pdsh -w "$hosts" "pkill -USR1 -f -- $(in_single_quotes "$ranks")"; }
+end_ranks() { kill -TERM "$runner" 2>/dev/null; }
+run_launcher "${command[@]}"

@@ -166,11 +166,8 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(name, tmp_path, undisturbed, 
     )
 
 
-def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint(tmp_path, undisturbed, make_variant):
-    """As `timeout` sends it. The launcher passes it on to ranks that have it already: the checkpoint was lost."""
-    recipe = make_variant(tmp_path, "full", engine__checkpoint_every_steps=STEPS)
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
-    command = [*launcher, free_port(), "--module", "anchor.train", str(recipe)]
+def after_five_steps(command: list[str], tmp_path: Path, signalled: Callable[[int], None]) -> tuple[int, str]:
+    """Exit code and output of a launcher that was signalled after five steps."""
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     out, metrics = tmp_path / "out", tmp_path / "run/metrics.jsonl"
     with (
@@ -182,14 +179,34 @@ def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint(tmp_path, u
             assert launched.poll() is None, out.read_text()
             assert time.monotonic() < end, out.read_text()
             time.sleep(0.002)
-        os.killpg(launched.pid, signal.SIGTERM)
-        launched.wait(60)
-    assert out.read_text().count("SIGTERM: stop after this step, with a checkpoint") == 2
+        signalled(launched.pid)
+        code = launched.wait(60)
+    assert out.read_text().count(": stop after this step, with a checkpoint") == 2
     assert "without a checkpoint" not in out.read_text()
+    return code, out.read_text()
+
+
+def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint(tmp_path, undisturbed, make_variant):
+    """As `timeout` sends it. The launcher passes it on to ranks that have it already: the checkpoint was lost."""
+    recipe = make_variant(tmp_path, "full", engine__checkpoint_every_steps=STEPS)
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
+    command = [*launcher, free_port(), "--module", "anchor.train", str(recipe)]
+    after_five_steps(command, tmp_path, lambda pid: os.killpg(pid, signal.SIGTERM))
     last = Run(recipe, 2)
     assert last.wait() == [0, 0], last.console()
     assert "resumed at step" in last.console()
     assert_same_bits(tmp_path / "run", undisturbed["full"])
+
+
+def test_a_signal_to_the_script_or_its_group_leaves_a_checkpoint(tmp_path, make_variant):
+    """As Ctrl-C sends it, and to a pod's first process; of DeepSpeed's the first one died of it, and left the ranks."""
+    recipe = make_variant(tmp_path, "full", engine__checkpoint_every_steps=STEPS)
+    command = ["launch/onenode.sh", "--ranks", "2", "--master-port", free_port(), str(recipe)]
+    code, said = after_five_steps(command, tmp_path, lambda pid: os.killpg(pid, signal.SIGTERM))
+    assert code == 85, said
+    assert "stopped with a checkpoint; the same command goes on from it" in said
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+    assert subprocess.run(["pgrep", "-f", str(recipe)], check=False).returncode == 1  # nobody is left
 
 
 def test_a_rank_that_dies_ends_the_others_within_a_minute(tmp_path, tiny_model_dir, shards):

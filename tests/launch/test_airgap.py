@@ -137,6 +137,7 @@ def test_a_newer_bundle_brings_an_installed_checkout_to_its_commit(gathered: Pat
         ("airgap/gather.sh", "--model", "error: gather: --model needs a value; see launch/airgap/gather.sh --help"),
         ("slurm/pipeline.sh", "--parts", "error: pipeline: --parts needs a value; see launch/slurm/pipeline.sh --help"),
         ("multinode.sh", "--hostfile", "error: multinode: --hostfile needs a value"),
+        ("onenode.sh", "--ranks", "error: onenode: --ranks needs a number, got nothing"),
     ],
 )
 def test_an_option_without_its_value_is_one_line(script: str, option: str, message: str) -> None:
