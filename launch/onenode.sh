@@ -32,7 +32,12 @@ done
 [ $# -gt 0 ] || fail "no recipe; see launch/onenode.sh --help"
 command -v pkill >/dev/null || fail "no pkill here, by which the ranks are told of signals; install procps"
 
-# Below the runner is the launcher, below that the ranks. A session of its own, so that Ctrl-C reaches them from here alone.
-ask_ranks() { pkill -USR1 -P "$(pgrep -P "$runner")"; }
+# Below the runner is the launcher, below that the ranks; all in a session of its own, so that Ctrl-C reaches them from
+# here alone.
+ask_ranks() {
+  local launcher
+  launcher=$(pgrep -P "$runner") && pkill -USR1 -P "$launcher" && return
+  kill -TERM -- "-$runner" || kill -TERM "$runner" # no rank yet, nothing to keep
+}
 end_ranks() { pkill -TERM -P "$runner"; }
 run_launcher setsid deepspeed ${options[@]+"${options[@]}"} --module anchor.train "$@"

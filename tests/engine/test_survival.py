@@ -206,7 +206,23 @@ def test_a_signal_to_the_script_or_its_group_leaves_a_checkpoint(tmp_path, make_
     assert code == 85, said
     assert "stopped with a checkpoint; the same command goes on from it" in said
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
-    assert subprocess.run(["pgrep", "-f", str(recipe)], check=False).returncode == 1  # nobody is left
+    assert left_over(recipe) == ""
+
+
+def test_a_signal_before_there_are_ranks_ends_the_script(tmp_path, make_variant):
+    recipe = make_variant(tmp_path, "full")
+    command = ["launch/onenode.sh", "--ranks", "2", "--master-port", free_port(), str(recipe)]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as launched:
+        while "anchor.train" not in left_over(recipe):  # the launcher, and it only
+            assert launched.poll() is None
+        launched.terminate()
+        assert launched.wait(60) not in (0, 85)
+    assert left_over(recipe) == ""
+
+
+def left_over(recipe: Path) -> str:
+    """Command lines of processes of a run."""
+    return subprocess.run(["pgrep", "-af", str(recipe)], capture_output=True, text=True, check=False).stdout
 
 
 def test_a_rank_that_dies_ends_the_others_within_a_minute(tmp_path, tiny_model_dir, shards):
