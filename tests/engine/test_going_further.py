@@ -33,6 +33,7 @@ def runs(tmp_path_factory, tiny_model_dir, make_shards):
     return halves / "run", whole / "run"
 
 
+@pytest.mark.slow
 def test_going_further_equals_having_gone_all_the_way(runs):
     halves, whole = runs
     assert losses(halves) == losses(whole)
@@ -42,12 +43,14 @@ def test_going_further_equals_having_gone_all_the_way(runs):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_scores_of_the_earlier_export_are_kept_beside_the_new_one(runs):
     halves, _ = runs
     assert (halves / "mteb-step-00000002/scores.json").read_text() == "{}"
     assert not (halves / "export/mteb").exists()
 
 
+@pytest.mark.slow
 def test_an_untrained_export_is_made_once_and_no_scores_are_lost(tmp_path, tiny_model_dir, make_shards):
     """It was exported at every start; from the third on, its scores were deleted."""
     shards = make_shards(pairs=8, pack_multiple=2, num_rows=32)
@@ -124,6 +127,7 @@ def state_of(run: Path, **optim) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_were_taken_are_refused(runs):
     _, whole = runs
     (checkpoint,) = complete_checkpoints(whole / "checkpoints")
@@ -132,6 +136,7 @@ def test_fewer_steps_than_were_taken_are_refused(runs):
         check_same_run(checkpoint, state_of(whole, total_steps=3))
 
 
+@pytest.mark.slow
 def test_a_horizon_that_moves_is_refused(runs):
     _, whole = runs
     (checkpoint,) = complete_checkpoints(whole / "checkpoints")

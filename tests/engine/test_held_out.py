@@ -45,6 +45,7 @@ def rows(run):
     return [json.loads(line) for line in (run / "held_out.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reconstruction", "contrastive"])
 def test_held_out_metrics_do_not_depend_on_the_number_of_ranks(runs, kind):
     one, two = (rows(runs[kind, world_size, True]) for world_size in (1, 2))
@@ -55,6 +56,7 @@ def test_held_out_metrics_do_not_depend_on_the_number_of_ranks(runs, kind):
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluating_does_not_touch_training(runs):
     with_, without = (losses(runs["reconstruction", 1, evaluates]) for evaluates in (True, False))
     assert with_ == without

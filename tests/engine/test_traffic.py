@@ -145,6 +145,7 @@ def shards(make_shards):
     return folders
 
 
+@pytest.mark.slow
 def test_two_ranks_move_the_bytes_that_are_estimated(tiny_model_dir, tiny_untied_model_dir, shards):
     one, two, _ = shards
     cases = {
