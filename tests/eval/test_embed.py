@@ -8,18 +8,15 @@ import sys
 from contextlib import nullcontext
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import english_pairs, write_jsonl
 from safetensors import SafetensorError
 
 from anchor.errors import ConfigError, DataError, exit_on_user_error
 from eval.__main__ import main
-from eval.decode import read_pairs
 from eval.embed import Options, embed
 from eval.encoder import Encoder
-from eval.texts import Source, read_texts
+from eval.texts import Source
 from eval.vectors import Part, read_folder, write_part
 
 ROWS = [{"id": f"n{i}", "text": row["positive"]} for i, row in enumerate(english_pairs(50))]
@@ -348,90 +345,6 @@ def test_a_vector_that_is_not_finite_names_its_text(encoder, source, tmp_path, m
         weight.data.copy_(kept)
     assert str(error.value).startswith(f"{row}: text 'bad': ")
     assert "vectors are not finite" in str(error.value)
-
-
-def test_parquet_plain_text_and_other_columns_are_read(tmp_path):
-    table = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"name": [7, 8], "body": ["x", "y"]}), table)
-    assert read_texts(Source(table, text="body", id="name")) == (["7", "8"], ["x", "y"])
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert read_texts(Source(tmp_path / "a.txt")) == (["0", "1", "2"], ["one", "", "two"])
-
-
-def test_blank_json_lines_are_skipped_and_blank_plain_ones_are_texts(tmp_path):
-    for content in (b'{"text": "a"}\n{"text": "b"}\n\n', b'\n{"text": "a"}\n\r\n  \n{"text": "b"}'):
-        (tmp_path / "a.jsonl").write_bytes(content)
-        assert read_texts(Source(tmp_path / "a.jsonl")) == (["0", "1"], ["a", "b"])
-    rows = b'\n{"query": "a", "positive": "b"}\n\n{"query": "c", "positive": "d"}\n\n'
-    (tmp_path / "pairs.jsonl").write_bytes(rows)
-    assert read_pairs(tmp_path / "pairs.jsonl") == [("a", "b"), ("c", "d")]
-    assert read_pairs(tmp_path / "pairs.jsonl", 1) == [("a", "b")]
-
-
-def test_an_id_field_that_is_asked_for_must_be_there(tmp_path):
-    """A mistyped --id-field numbered the texts."""
-    rows = write_jsonl(tmp_path / "a.jsonl", [{"key": "x", "text": "a"}, {"key": None, "text": "b"}])
-    table = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"key": ["x", None], "text": ["a", "b"]}), table)
-    (tmp_path / "a.txt").write_text("a\n")
-    for path, name, message in (
-        (rows, "kye", f"{rows}:1: no field 'kye' with an id; did you mean 'key'?"),
-        (rows, "key", f"{rows}:2: no field 'key' with an id; known are text"),
-        (table, "kye", f"{table}: no column 'kye'; did you mean 'key'?"),
-        (table, "key", f"{table}: row 1: no field 'key' with an id; known are text"),
-    ):
-        with pytest.raises(DataError) as error:
-            read_texts(Source(path, id=name))
-        assert str(error.value) == message
-        assert read_texts(Source(path)) == (["0", "1"], ["a", "b"])
-    with pytest.raises(ConfigError) as error:
-        read_texts(Source(tmp_path / "a.txt", id="key"))
-    message = "plain text has no fields; leave out --text-field and --id-field"
-    assert str(error.value) == f"{tmp_path / 'a.txt'}: {message}"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"text": "a"}\n{"text": \n', ":2: malformed JSON: Expecting value at character 10"),
-        (b'{"txt": "a"}\n', ":1: no field 'text' with a text; did you mean 'txt'?"),
-        (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', ": the id '1' is given twice; ids must differ"),
-        (b'{"id": "a\\nb", "text": "a"}\n', ":1: the id 'a\\nb' holds a line end"),
-        (b'{"text": "\xff"}\n', ":1: not UTF-8: byte 11 is 0xff"),
-        (b'{"text": "ab\\ud800"}\n', ":1: 'text' holds half a surrogate pair at character 3"),
-        (b"", ": holds no text"),
-        (b"\n \r\n", ": holds no text"),
-        (b'{"text": "a"}\n\n \n{"text": null}\n', ":4: 'text' is null; expected a text"),
-        (b'{"text": ["a"]}\n', ":1: 'text' is ['a']; expected a text"),
-        (b'["a"]\n', ":1: no field 'text' with a text"),
-        (b'{"id": "x\\ud800", "text": "a"}\n', ":1: 'id' holds half a surrogate pair at character 2"),
-        (b'{"id": %s, "text": "a"}\n' % (b"7" * 5000), ":1: a number has more than 4300 digits"),
-        (b'{"id": [1], "text": "a"}\n', ":1: the id is [1]; expected a text or a number"),
-        (b'{"text": "a", "more": %s' % (b"[" * 100_000), ":1: lists or objects are nested too deep"),
-    ],
-)
-def test_bad_input_files_are_refused_by_line(tmp_path, content, message):
-    path = tmp_path / "texts.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        read_texts(Source(path))
-    assert str(error.value) == f"{path}{message}"
-
-
-def test_parquet_values_that_python_cannot_hold_are_refused_by_row(tmp_path):
-    text = pa.array([b"a", b"b", b"c\xff"], pa.binary()).cast(pa.string(), safe=False)
-    texts = pa.StringArray.from_buffers(3, *text.buffers()[1:])
-    far = pa.array([0, 253402300800000, 0]).cast(pa.timestamp("ms"))
-    path = tmp_path / "a.parquet"
-    for table, message in (
-        ({"text": texts}, "row 2: 'utf-8' codec can't decode byte 0xff in position 1: invalid start byte"),
-        ({"id": far, "text": ["a", "b", "c"]}, "row 1: date value out of range"),
-    ):
-        pq.write_table(pa.table(table), path)
-        with pytest.raises(DataError) as error:
-            read_texts(Source(path))
-        assert str(error.value).startswith(f"{path}: {message}")
-        assert "\n" not in str(error.value)
 
 
 def test_the_command_reads_standard_input_and_answers_errors_with_one_line(
