@@ -1,6 +1,7 @@
 """``python -m eval decode``: what an embedding says, by the language model that made it.
 
-The decoder was trained on the raw anchor state (the un-normalised final hidden state) as its one prefix vector. A
+The decoder was trained on the raw anchor state (the un-normalised final hidden state) as its one prefix vector, behind
+the tokens of ``objective.decode_prefix`` (``decode_prefix_token_ids`` in ``anchor.json``). A
 normalised embedding lacks its length, so ``eval embed`` stores the lengths beside the vectors (``norms``), and a stored
 folder is decoded from ``embedding x norm``. A Matryoshka cut loses components and cannot be decoded.
 
@@ -100,6 +101,7 @@ class Decoder:
                     self.encoder.causal_lm,
                     batch.to(self.encoder.device),
                     self._end,
+                    decode_prefix_ids=self.encoder.about.get("decode_prefix_token_ids", ()),
                     max_new_tokens=self._length,
                     num_beams=self._beams,
                 )

@@ -191,7 +191,7 @@ class Encoder(PackedEncoder):
         return self.causal_lm.config.hidden_size
 
     def of_pack(self, pack: PackTensors) -> tuple[Float[torch.Tensor, "S D"], Float[torch.Tensor, "S P H"]]:
-        states, _ = self.embedder.anchor_states(pack)
+        states = self.embedder.anchor_states(pack, self.embedder.embed_tokens(pack.input_ids))
         return states, states[:, None]
 
 

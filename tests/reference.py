@@ -1,6 +1,7 @@
 """What the packed code must equal, written the long way: plain transformers, one text at a time."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,10 +36,29 @@ def plain_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids[None]).last_hidden_state[0]
 
 
-def plain_reconstruction(model: PreTrainedModel, batch: Batch, alpha: float, prefix: int | None = None) -> Tensor:
-    """Algorithm 1 of the paper, one pair at a time, full logits; ``prefix``: targets begin behind so many tokens."""
+def plain_reconstruction(
+    model: PreTrainedModel,
+    batch: Batch,
+    alpha: float,
+    prefix: int | None = None,
+    *,
+    decode_prefix: Sequence[int] = (),
+    kept: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Algorithm 1 of the paper, one pair at a time, full logits.
+
+    Args:
+        model: the model.
+        batch: the batch.
+        alpha: weight of the documents' side.
+        prefix: targets begin behind so many tokens; None: they are the bare texts.
+        decode_prefix: tokens before the anchor vector.
+        kept: per pack, which of its decode inputs are not dropped; None: all.
+    """
     sums, counts = [0.0, 0.0], [0, 0]
-    for pack in batch.packs:
+    before = model.get_input_embeddings()(torch.tensor(decode_prefix, dtype=torch.long))
+    for number, pack in enumerate(batch.packs):
+        masks = None if kept is None else iter(kept[number])
         segments = [s for s in segments_of(pack) if s["role"] <= 1]
         for query, document in zip(segments[::2], segments[1::2], strict=True):
             assert (query["role"], document["role"], query["pair"]) == (0, 1, document["pair"])
@@ -46,8 +66,11 @@ def plain_reconstruction(model: PreTrainedModel, batch: Batch, alpha: float, pre
                 anchor = plain_hidden(model, partner["ids"])[-1]
                 start, end = target["body"]
                 body = target["ids"][start if prefix is None else prefix : end]
-                inputs = torch.cat([anchor[None], model.get_input_embeddings()(body)])
-                logits = model(inputs_embeds=inputs[None]).logits[0].double()
+                words = model.get_input_embeddings()(body)
+                if masks is not None:
+                    words = torch.stack([word if next(masks) else torch.zeros_like(word) for word in words])
+                inputs = torch.cat([before, anchor[None], words])
+                logits = model(inputs_embeds=inputs[None]).logits[0, len(before) :].double()
                 wanted = torch.cat([body, target["ids"][-1:]])
                 sums[target["role"]] = sums[target["role"]] + torch.nn.functional.cross_entropy(
                     logits, wanted, reduction="sum"

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from anchor.config.fields import Fraction, PositiveInt, Section
 
+DecodePrefix = Literal["none", "bos", "template"]
+"""What stands before the prefix vectors of a decode row; ids in `anchor/data/decode_prefix.py`."""
+
 Similarity = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
 """Of which side of a pair to which side of all pairs."""
 
@@ -61,6 +64,12 @@ class ReconstructionObjective(Section):
     is not computed."""
     target: Literal["body", "instruction_and_body"] = "body"
     """Targets: the bare text, or the text with the instruction that it carries; the anchor token ends both."""
+    decode_prefix: DecodePrefix = "none"
+    """Tokens before the anchor vector in every decode row: none (the paper), the BOS token, or the template's prefix.
+    Behind a prefix the anchor vector is not the attention sink."""
+    input_dropout: Fraction = 0.0
+    """Share of the decode inputs replaced by the zero vector while training (0 to 1). With 0 (the paper) the decoder
+    sees every word before a target; with 1 it predicts from the anchor vector and the position alone."""
     contrastive: JointContrastive | None = None
     """A contrastive term added to the loss, over the same encode pass; hard negatives are then encoded too."""
 
@@ -87,6 +96,8 @@ class SelfSupervisedObjective(Section):
     reconstruction_weight: Annotated[float, Field(ge=0.0)]
     """Weight of the answer's negative log-likelihood (nats per token) behind the query's soft prompts. The paper: 1.
     With 0 there is no decode pass."""
+    decode_prefix: DecodePrefix = "none"
+    """Tokens before the soft prompts in every decode row: none (the paper), the BOS token, or the template's prefix."""
     contrastive: JointContrastive | None = None
     """A contrastive term added to the loss, over the embeddings of queries, positives and hard negatives, all of which
     are then encoded."""

@@ -81,15 +81,17 @@ def position_ids(lengths: np.ndarray) -> np.ndarray:
 class DecodePlan:
     """One packed decode pass over all target segments.
 
-    The row of a target segment is P prefix vectors and then the input embeddings of its body. Its last body + 1
-    positions (the last prefix vector and the body) predict the body and then one token that ends it; the positions
-    before them predict nothing.
+    The row of a target segment is C decode prefix tokens, P prefix vectors and then the input embeddings of its body.
+    Its last body + 1 positions (the last prefix vector and the body) predict the body and then one token that ends it;
+    the positions before them predict nothing.
 
     Attributes:
-        gather: int64 ``R``; index into ``cat([prefix vectors, input embeddings (T)])`` for each decode token.
-        lengths: int64 ``G``; decode tokens per target segment, body + P.
-        target_rows: int64 ``N``; the decode tokens, of the ``R``, that predict something (all of them where P is 1):
-            only their states go to the head.
+        gather: int64 ``R``; index into ``cat([prefix vectors, input embeddings (T), decode prefix embeddings (C)])``
+            for each decode token.
+        lengths: int64 ``G``; decode tokens per target segment, C + P + body.
+        body_rows: int64; the decode tokens, of the ``R``, that are input embeddings of a body.
+        target_rows: int64 ``N``; the decode tokens that predict something (all of them where C is 0 and P is 1): only
+            their states go to the head.
         targets: int64 ``N``; what each of them predicts.
         target_roles: int8 ``N``; role of the segment that each target belongs to.
         target_pairs: int64 ``G``; ordinal of the pair in the pack of each target segment.
@@ -97,6 +99,7 @@ class DecodePlan:
 
     gather: np.ndarray
     lengths: np.ndarray
+    body_rows: np.ndarray
     target_rows: np.ndarray
     targets: np.ndarray
     target_roles: np.ndarray
@@ -110,29 +113,70 @@ def decode_plan(
     body_starts: np.ndarray,
     body_ends: np.ndarray,
     decoded_roles: Sequence[int] = (QUERY, POSITIVE),
+    *,
+    num_decode_prefix: int = 0,
+    partner_of: np.ndarray | None = None,
 ) -> DecodePlan:
     """Index plan of the decode pass: queries from their positives' anchors, positives from their queries'.
 
-    Row of target segment s with partner p: ``[anchor(p), x[body(s)]]`` predicts ``[ids[body(s)], anchor token]``; the
-    prefix vectors are the ``S`` anchor states of the pack's segments.
+    Row of target segment s with partner p: ``[decode prefix, anchor(p), x[body(s)]]``, whose last body + 1 positions
+    predict ``[ids[body(s)], anchor token]``; the prefix vectors are the ``S`` anchor states of the pack's segments.
 
     Args:
         input_ids: tokens of the pack, ``T``.
         segment_lengths, roles, body_starts, body_ends: per segment, ``S``; bodies are relative to the segment.
             A pair's segments stand together, its query first, its positive second.
         decoded_roles: which sides are targets; the other has no rows.
+        num_decode_prefix: C, tokens before the anchor state in every row.
+        partner_of: int64 ``S``; the segment whose anchor state a target is decoded from; by default the other side of
+            its own pair.
 
     Returns:
         The plan; hard negatives are neither decoded nor decoded from.
     """
     targets_of = np.flatnonzero(np.isin(roles, decoded_roles))
-    # The partner of a query is the next segment, that of a positive the one before.
-    partners = np.where(roles[targets_of] == QUERY, targets_of + 1, targets_of - 1)
+    partners = (partners_of(roles) if partner_of is None else partner_of)[targets_of]
     last = cu_seqlens(segment_lengths)[1:].astype(np.int64)[targets_of] - 1
     bodies = (body_starts, body_ends)
     return _plan(
-        input_ids, segment_lengths, roles, bodies, targets_of, partners[:, None], len(segment_lengths), input_ids[last]
+        input_ids,
+        segment_lengths,
+        roles,
+        bodies,
+        targets_of,
+        partners[:, None],
+        num_vectors=len(segment_lengths),
+        end_ids=input_ids[last],
+        num_decode_prefix=num_decode_prefix,
     )
+
+
+def partners_of(roles: np.ndarray) -> np.ndarray:
+    """Return the segment that holds the other side of each segment's pair, int64 ``S``.
+
+    A query's partner is the next segment, a positive's the one before; a hard negative has none (its entry is no
+    partner and must not be read).
+    """
+    segments = np.arange(len(roles))
+    return np.where(roles == QUERY, segments + 1, segments - 1)
+
+
+def wrong_partners_of(roles: np.ndarray, text_ids: np.ndarray) -> np.ndarray:
+    """Return, for each segment, the other side of another pair of the pack, int64 ``S``; -1 where there is none.
+
+    The other pair is the next one in the pack (cyclically) that shares neither text with the segment's own pair, so
+    that the partner is wrong indeed. Queries and positives only; the entries of hard negatives are -1.
+    """
+    queries = np.flatnonzero(roles == QUERY)
+    texts = text_ids[queries], text_ids[queries + 1]
+    wrong = np.full(len(roles), -1, dtype=np.int64)
+    for i, query in enumerate(queries):
+        others = np.roll(np.arange(len(queries)), -i - 1)[:-1]
+        fits = (texts[0][others] != texts[0][i]) & (texts[1][others] != texts[1][i])
+        if fits.any():
+            other = queries[others[fits.argmax()]]
+            wrong[query], wrong[query + 1] = other + 1, other
+    return wrong
 
 
 def answer_decode_plan(
@@ -144,18 +188,20 @@ def answer_decode_plan(
     *,
     num_prefix: int,
     end_token_id: int,
+    num_decode_prefix: int = 0,
 ) -> DecodePlan:
     """Index plan of the decode pass of self-supervision: each positive from its query's P soft prompts.
 
-    Row of the positive of the q-th query: ``[p(q, 0) ... p(q, P-1), x[body]]``, whose last body + 1 positions predict
-    ``[ids[body], end token]``. The prefix vectors are the soft prompts of the pack's ``Q`` queries, in order and flat
-    (``Q P`` rows): decode token i is row ``gather[i]`` of ``cat([soft prompts (Q P), input embeddings (T)])``.
+    Row of the positive of the q-th query: ``[decode prefix, p(q, 0) ... p(q, P-1), x[body]]``, whose last body + 1
+    positions predict ``[ids[body], end token]``. The prefix vectors are the soft prompts of the pack's ``Q`` queries,
+    in order and flat (``Q P`` rows).
 
     Args:
         input_ids: tokens of the pack, ``T``; the indices into the input embeddings are into all of them.
         segment_lengths, roles, body_starts, body_ends: per segment, ``S``; as in :func:`decode_plan`.
         num_prefix: P, soft prompts per query.
         end_token_id: what follows the last token of a body.
+        num_decode_prefix: C, tokens before the soft prompts in every row.
 
     Returns:
         The plan, one row per pair in the order of the queries; hard negatives are not decoded.
@@ -165,7 +211,17 @@ def answer_decode_plan(
     prefix = queries[:, None] * num_prefix + np.arange(num_prefix)
     ends = np.full(len(targets_of), end_token_id)
     num_vectors = num_prefix * int((roles == QUERY).sum())
-    return _plan(input_ids, segment_lengths, roles, (body_starts, body_ends), targets_of, prefix, num_vectors, ends)
+    return _plan(
+        input_ids,
+        segment_lengths,
+        roles,
+        (body_starts, body_ends),
+        targets_of,
+        prefix,
+        num_vectors=num_vectors,
+        end_ids=ends,
+        num_decode_prefix=num_decode_prefix,
+    )
 
 
 def _plan(
@@ -175,18 +231,22 @@ def _plan(
     bodies: tuple[np.ndarray, np.ndarray],
     targets_of: np.ndarray,
     prefix: np.ndarray,
+    *,
     num_vectors: int,
     end_ids: np.ndarray,
+    num_decode_prefix: int,
 ) -> DecodePlan:
-    """The plan of the segments ``targets_of`` (``G``) with prefix vectors ``prefix`` (``G P``) of ``num_vectors``."""
-    num_prefix = prefix.shape[1]
+    """Plan the segments ``targets_of`` (``G``) with prefix vectors ``prefix`` (``G P``) of ``num_vectors``."""
+    num_prefix = num_decode_prefix + prefix.shape[1]
     sizes = (bodies[1] - bodies[0])[targets_of].astype(np.int64)
     body_first = (cu_seqlens(segment_lengths)[:-1].astype(np.int64) + bodies[0])[targets_of]
     lengths = sizes + num_prefix
     first = cu_seqlens(lengths)[:-1].astype(np.int64)
-    within = position_ids(lengths)  # i < P is a prefix vector, P + i the i-th body token
+    within = position_ids(lengths)  # i < C is a decode prefix token, i < C + P a prefix vector, then the body
     gather = num_vectors + np.repeat(body_first, lengths) + within - num_prefix
-    gather[(first[:, None] + np.arange(num_prefix)).ravel()] = prefix.ravel()
+    gather[(first[:, None] + np.arange(num_decode_prefix, num_prefix)).ravel()] = prefix.ravel()
+    decode_prefix = num_vectors + len(input_ids) + np.arange(num_decode_prefix)
+    gather[(first[:, None] + np.arange(num_decode_prefix)).ravel()] = np.tile(decode_prefix, len(first))
     target_rows = np.flatnonzero(within >= num_prefix - 1)
     # What a position predicts is the body token behind it; what the last one predicts is the end.
     behind = np.repeat(body_first, sizes + 1) + position_ids(sizes + 1)
@@ -197,6 +257,7 @@ def _plan(
     return DecodePlan(
         gather=gather,
         lengths=lengths,
+        body_rows=np.flatnonzero(within >= num_prefix),
         target_rows=target_rows,
         targets=targets,
         target_roles=np.repeat(roles[targets_of], sizes + 1),

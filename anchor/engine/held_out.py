@@ -1,11 +1,13 @@
 """Loss and retrieval on held-out shards while training.
 
-1. The objective's own loss on each of the first batches, without gradient and dropout; the mean over batches.
+1. The objective's own loss and metrics on each of the first batches, without gradient and dropout; the mean over the
+   batches that have the metric.
 2. All their documents are one pool. A query's rank is the number of documents that score at least as high as its
    positive, copies of the positive left out: a tie counts against the model, so equal vectors score nothing.
    nDCG@10 with one relevant document is ``1 / log2(rank + 2)`` below rank 10 (Järvelin & Kekäläinen 2002).
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,7 @@ class HeldOut:
     def __call__(self, engine: Engine) -> dict[str, float]:
         """``held_out/...`` metrics; every rank calls it."""
         total: Shares = {}
+        measured: Counter[str] = Counter()
         queries: list[_Side] = []
         documents: list[_Side] = []
         with engine.evaluating():
@@ -64,9 +67,10 @@ class HeldOut:
                 batch = self.reader.read(number)
                 packs, embeddings, shares = _forward(engine, batch)
                 total = add_shares(total, {f"held_out/{name.replace('/', '_')}": s for name, s in shares.items()})
+                measured.update(f"held_out/{name.replace('/', '_')}" for name in shares)
                 queries.append(_Side.of(packs, embeddings, queries=True))
                 documents.append(_Side.of(packs, embeddings, queries=False))
-            metrics = {name: value / self.num_batches for name, value in reduced(total).items()}
+            metrics = {name: value / measured[name] for name, value in reduced(total).items()}
             return metrics | _retrieval(_Side.joined(queries), _Side.joined(documents), engine.ranks.device)
 
 

@@ -7,16 +7,15 @@ import logging
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from anchor import dist
 from anchor.config import schema
 from anchor.config.schema import TrainRecipe
 from anchor.data.batches import check_ranks
+from anchor.data.decode_prefix import decode_prefix_ids, template_prefix_ids
 from anchor.data.shards import ShardReader, index_hash, read_index
 from anchor.data.tokenization import shards_tokenizer
 from anchor.engine.deepspeed import read_ds_config
@@ -84,28 +83,28 @@ def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
 
 
 def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
-    """The module that the recipe's objective section names."""
-    section = recipe.objective
+    """Make the module that the recipe's objective section names."""
+    section, shards = recipe.objective, recipe.data.shards
     if isinstance(section, schema.ReconstructionObjective):
         instructed = section.target == "instruction_and_body"
-        prefix_tokens = template_prefix_tokens(recipe.data.shards) if instructed else None
+        prefix_tokens = len(template_prefix_ids(shards)) if instructed else None
         kind = ReconstructionObjective if section.contrastive is None else JointReconstructionObjective
-        return kind(causal_lm, section, prefix_tokens)
+        return kind(causal_lm, section, prefix_tokens, decode_prefix_of(recipe))
     if isinstance(section, schema.LanguageModelObjective):
         return LanguageModelObjective(causal_lm)
     if isinstance(section, schema.SelfSupervisedObjective):
-        return make_self_supervised(causal_lm, section, read_index(recipe.data.shards), recipe.seed)
+        return make_self_supervised(causal_lm, section, read_index(shards), recipe.seed, decode_prefix_of(recipe))
     return ContrastiveObjective(causal_lm, section)
 
 
-def template_prefix_tokens(shards: Path) -> int:
-    """Tokens of the template's prefix, which every segment of the shards begins with.
+def decode_prefix_of(recipe: TrainRecipe) -> tuple[int, ...]:
+    """Return the ids before the prefix vectors of the recipe's decode rows; none where nothing is decoded.
 
-    They are those of the tokenizer's post-processor: a LlamaTokenizer, loaded again, may cut the prefix's text
-    otherwise than the one that the shards were packed with.
+    Raises:
+        ShardError: the recipe asks for the template's prefix, and the template has none.
     """
-    stored = Tokenizer.from_file(str(shards / "tokenizer" / "tokenizer.json"))
-    return stored.encode("a").special_tokens_mask.index(0)
+    kind = getattr(recipe.objective, "decode_prefix", "none")
+    return decode_prefix_ids(kind, read_index(recipe.data.shards), recipe.data.shards) if kind != "none" else ()
 
 
 def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:

@@ -74,7 +74,11 @@ def _check_names(recipe: TrainRecipe, index: Index, count: int) -> None:
 
 
 def make_self_supervised(
-    causal_lm: PreTrainedModel, section: schema.SelfSupervisedObjective, index: Index, seed: int
+    causal_lm: PreTrainedModel,
+    section: schema.SelfSupervisedObjective,
+    index: Index,
+    seed: int,
+    decode_prefix_ids: tuple[int, ...] = (),
 ) -> Objective:
     """The objective, with new special tokens near the mean of the backbone's embeddings; every rank calls it.
 
@@ -83,6 +87,7 @@ def make_self_supervised(
         section: the recipe's ``objective``.
         index: of shards that passed :func:`check_template`.
         seed: of whatever is drawn.
+        decode_prefix_ids: tokens before the soft prompts in every decode row.
 
     Raises:
         ValueError: the shards have no teacher or no end token.
@@ -92,7 +97,7 @@ def make_self_supervised(
     count, dimension = index.template["special_tokens"], index.teacher["dimension"]
     special = new_special_tokens(causal_lm, count, dimension, first_special_id(index), seed)
     kind = SelfSupervisedObjective if section.contrastive is None else JointSelfSupervisedObjective
-    return kind(causal_lm, special, section, index.end_token_id)
+    return kind(causal_lm, special, section, index.end_token_id, decode_prefix_ids)
 
 
 def new_special_tokens(

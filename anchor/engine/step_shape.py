@@ -40,10 +40,11 @@ def _gathered(recipe: TrainRecipe, num_pairs: int, segments: float) -> float:
     return segments if queries else segments - num_pairs
 
 
-def _num_prefix(recipe: TrainRecipe, packing: PackRecipe) -> int:
-    """Prefix vectors of a decode row."""
+def _num_prefix(objective: Objective, recipe: TrainRecipe, packing: PackRecipe) -> int:
+    """Return how many decode prefix tokens and prefix vectors a decode row begins with."""
     own = isinstance(recipe.objective, schema.SelfSupervisedObjective)
-    return packing.template.tokens if own and isinstance(packing.template, schema.SpecialTokensTemplate) else 1
+    vectors = packing.template.tokens if own and isinstance(packing.template, schema.SpecialTokensTemplate) else 1
+    return len(getattr(objective, "decode_prefix_ids", ())) + vectors
 
 
 def _encodes_queries_only(recipe: TrainRecipe) -> bool:
@@ -60,7 +61,7 @@ def _decode_lengths(objective: Objective, recipe: TrainRecipe, packing: PackReci
     if isinstance(recipe.objective, schema.ReconstructionObjective):
         reconstructor: Any = objective.reconstructor
         starts = reconstructor.target_starts(pack)
-    lengths = pack.body_ends - starts + _num_prefix(recipe, packing)
+    lengths = pack.body_ends - starts + _num_prefix(objective, recipe, packing)
     return lengths[np.isin(pack.roles, roles)].astype(np.int64)
 
 
@@ -75,7 +76,7 @@ def sampled_step(
         packing: how the shards were packed.
         sample: some of their batches.
     """
-    totals, packs, predicted, idle = np.zeros(5), [], 0.0, _num_prefix(recipe, packing) - 1
+    totals, packs, predicted, idle = np.zeros(5), [], 0.0, _num_prefix(objective, recipe, packing) - 1
     for batch in sample:
         for pack in (objective.prepare(p) for p in batch.packs):
             encoded, decoded = pack.segment_lengths.astype(np.int64), _decode_lengths(objective, recipe, packing, pack)

@@ -40,16 +40,19 @@ class Embedder(nn.Module):
         )
         return output.last_hidden_state[0]
 
-    def anchor_states(self, pack: PackTensors) -> tuple[Float[Tensor, "S H"], Float[Tensor, "T H"]]:
-        """Hidden state of each segment's anchor token, and the input embeddings, which the decode pass reuses."""
-        inputs = self.embed_tokens(pack.input_ids)
+    def anchor_states(self, pack: PackTensors, inputs: Float[Tensor, "T H"]) -> Float[Tensor, "S H"]:
+        """Hidden state of each segment's anchor token.
+
+        Args:
+            pack: the segments.
+            inputs: their input embeddings.
+        """
         hidden = self.hidden_states(inputs, pack.position_ids, pack.cu_seqlens, pack.max_length)
-        return hidden[pack.cu_seqlens[1:].long() - 1], inputs
+        return hidden[pack.cu_seqlens[1:].long() - 1]
 
     def forward(self, pack: PackTensors) -> Float[Tensor, "S H"]:
         """Unit vectors of all segments, float32."""
-        states, _ = self.anchor_states(pack)
-        return unit_vectors(states)
+        return unit_vectors(self.anchor_states(pack, self.embed_tokens(pack.input_ids)))
 
 
 def unit_vectors(states: Float[Tensor, "S H"]) -> Float[Tensor, "S H"]:

@@ -1,11 +1,12 @@
 """Anchor states + text -> decode pass -> cross-entropy: two packed backbone passes, whatever the number of pairs.
 
 1. Encode pass: ``h = Dec(Embed(ids))``; the anchor state of segment s is ``h[last(s)]``.
-2. Decode rows ``[anchor(partner(s)), x[body(s)]]`` of all target segments, of both sides or of one, gathered from
-   ``cat([anchors, x])`` by an index plan, form one packed sequence again; a second pass of the same backbone.
-3. The head runs on the decode rows only; they predict ``[ids[body(s)], anchor token]``.
+2. Decode pass of the same backbone (:mod:`anchor.models.decode_pass`): rows ``[decode prefix, v(partner(s)),
+   x[body(s)]]`` of all target segments, of both sides or of one, predict ``[ids[body(s)], anchor token]``. ``v`` is the
+   anchor state as it enters the decode pass.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from anchor.data.batches import PackTensors
-from anchor.data.packing import cu_seqlens, decode_plan, position_ids
+from anchor.data.packing import decode_plan, partners_of, wrong_partners_of
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Pack
+from anchor.models.decode_pass import decode_pass
 from anchor.models.embedder import Embedder
 from anchor.models.head import Head, output_layer
 
@@ -42,16 +44,33 @@ class TargetWeights:
         return tuple(role for role, weight in weights.items() if weight is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """Where the decode pass departs from the paper.
+
+    Attributes:
+        decode_prefix_ids: tokens before the anchor vector in every decode row; none in the paper.
+        input_dropout: share of the decode inputs to drop while training, 0 to 1; 0 in the paper.
+    """
+
+    decode_prefix_ids: tuple[int, ...] = ()
+    input_dropout: float = 0.0
+
+
+PAPER = DecodeOptions()
+
+
 @torch.inference_mode()
 def generate_from_prefixes(
     causal_lm: PreTrainedModel,
     prefixes: Float[Tensor, "B P H"],
     end_token_id: int,
     *,
+    decode_prefix_ids: Sequence[int] = (),
     max_new_tokens: int,
     num_beams: int = 1,
 ) -> list[list[int]]:
-    """What prefix vectors say: the text after them, as the decode pass was trained, with a KV cache.
+    """Continue prefix vectors with text, as the decode pass was trained, with a KV cache.
 
     Greedy, or beam search; nothing of the folder's generation settings is used. A pack's kernel has no cache, so
     generation runs on scaled-dot-product attention; the model's own kernel and settings are set again afterwards.
@@ -60,19 +79,23 @@ def generate_from_prefixes(
         causal_lm: the model, causal.
         prefixes: per text one raw final-norm hidden state of its anchor token, or P soft prompts.
         end_token_id: ends a text: the anchor token, or the end token of a model with special tokens.
+        decode_prefix_ids: tokens before the prefix vectors.
         max_new_tokens: of a text.
         num_beams: 1 is greedy.
 
     Returns:
         Token ids of each text, without the end token.
     """
+    before = torch.tensor([list(decode_prefix_ids)], dtype=torch.long, device=prefixes.device)
+    embedded = causal_lm.get_input_embeddings()(before).expand(len(prefixes), -1, -1)
+    inputs = torch.cat([embedded.to(causal_lm.dtype), prefixes.to(causal_lm.dtype)], dim=1)
     kernel, settings = causal_lm.config._attn_implementation, causal_lm.generation_config
     causal_lm.set_attn_implementation("sdpa")
     causal_lm.generation_config = GenerationConfig()  # `generate` takes what is not given from here
     try:
         out: Any = cast(Any, causal_lm).generate(
-            inputs_embeds=prefixes.to(causal_lm.dtype),
-            attention_mask=torch.ones(prefixes.shape[:2], dtype=torch.long, device=prefixes.device),
+            inputs_embeds=inputs,
+            attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
@@ -91,20 +114,20 @@ def generate_from_prefixes(
 class Reconstructor(nn.Module):
     """Embedder and decoder of one causal LM (Su et al. 2025, arXiv:2509.03020, algorithm 1).
 
-    The anchor state enters the decode pass as one prefix vector: the raw final-norm hidden state, neither detached
-    nor projected nor normalised.
-
     Args:
         causal_lm: the model.
-        prefix_tokens: of the template: targets begin behind it and include the instruction; None: they are the bare
-            texts.
+        prefix_tokens: length of the template's prefix: targets begin behind it and include the instruction. None:
+            targets are the bare texts.
+        options: where decoding departs from the paper; by default nowhere.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, prefix_tokens: int | None = None) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel, prefix_tokens: int | None = None, options: DecodeOptions = PAPER
+    ) -> None:
         super().__init__()
         self.embedder = Embedder(causal_lm)
         self.head = Head(output_layer(causal_lm))
-        self.prefix_tokens = prefix_tokens
+        self.prefix_tokens, self.options = prefix_tokens, options
 
     def target_starts(self, pack: Pack) -> np.ndarray:
         """First target token of every segment, relative to it; the last is the anchor token, behind the body's end."""
@@ -112,20 +135,50 @@ class Reconstructor(nn.Module):
             return pack.body_starts
         return np.full_like(pack.body_starts, self.prefix_tokens)
 
+    def prefix_vectors(self, anchors: Float[Tensor, "S H"]) -> Float[Tensor, "S H"]:
+        """Anchor states as they enter the decode pass."""
+        return anchors
+
     def forward(
         self, pack: PackTensors, weights: TargetWeights
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "S H"]]:
-        """Weighted sum of the target tokens' negative log-likelihoods of one pack.
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " 2"], Float[Tensor, "S H"], Float[Tensor, "2 2"]]:
+        """Reconstruct one pack.
 
         Args:
             pack: whole pairs, each a query, its positive and perhaps hard negatives, which are only encoded.
             weights: factor per target token.
 
         Returns:
-            The weighted sum (with gradient), the unweighted sums over tokens of queries and of positives (nats, no
-            gradient), all float32 and zero where nothing is decoded; and the anchor states of all segments.
+            * the weighted sum of the target tokens' negative log-likelihoods, with gradient;
+            * their unweighted sums over tokens of queries and of positives;
+            * the anchor states of all segments;
+            * the same two sums of what a wrong partner of the pack costs beyond the right one, row 0 with all inputs,
+              row 1 without any; zeros while training.
+
+            Sums are in nats, float32 or wider, and zero where nothing is decoded.
         """
-        device = pack.input_ids.device
+        # 1. Encode.
+        num_tokens = len(pack.input_ids)
+        decode_prefix = pack.input_ids.new_tensor(self.options.decode_prefix_ids)
+        inputs = self.embedder.embed_tokens(torch.cat([pack.input_ids, decode_prefix]))
+        anchors = self.embedder.anchor_states(pack, inputs[:num_tokens])
+        vectors = self.prefix_vectors(anchors)
+        # 2. and 3. Decode; the head.
+        dropout = self.options.input_dropout if self.training else 0.0
+        loss, nll = self._decode(pack, weights, vectors, inputs, dropout)
+        dependence = nll.new_zeros(2, 2) if self.training else self._dependence(pack, weights, vectors, inputs, nll)
+        return loss, nll, anchors, dependence
+
+    def _decode(
+        self,
+        pack: PackTensors,
+        weights: TargetWeights,
+        vectors: Float[Tensor, "S H"],
+        inputs: Float[Tensor, "X H"],
+        dropout: float,
+        partner_of: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss, and its unweighted sums over tokens of queries and of positives."""
         arrays = pack.pack
         plan = decode_plan(
             arrays.input_ids,
@@ -134,22 +187,37 @@ class Reconstructor(nn.Module):
             self.target_starts(arrays),
             arrays.body_ends,
             weights.decoded_roles,
+            num_decode_prefix=len(self.options.decode_prefix_ids),
+            partner_of=partner_of,
         )
-        # 1. Encode.
-        anchors, inputs = self.embedder.anchor_states(pack)
-        # 2. Decode.
-        rows = torch.cat([anchors.to(inputs.dtype), inputs])[torch.from_numpy(plan.gather).to(device)]
-        hidden = self.embedder.hidden_states(
-            rows,
-            torch.from_numpy(position_ids(plan.lengths)).to(device),
-            torch.from_numpy(cu_seqlens(plan.lengths)).to(device),
-            int(plan.lengths.max()),
-        )
-        # 3. Head.
         is_query = plan.target_roles == QUERY
         row_weight = np.where(is_query, weights.query or 0.0, weights.document or 0.0).astype(np.float32)
-        loss, nll = self.head(
-            hidden, torch.from_numpy(plan.targets).to(device), torch.from_numpy(row_weight).to(device)
+        loss, nll = decode_pass(
+            self.embedder,
+            self.head,
+            plan,
+            vectors,
+            inputs,
+            torch.from_numpy(row_weight).to(inputs.device),
+            input_dropout=dropout,
         )
-        query_rows = torch.from_numpy(is_query).to(device)
-        return loss, nll[query_rows].sum(), nll[~query_rows].sum(), anchors
+        query_rows = torch.from_numpy(is_query).to(inputs.device)
+        return loss, torch.stack([nll[query_rows].sum(), nll[~query_rows].sum()])
+
+    def _dependence(
+        self,
+        pack: PackTensors,
+        weights: TargetWeights,
+        vectors: Float[Tensor, "S H"],
+        inputs: Float[Tensor, "X H"],
+        right: Float[Tensor, " 2"],
+    ) -> Float[Tensor, "2 2"]:
+        """Nats that a wrong partner costs, summed over target tokens; row 0 with all inputs, row 1 without any."""
+        wrong = wrong_partners_of(pack.pack.roles, pack.pack.text_ids)
+        # A pair without another beside it keeps its own partner, whose difference is zero.
+        wrong = np.where(wrong < 0, partners_of(pack.pack.roles), wrong)
+
+        def nll(dropout: float, partner_of: np.ndarray | None = None) -> Tensor:
+            return self._decode(pack, weights, vectors, inputs, dropout, partner_of)[1]
+
+        return torch.stack([nll(0.0, wrong) - right, nll(1.0, wrong) - nll(1.0)])

@@ -2,9 +2,9 @@
 
 1. Encode pass over the queries (with a contrastive term over all texts): the special tokens' states give P soft prompts
    and one embedding per text, see :mod:`anchor.models.special_tokens`.
-2. Decode rows ``[p_1 ... p_P, x[body]]`` of all answers form one packed sequence again; a second pass of the same
-   frozen model. Adapters, where there are any, belong to the encode pass alone: the decoder is the base.
-3. The head runs on the last body + 1 positions of each row only; they predict ``[ids[body], end token]``.
+2. Decode pass of the same frozen model (:mod:`anchor.models.decode_pass`): rows ``[decode prefix, p_1 ... p_P,
+   x[body]]`` of all answers predict ``[ids[body], end token]``. Adapters, where there are any, belong to the encode
+   pass alone: the decoder is the base.
 """
 
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anchor.data.batches import PackTensors, to_tensors
-from anchor.data.packing import answer_decode_plan, cu_seqlens, position_ids
+from anchor.data.packing import answer_decode_plan
 from anchor.data.records import QUERY
 from anchor.models.adapters import without_adapter
+from anchor.models.decode_pass import decode_pass
 from anchor.models.head import Head, output_layer
 from anchor.models.special_tokens import SpecialTokens, SpecialTokensEmbedder
 
@@ -28,13 +29,20 @@ class SelfSupervisor(nn.Module):
         causal_lm: the frozen model, or one with adapters.
         special: special tokens and projections.
         end_token_id: ends an answer.
+        decode_prefix_ids: tokens before the soft prompts in every decode row; none in the paper.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, special: SpecialTokens, end_token_id: int) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        special: SpecialTokens,
+        end_token_id: int,
+        decode_prefix_ids: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.embedder = SpecialTokensEmbedder(causal_lm, special)
         self.head = Head(output_layer(causal_lm))
-        self.end_token_id = end_token_id
+        self.end_token_id, self.decode_prefix_ids = end_token_id, decode_prefix_ids
 
     def forward(
         self, pack: PackTensors, token_weight: float | None, *, encode_all: bool = False
@@ -51,22 +59,24 @@ class SelfSupervisor(nn.Module):
             gradient) and the unweighted sum (nats, no gradient), float32 and zero where nothing is decoded.
         """
         # 1. Encode.
-        inputs = self.embedder.embed_tokens(pack.input_ids)
+        decode_prefix = pack.input_ids.new_tensor(self.decode_prefix_ids)
+        inputs = self.embedder.embed_tokens(torch.cat([pack.input_ids, decode_prefix]))
+        own = inputs[: len(pack.input_ids)]
         is_query = pack.pack.roles == QUERY
         if encode_all:
-            prompts, embeddings = self.embedder.encode(pack, inputs)
+            prompts, embeddings = self.embedder.encode(pack, own)
             prompts = prompts[torch.from_numpy(is_query).to(inputs.device)]
         else:
             tokens = torch.from_numpy(np.repeat(is_query, pack.pack.segment_lengths)).to(inputs.device)
             queries = to_tensors(pack.pack.select(is_query), inputs.device)
-            prompts, embeddings = self.embedder.encode(queries, inputs[tokens])
+            prompts, embeddings = self.embedder.encode(queries, own[tokens])
         if token_weight is None:
             nothing = embeddings.new_zeros((), dtype=torch.promote_types(embeddings.dtype, torch.float32))
             return embeddings, nothing, nothing
         return embeddings, *self._decode(pack, inputs, prompts, token_weight)
 
     def _decode(
-        self, pack: PackTensors, inputs: Float[Tensor, "T H"], prompts: Float[Tensor, "N P H"], token_weight: float
+        self, pack: PackTensors, inputs: Float[Tensor, "X H"], prompts: Float[Tensor, "N P H"], token_weight: float
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         arrays, device = pack.pack, inputs.device
         plan = answer_decode_plan(
@@ -77,18 +87,10 @@ class SelfSupervisor(nn.Module):
             arrays.body_ends,
             num_prefix=prompts.shape[1],
             end_token_id=self.end_token_id,
+            num_decode_prefix=len(self.decode_prefix_ids),
         )
-        # 2. Decode.
-        rows = torch.cat([prompts.flatten(0, 1).to(inputs.dtype), inputs])[torch.from_numpy(plan.gather).to(device)]
-        with without_adapter(self.embedder.embedder.causal_lm):
-            hidden = self.embedder.embedder.hidden_states(
-                rows,
-                torch.from_numpy(position_ids(plan.lengths)).to(device),
-                torch.from_numpy(cu_seqlens(plan.lengths)).to(device),
-                int(plan.lengths.max()),
-            )
-        # 3. Head.
-        weight = torch.full((len(plan.targets),), token_weight, device=device)
-        targets = torch.from_numpy(plan.targets).to(device)
-        loss, nll = self.head(hidden[torch.from_numpy(plan.target_rows).to(device)], targets, weight)
+        weights = torch.full((len(plan.targets),), token_weight, device=device)
+        embedder = self.embedder.embedder
+        with without_adapter(embedder.causal_lm):
+            loss, nll = decode_pass(embedder, self.head, plan, prompts.flatten(0, 1), inputs, weights)
         return loss, nll.sum()

@@ -6,6 +6,8 @@ whole batch, so the mean is exact over ranks and packs without communication. A 
 computed. Optionally ``+ weight * InfoNCE`` of the same anchor states (:mod:`anchor.objectives.info_nce`).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
@@ -13,10 +15,11 @@ from transformers import PreTrainedModel
 
 from anchor.config import schema
 from anchor.data.batches import PackTensors
+from anchor.data.packing import wrong_partners_of
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Pack
 from anchor.models.embedder import unit_vectors
-from anchor.models.reconstructor import Reconstructor, TargetWeights
+from anchor.models.reconstructor import DecodeOptions, Reconstructor, TargetWeights
 from anchor.objectives.base import JointObjective, SeparableObjective, Shares
 from anchor.objectives.contrastive import ContrastiveTerm
 
@@ -25,15 +28,22 @@ class _Reconstruction:
     """Weights and metrics of the loss, for a batch; holds no parameters."""
 
     def __init__(self, section: schema.ReconstructionObjective, reconstructor: Reconstructor) -> None:
-        self.alpha, self.target, self.target_starts = section.alpha, section.target, reconstructor.target_starts
+        self.alpha, self.target, self.reconstructor = section.alpha, section.target, reconstructor
 
     def target_tokens(self, batch: Batch) -> tuple[int, int]:
         """Target tokens of the batch's queries and positives: what the sums are divided by."""
         if self.target == "body":
             return batch.query_target_tokens, batch.document_target_tokens
+        return self._counted(batch, lambda pack: np.ones(len(pack.roles), dtype=bool))
+
+    def comparable_tokens(self, batch: Batch) -> tuple[int, int]:
+        """Those of the pairs that have a wrong partner beside them in their pack."""
+        return self._counted(batch, lambda pack: wrong_partners_of(pack.roles, pack.text_ids) >= 0)
+
+    def _counted(self, batch: Batch, chosen: Callable[[Pack], np.ndarray]) -> tuple[int, int]:
         counts = [0, 0]
         for pack in batch.packs:
-            tokens = pack.body_ends - self.target_starts(pack) + 1
+            tokens = (pack.body_ends - self.reconstructor.target_starts(pack) + 1) * chosen(pack)
             for role in (QUERY, POSITIVE):
                 counts[role] += int(tokens[pack.roles == role].sum(dtype=np.int64))
         return counts[QUERY], counts[POSITIVE]
@@ -45,14 +55,21 @@ class _Reconstruction:
             document=self.alpha / document_tokens if self.alpha > 0 else None,
         )
 
-    def metrics(self, losses: tuple[Tensor, ...], batch: Batch) -> Shares:
-        loss, query_nll, document_nll = losses[:3]
-        query_tokens, document_tokens = self.target_tokens(batch)
+    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
+        loss, nll, _, dependence = output
         shares = {"loss/total_nats": loss.detach()}
-        if self.alpha < 1:
-            shares["loss/document_to_query_nats"] = query_nll / query_tokens
-        if self.alpha > 0:
-            shares["loss/query_to_document_nats"] = document_nll / document_tokens
+        tokens, comparable = self.target_tokens(batch), (0, 0)
+        if not self.reconstructor.training:
+            comparable = self.comparable_tokens(batch)
+        for role, direction, weight in (
+            (QUERY, "document_to_query", 1 - self.alpha),
+            (POSITIVE, "query_to_document", self.alpha),
+        ):
+            if weight:
+                shares[f"loss/{direction}_nats"] = nll[role] / tokens[role]
+            if weight and comparable[role]:
+                shares[f"dependence/{direction}_nats"] = dependence[0, role] / comparable[role]
+                shares[f"dependence/{direction}_without_inputs_nats"] = dependence[1, role] / comparable[role]
         return shares
 
 
@@ -63,13 +80,21 @@ class ReconstructionObjective(SeparableObjective):
         causal_lm: the model, encoder and decoder at once.
         section: the recipe's ``objective``.
         prefix_tokens: of the shards' template; targets include the instruction. None: targets are the bare texts.
+        decode_prefix_ids: tokens before the anchor vector in every decode row.
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel, section: schema.ReconstructionObjective, prefix_tokens: int | None = None
+        self,
+        causal_lm: PreTrainedModel,
+        section: schema.ReconstructionObjective,
+        prefix_tokens: int | None = None,
+        decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.reconstructor = Reconstructor(causal_lm, prefix_tokens)
+        self.decode_prefix_ids = decode_prefix_ids
+        self.reconstructor = Reconstructor(
+            causal_lm, prefix_tokens, DecodeOptions(decode_prefix_ids, section.input_dropout)
+        )
         self._loss = _Reconstruction(section, self.reconstructor)
 
     def prepare(self, pack: Pack) -> Pack:
@@ -79,7 +104,7 @@ class ReconstructionObjective(SeparableObjective):
         return self.reconstructor(pack, self._loss.weights(batch))
 
     def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
-        return unit_vectors(output[3])
+        return unit_vectors(output[2])
 
     def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
         return self._loss.metrics(output, batch)
@@ -89,19 +114,27 @@ class JointReconstructionObjective(JointObjective):
     """Reconstruction plus a contrastive term over the same encode pass; hard negatives are in the pool only.
 
     Args:
-        causal_lm, section, prefix_tokens: as :class:`ReconstructionObjective`; ``section.contrastive`` is given.
+        causal_lm, section, prefix_tokens, decode_prefix_ids: as :class:`ReconstructionObjective`;
+            ``section.contrastive`` is given.
 
     Raises:
         ValueError: the section has no contrastive term.
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel, section: schema.ReconstructionObjective, prefix_tokens: int | None = None
+        self,
+        causal_lm: PreTrainedModel,
+        section: schema.ReconstructionObjective,
+        prefix_tokens: int | None = None,
+        decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         if section.contrastive is None:
             raise ValueError("no contrastive term; use ReconstructionObjective")
-        self.reconstructor = Reconstructor(causal_lm, prefix_tokens)
+        self.decode_prefix_ids = decode_prefix_ids
+        self.reconstructor = Reconstructor(
+            causal_lm, prefix_tokens, DecodeOptions(decode_prefix_ids, section.input_dropout)
+        )
         self._loss = _Reconstruction(section, self.reconstructor)
         self._term = ContrastiveTerm(section.contrastive, causal_lm.config.hidden_size)
         self._weight = section.contrastive.weight
@@ -109,8 +142,8 @@ class JointReconstructionObjective(JointObjective):
     def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Tensor | tuple[Tensor, ...]:
         if embeddings_only:
             return self.reconstructor.embedder(pack)
-        *losses, anchors = self.reconstructor(pack, self._loss.weights(batch))
-        return unit_vectors(anchors), *losses
+        output = self.reconstructor(pack, self._loss.weights(batch))
+        return unit_vectors(output[2]), *output
 
     def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
         return self._loss.metrics(output[1:], batch)

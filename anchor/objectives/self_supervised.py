@@ -81,6 +81,7 @@ class SelfSupervisedObjective(SeparableObjective):
         special: special tokens and projections.
         section: the recipe's ``objective``.
         end_token_id: ends an answer.
+        decode_prefix_ids: tokens before the soft prompts in every decode row.
     """
 
     def __init__(
@@ -89,9 +90,11 @@ class SelfSupervisedObjective(SeparableObjective):
         special: SpecialTokens,
         section: schema.SelfSupervisedObjective,
         end_token_id: int,
+        decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.supervisor = SelfSupervisor(causal_lm, special, end_token_id)
+        self.decode_prefix_ids = decode_prefix_ids
+        self.supervisor = SelfSupervisor(causal_lm, special, end_token_id, decode_prefix_ids)
         self._loss = _SelfSupervision(section)
 
     def prepare(self, pack: Pack) -> Pack:
@@ -122,8 +125,8 @@ class JointSelfSupervisedObjective(JointObjective):
     """The same plus a contrastive term: positives and hard negatives are encoded too.
 
     Args:
-        causal_lm, special, section, end_token_id: as :class:`SelfSupervisedObjective`; ``section.contrastive`` is
-            given.
+        causal_lm, special, section, end_token_id, decode_prefix_ids: as :class:`SelfSupervisedObjective`;
+            ``section.contrastive`` is given.
 
     Raises:
         ValueError: the section has no contrastive term.
@@ -135,11 +138,13 @@ class JointSelfSupervisedObjective(JointObjective):
         special: SpecialTokens,
         section: schema.SelfSupervisedObjective,
         end_token_id: int,
+        decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         if section.contrastive is None:
             raise ValueError("no contrastive term; use SelfSupervisedObjective")
-        self.supervisor = SelfSupervisor(causal_lm, special, end_token_id)
+        self.decode_prefix_ids = decode_prefix_ids
+        self.supervisor = SelfSupervisor(causal_lm, special, end_token_id, decode_prefix_ids)
         self._loss = _SelfSupervision(section)
         self._term = ContrastiveTerm(section.contrastive, special.dimension)
         self._weight = section.contrastive.weight

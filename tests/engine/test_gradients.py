@@ -187,7 +187,7 @@ def gradients_of(ranks, cases: dict[str, Case], shards: dict[int, Path]) -> dict
 def expected_loss(objective: str, model, batch, shards: Path) -> torch.Tensor:
     """The objective's loss, text by text."""
     from anchor.config import schema
-    from anchor.engine.plan import template_prefix_tokens
+    from anchor.data.decode_prefix import template_prefix_ids
 
     if objective == "contrastive":
         return plain_contrastive(model, batch, 0.1)
@@ -202,7 +202,7 @@ def expected_loss(objective: str, model, batch, shards: Path) -> torch.Tensor:
             without = naive_contrastive(*vectors, chosen.model_copy(update={"false_negative_margin": None}))
             assert abs(float((without - loss).detach())) > 1e-3
         return loss
-    prefix = template_prefix_tokens(shards) if "target" in section else None
+    prefix = len(template_prefix_ids(shards)) if "target" in section else None
     return plain_reconstruction(model, batch, section["alpha"], prefix)
 
 

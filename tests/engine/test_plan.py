@@ -10,9 +10,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
 
+from anchor.data.decode_prefix import template_prefix_ids
 from anchor.data.templates import Template
 from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, prepare_tokenizer
-from anchor.engine.plan import template_prefix_tokens
 
 
 def llama_tokenizer(folder: Path) -> Any:
@@ -39,4 +39,6 @@ def test_the_prefix_is_as_long_as_it_was_packed_whatever_a_loaded_tokenizer_make
     tokenizer.save_pretrained(tmp_path / "shards/tokenizer")
     loaded = SegmentTokenizer(load_tokenizer(str(tmp_path / "shards/tokenizer")), template, 64)
     assert len(loaded.prefix) > len(packed.prefix)
-    assert template_prefix_tokens(tmp_path / "shards") == len(packed.prefix) == packed.encode([("a", 0)]).body_starts[0]
+    assert (
+        len(template_prefix_ids(tmp_path / "shards")) == len(packed.prefix) == packed.encode([("a", 0)]).body_starts[0]
+    )

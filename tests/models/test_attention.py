@@ -48,7 +48,8 @@ def test_packed_hidden_states_and_gradients_equal_one_text_at_a_time(model_dir, 
     assert plain.config.num_attention_heads == 2 * plain.config.num_key_value_heads
     pack = random_pack([1, 17, plain.config.max_position_embeddings, 2, 1, 31], plain.config.vocab_size)
     tensors = to_tensors(pack, CPU)
-    states, inputs = embedder.anchor_states(tensors)
+    inputs = embedder.embed_tokens(tensors.input_ids)
+    states = embedder.anchor_states(tensors, inputs)
     hidden = embedder.hidden_states(inputs, tensors.position_ids, tensors.cu_seqlens, tensors.max_length)
     expected = torch.cat([plain_hidden(plain, segment["ids"]) for segment in segments_of(pack)])
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)

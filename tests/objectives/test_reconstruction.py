@@ -5,13 +5,14 @@ nothing; targets may include the instruction; the joint loss is the sum of its p
 import numpy as np
 import pytest
 import torch
-from reference import plain_contrastive, plain_model, plain_reconstruction, relative, segments_of
+from reference import plain_contrastive, plain_hidden, plain_model, plain_reconstruction, relative, segments_of
 
 from anchor.config import schema
 from anchor.config.load import validate
 from anchor.data.batches import to_tensors
+from anchor.data.decode_prefix import template_prefix_ids
+from anchor.data.packing import partners_of, wrong_partners_of
 from anchor.data.shards import Pack, ShardReader, make_batch
-from anchor.engine.plan import template_prefix_tokens
 from anchor.errors import ConfigError
 from anchor.models.backbone import load_causal_lm
 from anchor.objectives.base import add_shares
@@ -20,15 +21,20 @@ from anchor.objectives.reconstruction import JointReconstructionObjective, Recon
 CPU = torch.device("cpu")
 
 
-def objective_of(folder, alpha: float, dtype: torch.dtype, prefix: int | None = None) -> ReconstructionObjective:
+def objective_of(
+    folder, alpha: float, dtype: torch.dtype, prefix: int | None = None, decode_prefix=(), **fields
+) -> ReconstructionObjective:
     model = load_causal_lm(str(folder), dtype, "anchor_segments").eval()
     target = "body" if prefix is None else "instruction_and_body"
-    section = schema.ReconstructionObjective(kind="reconstruction", alpha=alpha, target=target)
-    return ReconstructionObjective(model, section, prefix)
+    section = schema.ReconstructionObjective(kind="reconstruction", alpha=alpha, target=target, **fields)
+    return ReconstructionObjective(model, section, prefix, tuple(decode_prefix))
 
 
 def packed_loss(objective: ReconstructionObjective, batch):
-    outputs = [objective(to_tensors(objective.prepare(pack), CPU), batch) for pack in batch.packs]
+    outputs = []
+    for number, pack in enumerate(batch.packs):
+        torch.manual_seed(number)
+        outputs.append(objective(to_tensors(objective.prepare(pack), CPU), batch))
     shares = [objective.metrics(output, batch) for output in outputs]
     assert len(shares) > 1
     return sum(o[0] for o in outputs), {name: float(sum(s[name] for s in shares)) for name in shares[0]}
@@ -53,6 +59,93 @@ def test_packed_loss_and_gradient_equal_one_pair_at_a_time_in_float64(model_dir,
     theirs = dict(plain.named_parameters())
     for name, parameter in objective.reconstructor.embedder.causal_lm.named_parameters():
         assert relative(parameter.grad, theirs[name].grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("decode_prefix", [(), (3,), (3, 9, 11)])
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_loss_and_gradient_with_prefix_and_dropped_inputs_equal_one_pair_at_a_time(
+    decode_prefix, dropout, tiny_model_dir, make_shards
+):
+    batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
+    objective = objective_of(tiny_model_dir, 0.2, torch.float64, decode_prefix=decode_prefix, input_dropout=dropout)
+    kept = []
+    for number, pack in enumerate(batch.packs):
+        torch.manual_seed(number)
+        words = int((pack.body_ends - pack.body_starts)[pack.roles <= 1].sum())
+        kept.append(torch.rand(words) >= dropout)
+    share = float(torch.cat(kept).double().mean())
+    assert share == pytest.approx(1 - dropout, abs=0.1)
+    loss, _ = packed_loss(objective, batch)
+    plain = plain_model(tiny_model_dir, torch.float64)
+    expected = plain_reconstruction(plain, batch, 0.2, decode_prefix=decode_prefix, kept=kept)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    paper = float(plain_reconstruction(plain, batch, 0.2).detach())
+    assert (abs(paper - float(expected.detach())) > 1e-4) == bool(decode_prefix or dropout)
+    loss.backward()
+    expected.backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in objective.reconstructor.embedder.causal_lm.named_parameters():
+        assert relative(parameter.grad, theirs[name].grad) < 1e-5, name
+
+
+def test_inputs_are_not_dropped_in_evaluation(tiny_model_dir, make_shards):
+    batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
+    losses = {
+        (dropout, training): float(
+            packed_loss(objective_of(tiny_model_dir, 0.2, torch.float64, input_dropout=dropout).train(training), batch)[
+                0
+            ].detach()
+        )
+        for dropout in (0.0, 0.5)
+        for training in (True, False)
+    }
+    assert losses[0.0, True] == losses[0.0, False] == losses[0.5, False] != losses[0.5, True]
+
+
+def test_dependence_is_what_another_pairs_anchor_costs_beyond_the_own(tiny_model_dir, make_shards):
+    """One pair at a time: the same rows behind the anchor of the next pair that shares no text with it."""
+    batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
+    objective = objective_of(tiny_model_dir, 0.2, torch.float64, decode_prefix=(3,)).eval()
+    _, metrics = packed_loss(objective, batch)
+    plain = plain_model(tiny_model_dir, torch.float64)
+    sums, counts = np.zeros((2, 2)), np.zeros(2)
+    with torch.no_grad():
+        embed = plain.get_input_embeddings()
+        for pack in batch.packs:
+            segments = [s for s in segments_of(pack) if s["role"] <= 1]
+            anchors = [plain_hidden(plain, s["ids"])[-1] for s in segments]
+            assert len(set(pack.text_ids[pack.roles <= 1])) == len(segments) > 2
+            for i, target in enumerate(segments):
+                start, end = target["body"]
+                body, wanted = target["ids"][start:end], torch.cat([target["ids"][start:end], target["ids"][-1:]])
+                for without, words in enumerate((embed(body), torch.zeros_like(embed(body)))):
+                    nll = []
+                    for partner in (i ^ 1, ((i ^ 1) + 2) % len(segments)):
+                        rows = torch.cat([embed(torch.tensor([3])), anchors[partner][None], words])
+                        logits = plain(inputs_embeds=rows[None]).logits[0, 1:]
+                        nll.append(float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")))
+                    sums[without, target["role"]] += nll[1] - nll[0]
+                counts[target["role"]] += len(wanted)
+    for role, direction in enumerate(("document_to_query", "query_to_document")):
+        for without, suffix in enumerate(("", "_without_inputs")):
+            expected = sums[without, role] / counts[role]
+            assert abs(expected) > 1e-6
+            assert metrics[f"dependence/{direction}{suffix}_nats"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_wrong_partner_shares_no_text_with_the_pair():
+    roles = np.array([0, 1, 0, 1, 2, 0, 1, 0, 1], dtype=np.int8)
+    texts = np.array([10, 20, 11, 20, 99, 10, 21, 12, 22])  # pairs 0 and 1 share a document, 0 and 2 a query
+    assert wrong_partners_of(roles, texts).tolist() == [8, 7, 6, 5, -1, 8, 7, 1, 0]
+    assert wrong_partners_of(roles[:4], texts[:4]).tolist() == [-1, -1, -1, -1]
+    assert partners_of(roles)[roles <= 1].tolist() == [1, 0, 3, 2, 6, 5, 8, 7]
+
+
+def test_dependence_is_absent_where_no_pair_has_another_beside_it(tiny_model_dir, make_shards):
+    batch = ShardReader(make_shards(pairs=8, pack_multiple=8, num_rows=8)).read(0)
+    assert all(pack.num_pairs == 1 for pack in batch.packs)
+    _, metrics = packed_loss(objective_of(tiny_model_dir, 0.2, torch.float32).eval(), batch)
+    assert not [name for name in metrics if name.startswith("dependence")]
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_packed(tiny_model_dir, make_shards):
@@ -113,7 +206,7 @@ def test_one_direction_of_sides_of_equal_length_decodes_half_the_tokens(tiny_mod
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 0.0])
 def test_targets_with_the_instruction_begin_behind_the_template(tiny_model_dir, make_shards, alpha):
     shards = make_shards(pairs=8, pack_multiple=2, num_rows=8)
-    prefix = template_prefix_tokens(shards)
+    prefix = len(template_prefix_ids(shards))
     batch = ShardReader(shards).read(0)
     for segment in (s for pack in batch.packs for s in segments_of(pack)):
         # Documents carry no instruction, so their bodies begin where the template's prefix ends; queries' do not.
