@@ -27,7 +27,7 @@ from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.adapters import without_adapter
 from anchor.models.head import output_layer
 from anchor.models.reconstructor import generate_from_prefixes
-from eval.encoder import PackedEncoder, TextEncoder
+from eval.encoder import Encoder, PackedEncoder, TextEncoder
 from eval.opening import SELF_SUPERVISED
 from eval.texts import read_rows
 from eval.vectors import read_folder
@@ -142,7 +142,12 @@ class Decoder:
             if stored.norms is None:
                 raise DataError(f"{folder}: normalised and without norms; embed again with an exported folder")
             vectors = vectors * stored.norms[:limit, None]
-        said = self.prefixes(torch.from_numpy(np.array(vectors))[:, None])
+        states = torch.from_numpy(np.array(vectors))
+        if isinstance(self.encoder, Encoder):
+            # The texts are not stored; their prompt is, and it is what tells the frame.
+            ids = self.encoder.backend.encode(f"{stored.manifest.get('prompt', '')}a").ids
+            states = self.encoder.prefix_vectors(states, [ids] * len(states))
+        said = self.prefixes(states[:, None])
         return [Decoded(one, text) for one, text in zip(stored.ids, said, strict=False)]
 
     def pairs(self, pairs: Sequence[tuple[str, str]], direction: str) -> list[Decoded]:

@@ -30,6 +30,7 @@ from anchor.data.tokenization import load_tokenizer
 from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
 from anchor.models.attention import default_kernel, implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
+from anchor.models.centres import CENTRES_NAME, Centres
 from anchor.models.embedder import Embedder
 
 BLOCK_TEXTS = 512
@@ -181,6 +182,10 @@ class Encoder(PackedEncoder):
         super().__init__(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens)
         causal_lm = load_causal_lm(str(folder), DTYPES[dtype], self.implementation)
         self.embedder = Embedder(causal_lm).to(self.device).eval()
+        self.centres: Centres | None = None
+        if self.about.get("anchor_vector") == "centred":
+            self.centres = Centres()
+            self.centres.read(folder / CENTRES_NAME)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -192,7 +197,19 @@ class Encoder(PackedEncoder):
 
     def of_pack(self, pack: PackTensors) -> tuple[Float[torch.Tensor, "S D"], Float[torch.Tensor, "S P H"]]:
         states = self.embedder.anchor_states(pack, self.embedder.embed_tokens(pack.input_ids))
-        return states, states[:, None]
+        texts = np.split(pack.pack.input_ids, np.cumsum(pack.pack.segment_lengths)[:-1])
+        return states, self.prefix_vectors(states, [text.tolist() for text in texts])[:, None]
+
+    def prefix_vectors(
+        self, states: Float[torch.Tensor, "S H"], texts: Sequence[Sequence[int]]
+    ) -> Float[torch.Tensor, "S H"]:
+        """Anchor states as they enter the decode pass.
+
+        Args:
+            states: raw anchor states.
+            texts: token ids of the texts, template included; they say which mean to subtract.
+        """
+        return states if self.centres is None else self.centres.matched(states, texts)
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -70,6 +70,9 @@ class ReconstructionObjective(Section):
     input_dropout: Fraction = 0.0
     """Share of the decode inputs replaced by the zero vector while training (0 to 1). With 0 (the paper) the decoder
     sees every word before a target; with 1 it predicts from the anchor vector and the position alone."""
+    anchor_vector: Literal["raw", "centred"] = "raw"
+    """What stands for a text in the decode pass: its anchor state as it is (the paper), or minus the mean state of its
+    frame (template and instruction) and scaled to RMS 1; `anchor/models/centres.py`. The embedding is the raw one."""
     contrastive: JointContrastive | None = None
     """A contrastive term added to the loss, over the same encode pass; hard negatives are then encoded too."""
 

@@ -23,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors.torch import save_file
 
 from anchor import dist
 from anchor.engine.deepspeed import Engine
 from anchor.engine.estimate_work import checkpoint_bytes
+from anchor.engine.step import objective_of
 from anchor.errors import TrainingError, first_line
+from anchor.models.centres import CENTRES_NAME
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,8 @@ def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep
             beside.mkdir(parents=True)
         dist.barrier()
         engine.save(beside, _TAG)
+        if dist.is_first_rank() and (centres := objective_of(engine).centres) is not None:
+            save_file(centres.to_tensors(), beside / CENTRES_NAME)
         files = _flushed(beside, engine.ranks.rank)
         files = {name: about for part in dist.gather_objects(files) for name, about in part.items()}
         if dist.is_first_rank():
@@ -249,6 +254,8 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     One of another number of ranks is converted to DeepSpeed's universal format beside it first, by rank 0; the engine
     must have been made with ``universal=True`` then.
     """
+    if (centres := objective_of(engine).centres) is not None:
+        centres.read(checkpoint / CENTRES_NAME)
     if not engine.universal:
         engine.load(checkpoint, _TAG)
         return

@@ -25,9 +25,13 @@ from anchor.data.shards import Index
 from anchor.engine import export_special_tokens
 from anchor.engine.deepspeed import Engine
 from anchor.engine.folder_files import config_for_all, prompts_and_limit, prompts_line, write_json_files
+from anchor.engine.plan import decode_prefix_of
+from anchor.engine.step import objective_of
 from anchor.models.backbone import DTYPES, lora_config
+from anchor.models.centres import CENTRES_NAME
 from anchor.models.embedder import Embedder
 from anchor.models.special_tokens import SpecialTokens
+from anchor.objectives.base import Objective
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ def export_model(
             **provenance,
         }
         shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
+        about |= _write_decoding(beside, objective_of(engine), recipe)
         if special is None or alone is None:
             _write_weights(beside, causal_lm, weights, recipe)
             write_consumer_files(beside, causal_lm.config.hidden_size, index)
@@ -86,6 +91,17 @@ def export_model(
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     dist.barrier()
+
+
+def _write_decoding(folder: Path, objective: Objective, recipe: TrainRecipe) -> dict[str, Any]:
+    """Write the means that a decoder needs; return what ``anchor.json`` says of how it continues."""
+    if recipe.objective.kind not in ("reconstruction", "self_supervised"):
+        return {}
+    about: dict[str, Any] = {"decode_prefix_token_ids": list(decode_prefix_of(recipe))}
+    if objective.centres is not None:
+        about["anchor_vector"] = "centred"
+        save_file(objective.centres.to_tensors(), folder / CENTRES_NAME)
+    return about
 
 
 def _keep_scores(folder: Path) -> None:

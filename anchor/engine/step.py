@@ -111,6 +111,8 @@ def train_step(
     if not 0 <= metrics["optim/grad_norm"] < math.inf:
         # Finite elements whose squares overflow: DeepSpeed computes the norm inside its update only, and calls it -1.
         raise NotFiniteError("norm of the gradient", step, batch, metrics, "this update is in no checkpoint")
+    if objective.centres is not None:
+        objective.centres.update(batch)
     metrics["optim/lr"] = lr
     return StepResult(metrics, sum(pack.num_tokens for pack in prepared), stop)
 

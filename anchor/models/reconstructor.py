@@ -20,6 +20,7 @@ from anchor.data.batches import PackTensors
 from anchor.data.packing import decode_plan, partners_of, wrong_partners_of
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Pack
+from anchor.models.centres import Centres
 from anchor.models.decode_pass import decode_pass
 from anchor.models.embedder import Embedder
 from anchor.models.head import Head, output_layer
@@ -51,10 +52,12 @@ class DecodeOptions:
     Attributes:
         decode_prefix_ids: tokens before the anchor vector in every decode row; none in the paper.
         input_dropout: share of the decode inputs to drop while training, 0 to 1; 0 in the paper.
+        centred: whether anchor states are centred before they enter the decode pass; not in the paper.
     """
 
     decode_prefix_ids: tuple[int, ...] = ()
     input_dropout: float = 0.0
+    centred: bool = False
 
 
 PAPER = DecodeOptions()
@@ -128,16 +131,13 @@ class Reconstructor(nn.Module):
         self.embedder = Embedder(causal_lm)
         self.head = Head(output_layer(causal_lm))
         self.prefix_tokens, self.options = prefix_tokens, options
+        self.centres = Centres() if options.centred else None
 
     def target_starts(self, pack: Pack) -> np.ndarray:
         """First target token of every segment, relative to it; the last is the anchor token, behind the body's end."""
         if self.prefix_tokens is None:
             return pack.body_starts
         return np.full_like(pack.body_starts, self.prefix_tokens)
-
-    def prefix_vectors(self, anchors: Float[Tensor, "S H"]) -> Float[Tensor, "S H"]:
-        """Anchor states as they enter the decode pass."""
-        return anchors
 
     def forward(
         self, pack: PackTensors, weights: TargetWeights
@@ -162,7 +162,9 @@ class Reconstructor(nn.Module):
         decode_prefix = pack.input_ids.new_tensor(self.options.decode_prefix_ids)
         inputs = self.embedder.embed_tokens(torch.cat([pack.input_ids, decode_prefix]))
         anchors = self.embedder.anchor_states(pack, inputs[:num_tokens])
-        vectors = self.prefix_vectors(anchors)
+        vectors = anchors
+        if self.centres is not None:
+            vectors = self.centres.vectors(anchors, pack.pack, training=self.training)
         # 2. and 3. Decode; the head.
         dropout = self.options.input_dropout if self.training else 0.0
         loss, nll = self._decode(pack, weights, vectors, inputs, dropout)

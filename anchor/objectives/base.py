@@ -14,13 +14,20 @@ from torch import Tensor, nn
 
 from anchor.data.batches import PackTensors
 from anchor.data.shards import Batch, Pack
+from anchor.models.centres import Centres
 
 Shares = dict[str, Tensor]
 """Metric name (``group/what_unit``) -> float32 scalar without gradient, this pack's or rank's share of the value."""
 
 
 class Objective(nn.Module, ABC):
-    """The module that the engine wraps; everything that touches parameters happens in its ``forward``."""
+    """The module that the engine wraps; everything that touches parameters happens in its ``forward``.
+
+    Attributes:
+        centres: means that the step updates after the parameters have moved, and that checkpoints and exports hold.
+    """
+
+    centres: Centres | None = None
 
     def prepare(self, pack: Pack) -> Pack:
         """The part of a pack that this objective reads."""

@@ -92,9 +92,9 @@ class ReconstructionObjective(SeparableObjective):
     ) -> None:
         super().__init__()
         self.decode_prefix_ids = decode_prefix_ids
-        self.reconstructor = Reconstructor(
-            causal_lm, prefix_tokens, DecodeOptions(decode_prefix_ids, section.input_dropout)
-        )
+        options = DecodeOptions(decode_prefix_ids, section.input_dropout, section.anchor_vector == "centred")
+        self.reconstructor = Reconstructor(causal_lm, prefix_tokens, options)
+        self.centres = self.reconstructor.centres
         self._loss = _Reconstruction(section, self.reconstructor)
 
     def prepare(self, pack: Pack) -> Pack:
@@ -132,9 +132,9 @@ class JointReconstructionObjective(JointObjective):
         if section.contrastive is None:
             raise ValueError("no contrastive term; use ReconstructionObjective")
         self.decode_prefix_ids = decode_prefix_ids
-        self.reconstructor = Reconstructor(
-            causal_lm, prefix_tokens, DecodeOptions(decode_prefix_ids, section.input_dropout)
-        )
+        options = DecodeOptions(decode_prefix_ids, section.input_dropout, section.anchor_vector == "centred")
+        self.reconstructor = Reconstructor(causal_lm, prefix_tokens, options)
+        self.centres = self.reconstructor.centres
         self._loss = _Reconstruction(section, self.reconstructor)
         self._term = ContrastiveTerm(section.contrastive, causal_lm.config.hidden_size)
         self._weight = section.contrastive.weight
