@@ -1,5 +1,5 @@
-"""Invariants: a frame's mean is over all ranks and packs of the last batch that held it; centred vectors have RMS 1; means
-survive writing and reading; a text is centred by the longest frame that fits it."""
+"""Invariants: a frame's mean is over all ranks and packs of the last batch that held it; centred vectors have RMS 1;
+means survive writing and reading; a text is centred by the longest frame that fits it."""
 
 from pathlib import Path
 
@@ -73,8 +73,9 @@ def test_vectors_are_centred_by_the_means_before_the_step_and_have_rms_one(shard
         centres.vectors(states_of(other), other, training=True)
     centres.update(batch)
     after = centres.vectors(states_of(pack), pack, training=False)
-    means = {frame: mean for frame, mean in centres.means.items()}
-    rows = torch.stack([state - means[frame] for state, frame in zip(states_of(pack), frames_of(pack), strict=True)])
+    rows = torch.stack(
+        [state - centres.means[frame] for state, frame in zip(states_of(pack), frames_of(pack), strict=True)]
+    )
     assert not torch.allclose(after, before, atol=1e-2)
     np.testing.assert_allclose(after, rows / rows.square().mean(dim=1, keepdim=True).sqrt(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(after.square().mean(dim=1), np.ones(len(rows)), rtol=1e-4)

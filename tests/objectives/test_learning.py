@@ -14,15 +14,16 @@ from anchor.objectives.reconstruction import ReconstructionObjective
 
 START, END = 1, 2
 PAIRS = 64
+LR = 5e-3
 STEPS = 600
 
 
-def overfit_batch() -> Pack:
-    """One pack: documents of three words, queries of two that the document decides; every pair differs."""
+def pack_of_pairs() -> Pack:
+    """One pack: a document of one word and its query of another."""
     ids, roles = [], []
     for pair in range(PAIRS):
         first, second = divmod(pair, 8)
-        ids += [[START, 10 + first, 20 + second, END], [START, 30 + first, 40 + second, 50, END]]
+        ids += [[START, 10 + pair, END], [START, 100 + pair, END]]
         roles += [0, 1]
     lengths = np.array([len(one) for one in ids], dtype=np.int32)
     return Pack(
@@ -36,17 +37,19 @@ def overfit_batch() -> Pack:
     )
 
 
+PACK = pack_of_pairs()
+
+
 @pytest.mark.parametrize(
     ("decode_prefix", "vector", "dropout"),
     [
-        ((), "raw", 0.0),
         ((START,), "centred", 0.5),
         *(
             pytest.param(prefix, vector, dropout, marks=pytest.mark.slow)
             for prefix in ((), (START,))
             for vector in ("raw", "centred")
             for dropout in (0.0, 0.5)
-            if (prefix, vector, dropout) not in [((), "raw", 0.0), ((START,), "centred", 0.5)]
+            if (prefix, vector, dropout) != ((START,), "centred", 0.5)
         ),
     ],
 )
@@ -57,30 +60,34 @@ def test_64_pairs_are_learnt_until_every_document_decodes_to_its_query(tiny_mode
         kind="reconstruction", alpha=0.5, input_dropout=dropout, anchor_vector=vector
     )
     objective = ReconstructionObjective(model, section, None, decode_prefix)
-    pack = overfit_batch()
-    batch, tensors = make_batch([pack], "x"), to_tensors(pack, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    pairs = np.repeat(np.arange(PAIRS), 2)
+    parts = [make_batch([PACK.select(pairs % 4 == part)], "x") for part in range(4)]
+    tensors = [to_tensors(part.packs[0], torch.device("cpu")) for part in parts]
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=LR)
+    losses = [10.0] * 4
     for step in range(STEPS):
+        part = step % 4
         torch.manual_seed(step)
-        loss = objective(tensors, batch)[0]
+        optimizer.param_groups[0]["lr"] = LR * min((step + 1) / 20, 1.1 - step / STEPS)
+        loss = objective(tensors[part], parts[part])[0]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         if objective.centres is not None:
-            objective.centres.update(batch)
+            objective.centres.update(parts[part])
+        losses[part] = float(loss.detach())
+        if max(losses) < 0.02:
+            break
     objective.eval()
+    batch = make_batch([PACK], "x")
     with torch.no_grad():
-        output = objective(tensors, batch)
+        output = objective(to_tensors(PACK, torch.device("cpu")), batch)
     metrics = objective.metrics(output, batch)
-    print({k: round(float(v), 3) for k, v in metrics.items()})
-    vectors = output[2] if objective.centres is None else objective.centres.vectors(output[2], pack, training=False)
-    documents = vectors[torch.from_numpy(pack.roles == 1)]
-    said = generate_from_prefixes(
-        model, documents[:, None], END, decode_prefix_ids=decode_prefix, max_new_tokens=4
-    )
-    right = [said[pair] == [10 + pair // 8, 20 + pair % 8] for pair in range(PAIRS)]
-    print(sum(right))
+    vectors = output[2] if objective.centres is None else objective.centres.vectors(output[2], PACK, training=False)
+    documents = vectors[torch.from_numpy(PACK.roles == 1)]
+    said = generate_from_prefixes(model, documents[:, None], END, decode_prefix_ids=decode_prefix, max_new_tokens=4)
+    right = [said[pair] == [10 + pair] for pair in range(PAIRS)]
     assert float(metrics["dependence/document_to_query_nats"]) > 1
     assert float(metrics["dependence/query_to_document_nats"]) > 1
     assert sum(right) == PAIRS
