@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from anchor import dist
 from anchor.config import schema
 from anchor.config.schema import TrainRecipe
 from anchor.data.batches import check_ranks
 from anchor.data.shards import ShardReader, index_hash, read_index
-from anchor.data.tokenization import shards_tokenizer
+from anchor.data.tokenizer_files import read_tokenizer, shards_tokenizer
 from anchor.engine.deepspeed import read_ds_config
 from anchor.engine.held_out import HeldOut
 from anchor.engine.special_tokens import check_template, make_self_supervised
@@ -104,7 +103,7 @@ def template_prefix_tokens(shards: Path) -> int:
     They are those of the tokenizer's post-processor: a LlamaTokenizer, loaded again, may cut the prefix's text
     otherwise than the one that the shards were packed with.
     """
-    stored = Tokenizer.from_file(str(shards / "tokenizer" / "tokenizer.json"))
+    stored = read_tokenizer(shards / "tokenizer" / "tokenizer.json")
     return stored.encode("a").special_tokens_mask.index(0)
 
 
