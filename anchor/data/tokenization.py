@@ -30,10 +30,8 @@ __all__ = [
     "tokenizer_fingerprint",
 ]
 
-_SPECIAL_NAME = re.compile(
-    r"<[|｜][^\s<>|｜]+[|｜]>|</?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?(?:INST|SYSTEM_PROMPT)\]"
-)
-"""Names that model families give to special tokens, and that hardly any text holds."""
+_SPECIAL_NAME = re.compile(r"<[|｜][^\s<>|｜]+[|｜]>|</?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>")
+"""Names that model families give to special tokens. ``[INST]`` is missing: the first Mistral models have it as text."""
 
 
 @dataclass(frozen=True, slots=True)

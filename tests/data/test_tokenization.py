@@ -346,8 +346,8 @@ def test_a_special_name_that_is_no_token_of_this_tokenizer_is_refused(
 
 def test_tags_that_name_no_special_token_are_template_text(tiny_tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
-    prepare_tokenizer(tokenizer, Template("<query> [Q] a|b ", "</query><|im_end|>", "{text}"), "tiny")
-    assert tokenizer.decode(tokenizer("x")["input_ids"]) == "<query> [Q] a|b x</query><|im_end|>"
+    prepare_tokenizer(tokenizer, Template("[INST] <query> a|b ", "</query><|im_end|>", "{text}"), "tiny")
+    assert tokenizer.decode(tokenizer("x")["input_ids"]) == "[INST] <query> a|b x</query><|im_end|>"
 
 
 def test_an_added_token_that_the_vocabulary_makes_too_stays_an_ordinary_token() -> None:
