@@ -22,6 +22,7 @@ from typing import Any
 
 from anchor.config.load import load_recipe
 from anchor.config.schema import PackRecipe
+from anchor.data.positions import check_positions_of_folder
 from anchor.data.shards import INDEX_NAME, Index, read_index
 from anchor.data.templates import Template, resolve_template
 from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, prepare_tokenizer
@@ -96,6 +97,7 @@ def merge(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
 
 
 def _run(path: str, recipe: PackRecipe) -> PackRun:
+    check_positions_of_folder(recipe.tokenizer, recipe.text.max_tokens, f"{path}: text.max_tokens")
     tokenizer = load_tokenizer(recipe.tokenizer)
     template = _kept_template(recipe) or resolve_template(recipe.template, tokenizer, f"{path}: template")
     prepare_tokenizer(tokenizer, template, recipe.tokenizer)

@@ -172,7 +172,7 @@ def _frame(tokenizer: Any, model: str) -> tuple[str, str]:
     thinking = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
     frame = chat_frame(tokenizer, add_generation_prompt=True, **thinking)
     if frame is None:
-        raise ModelError(f"{model}: the chat template does not repeat the user's text; nothing can be asked")
+        raise ModelError(f"{model}: the chat template leaves out or changes the user's text; nothing can be asked")
     return frame
 
 

@@ -1,8 +1,8 @@
 """``python -m eval convert``: a model in LLM2Vec-Gen's published layout -> a folder as ``anchor.train`` exports it.
 
 1. :mod:`eval.original` reads rows, projections and adapter; the base must be at hand and be the one they belong to.
-2. The tokenizer gets what the authors' code did to every text: white space at its ends goes, the special tokens come
-   behind it. Their names inside a text are ordinary text here, as everywhere in this project.
+2. The tokenizer puts the special tokens behind every text, as the authors' code does. Texts keep the white space at
+   their ends, as in the authors' ``encode``; the names of special tokens inside a text are ordinary text here.
 3. The folder is written beside and renamed. Its vectors are those of the original, and so are its decoded texts. Only
    a folder that this command made is ever replaced.
 """
@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from tokenizers.normalizers import Normalizer, Sequence, Strip
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from anchor.data.positions import check_positions
 from anchor.data.templates import Template
 from anchor.data.tokenization import load_tokenizer, prepare_tokenizer
 from anchor.engine.export_special_tokens import card
@@ -40,6 +40,11 @@ PROMPTS = {
     "document": "Summarize the following passage: ",
 }
 """The two sentences that the paper puts before texts."""
+
+_ANSWER_END = "<|end_of_text|>"
+"""The authors' training writes it behind every answer: one token of Llama's, six of Qwen's."""
+_STOPS = (_ANSWER_END, "<|endoftext|>")
+"""Tokens that end the authors' generation beside the tokenizer's own end-of-text token: 128001, 151643."""
 
 
 def convert(
@@ -61,12 +66,13 @@ def convert(
     original = read_original(folder)
     path = find_base(folder, base or original.base)
     _check_output(output, folder, path, overwrite=overwrite)
-    tokenizer, template, end_token_id = _tokenizer(folder, original)
+    tokenizer, template, stops = _tokenizer(folder, original)
     taken = tokenizer.backend_tokenizer.num_special_tokens_to_add(False)
     if max_tokens <= taken:
         raise ConfigError(f"--max-tokens ({max_tokens}) leaves no room for text: the template takes {taken} tokens")
     causal_lm = load_causal_lm(path, torch.bfloat16, implementation("segments", "cpu", torch.bfloat16))
     _check_base(folder, original, causal_lm, path)
+    check_positions(causal_lm.config.to_dict(), path, max_tokens, "--max-tokens")
     dimension = len(original.projections["alignment.bias"])
     said = Description(path, base_fingerprint(causal_lm), len(original.names), original.token_ids[0], dimension)
     about: dict[str, Any] = {
@@ -76,7 +82,8 @@ def convert(
         "prompts": PROMPTS,
         "max_tokens": max_tokens,
         **said.to_json(),
-        "end_token_id": end_token_id,
+        "end_token_id": stops[0],
+        "stop_token_ids": stops,
         "teacher": None,
         "converted": {"from": str(folder.resolve()), "layout": "LLM2Vec-Gen", "run_config": original.run},
     }
@@ -143,8 +150,8 @@ def _check_base(folder: Path, original: Original, causal_lm: PreTrainedModel, pa
         raise ModelError(f"{path}: not the base of {folder}: the input embeddings in encoder/ are others")
 
 
-def _tokenizer(folder: Path, original: Original) -> tuple[Any, Template, int]:
-    """The tokenizer that adds the template by itself, the template, and the id of the token that ends an answer."""
+def _tokenizer(folder: Path, original: Original) -> tuple[Any, Template, list[int]]:
+    """Return the tokenizer that adds the template by itself, the template, and the tokens that end an answer."""
     tokenizer: Any = load_tokenizer(str(folder))
     ids = tokenizer.convert_tokens_to_ids(original.names)
     if ids != original.token_ids:
@@ -152,25 +159,25 @@ def _tokenizer(folder: Path, original: Original) -> tuple[Any, Template, int]:
             f"{folder}: the tokenizer's ids of {original.names[0]} … {original.names[-1]} are {ids}, those of the "
             f"trained rows {original.token_ids}"
         )
-    end = tokenizer.eos_token
-    if end is None:
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder()
+    if tokenizer.eos_token is None:
         raise ModelError(f"{folder}: the tokenizer has no end-of-text token, so nothing would end a decoded text")
+    known = {token.content: number for number, token in added.items()}
+    end = _ANSWER_END if _ANSWER_END in known else tokenizer.eos_token
+    names = dict.fromkeys((end, tokenizer.eos_token, *(name for name in _STOPS if name in known)))
     bare, whole = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
     if whole[len(whole) - len(bare) :] != bare:
         raise ModelError(f"{folder}: the tokenizer puts tokens behind a text, where the special tokens belong")
     prefix = "".join(tokenizer.convert_ids_to_tokens(whole[: len(whole) - len(bare)]))
     template = Template(prefix, "".join(original.names), "{instruction}: {text}", len(original.names), end)
-    backend = tokenizer.backend_tokenizer
-    added = backend.get_added_tokens_decoder()
     if not all(one in added for one in ids):
         raise ModelError(
             f"{folder}: {original.names[0]} … {original.names[-1]} are not all added tokens of the tokenizer"
         )
     # Its special tokens are there already; of a template without any, none are added.
     prepare_tokenizer(tokenizer, replace(template, special_tokens=0), str(folder))
-    own: Normalizer | None = backend.normalizer
-    backend.normalizer = Strip() if own is None else Sequence([Strip(), own])
-    return tokenizer, template, tokenizer.convert_tokens_to_ids(end)
+    return tokenizer, template, tokenizer.convert_tokens_to_ids(list(names))
 
 
 def _write_adapter(folder: Path, original: Original, prefix: str, base: str) -> None:

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ class Decoder:
         named = ("end_token_id", "anchor_token_id")
         ends = [encoder.about[name] for name in named if encoder.about.get(name) is not None]
         self._end: int = ends[0] if ends else encoder.backend.encode("").ids[-1]
+        self._stops = {self._end, *encoder.about.get("stop_token_ids", ())}
 
     def prefixes(self, prefixes: Float[torch.Tensor, "B P H"]) -> list[str]:
         """Texts of the vectors that the decoder was trained to continue from."""
@@ -105,7 +107,9 @@ class Decoder:
                     max_new_tokens=self._length,
                     num_beams=self._beams,
                 )
-            out += self.encoder.backend.decode_batch(ids, skip_special_tokens=True)
+            # Only converted folders have more than one stop. Greedy text before one does not depend on what follows.
+            said = [list(takewhile(lambda token: token not in self._stops, row)) for row in ids]
+            out += self.encoder.backend.decode_batch(said, skip_special_tokens=True)
         return out
 
     def texts(self, texts: Sequence[str], prompt: str = "") -> list[Decoded]:

@@ -119,6 +119,15 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir:
 
 
 @pytest.fixture(scope="session")
+def long_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The random Llama with positions for the texts of every shipped recipe."""
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("long") / "llama"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_untied_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
     """A random Qwen3 with an output layer of its own, and its tokenizer."""
     return _save_tiny_model(tmp_path_factory.mktemp("qwen3"), tiny_tokenizer_dir, "qwen3", tied=False)

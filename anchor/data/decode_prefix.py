@@ -7,10 +7,9 @@ anchor vector (or the soft prompts) can carry what it has to say.
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from anchor.config.objectives import DecodePrefix
 from anchor.data.index import Index
+from anchor.data.tokenizer_files import read_tokenizer
 from anchor.errors import ShardError
 
 
@@ -20,7 +19,7 @@ def template_prefix_ids(shards: Path) -> list[int]:
     They come from the tokenizer's post-processor: a LlamaTokenizer, loaded again, may cut the prefix's text otherwise
     than the one that the shards were packed with.
     """
-    stored = Tokenizer.from_file(str(shards / "tokenizer" / "tokenizer.json")).encode("a")
+    stored = read_tokenizer(shards / "tokenizer" / "tokenizer.json").encode("a")
     return stored.ids[: stored.special_tokens_mask.index(0)]
 
 
@@ -57,4 +56,4 @@ def _bos_id(folder: Path) -> int | None:
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     name = config.get("bos_token")
     name = name.get("content") if isinstance(name, dict) else name
-    return Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(name) if name else None
+    return read_tokenizer(folder / "tokenizer.json").token_to_id(name) if name else None

@@ -1,19 +1,24 @@
-"""What surrounds every text: prefix, suffix ending in the anchor token, and how instructions join.
+"""Templates: the prefix and suffix around every text, ending in the anchor token, and how instructions join.
 
 A template is data. It comes from a preset, from the model's own chat template or from the recipe, is
 stored with shards and exported models, and lives in the tokenizer's post-processor, so that training
 and every later consumer produce the same ids.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from tokenizers import Tokenizer
 
 from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
-from anchor.errors import ConfigError, did_you_mean, first_line
+from anchor.data.chat_templates import chat_frame, ends_a_turn
+from anchor.errors import ConfigError, did_you_mean
 
-_SENTINEL = "\u241fTEXT\u241f"
+log = logging.getLogger(__name__)
+
+_SPACE = "\u2581"
+"""How SentencePiece writes a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,9 @@ def resolve_template(
         if section.name not in PRESETS:
             raise ConfigError(f"{where}: unknown preset '{section.name}'{did_you_mean(section.name, PRESETS)}")
         prefix, suffix = PRESETS[section.name]
+        if section.name == "mistral" and not puts_space_first(tokenizer.backend_tokenizer):
+            # Its tekken tokenizers put no space between [INST] and the text, and would make a token of one.
+            prefix, suffix = prefix.rstrip(), suffix.lstrip()
         if "{eos}" in suffix and not tokenizer.eos_token:
             raise ConfigError(f"{where}: the tokenizer has no end-of-text token; use a template of kind custom")
         prefix = prefix.replace("{bos}", tokenizer.bos_token or "")
@@ -103,30 +111,42 @@ def resolve_template(
         raise ConfigError(f"{where}: the tokenizer has no chat template; use a template of kind preset or custom")
     frame = chat_frame(tokenizer)
     if frame is None:
-        raise ConfigError(f"{where}: the chat template does not repeat the user's text; use a preset or custom one")
-    return Template(frame[0], frame[1].rstrip(), section.instruction_format)
-
-
-def chat_frame(tokenizer: Any, **variables: Any) -> tuple[str, str] | None:
-    """What a tokenizer's chat template puts before and behind the text of a user's turn.
-
-    Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        variables: of the template, such as ``add_generation_prompt``.
-
-    Returns:
-        Text with special tokens by name, or None where the template does not repeat the user's text.
-
-    Raises:
-        ConfigError: the template refuses a user's turn.
-    """
-    turn = [{"role": "user", "content": _SENTINEL}]
-    try:
-        rendered = tokenizer.apply_chat_template(turn, tokenize=False, **variables)
-    except TemplateError as error:
         raise ConfigError(
-            f"{tokenizer.name_or_path}: the chat template fails: {first_line(error)}; mend it, or use a preset or "
-            "custom template"
-        ) from error
-    before, found, behind = rendered.partition(_SENTINEL)
-    return (before, behind) if found else None
+            f"{where}: the chat template leaves out or changes the user's text; use a preset or custom one"
+        )
+    suffix = frame[1].rstrip()
+    _warn_of_other_ends(tokenizer, suffix, where)
+    return Template(frame[0], suffix, section.instruction_format)
+
+
+def _warn_of_other_ends(tokenizer: Any, suffix: str, where: str) -> None:
+    """Warn of a chat template whose user's turn ends in ``[/INST]`` or the assistant's header."""
+    ids = template_ids(tokenizer.backend_tokenizer, suffix)
+    last = tokenizer.backend_tokenizer.id_to_token(ids[-1]) if ids else None
+    if last is not None and not ends_a_turn(tokenizer, last):
+        log.warning(
+            "%s: the chat template ends a user's turn in %r, which is neither the end-of-text token (%s) nor the end "
+            "of an answer; it becomes the anchor token. A preset or custom template can end in %s",
+            where,
+            last,
+            tokenizer.eos_token,
+            tokenizer.eos_token,
+        )
+
+
+def puts_space_first(backend: Tokenizer) -> bool:
+    """Return whether a tokenizer puts a space before every text, as SentencePiece's do."""
+    alone = backend.encode("a", add_special_tokens=False).tokens
+    return bool(alone) and alone[0].startswith(_SPACE)
+
+
+def template_ids(backend: Tokenizer, text: str) -> list[int]:
+    """Ids of template text, special tokens recognised by name."""
+    if not text:
+        return []
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = False
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    finally:
+        backend.encode_special_tokens = before

@@ -7,23 +7,31 @@
    finds the body by character offsets: the first token that reaches past the instruction begins the body.
 """
 
-import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
-from tokenizers.processors import TemplateProcessing
 
-from anchor.config.model_path import resolve_model_path
-from anchor.data.templates import Template, special_token_names
-from anchor.errors import DataError, ModelError, ShardError, first_line
+from anchor.data.templates import Template, puts_space_first, special_token_names, template_ids
+from anchor.data.tokenizer_files import load_tokenizer, shards_tokenizer, template_processor, tokenizer_fingerprint
+from anchor.errors import DataError
 
-_SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+__all__ = [
+    "SegmentTokenizer",
+    "Segments",
+    "end_token_id",
+    "load_tokenizer",
+    "prepare_tokenizer",
+    "shards_tokenizer",
+    "tokenizer_fingerprint",
+]
+
+_SPECIAL_NAME = re.compile(r"<[|｜][^\s<>|｜]+[|｜]>|</?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>")
+"""Names that model families give to special tokens. ``[INST]`` is missing: the first Mistral models have it as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +55,6 @@ class Segments:
     problems: dict[int, str]
 
 
-def load_tokenizer(path: str) -> Any:
-    """Load a fast transformers tokenizer from a folder, hub name or GGUF file (the last needs torch).
-
-    Raises:
-        ModelError: no such model, or no fast tokenizer there.
-    """
-    from transformers import AutoTokenizer  # takes a second to import; pure functions here do not need it
-
-    location = resolve_model_path(path, files=("config.json", "tokenizer.json"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location.name, **location.kwargs())
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{path}: no tokenizer could be loaded: {first_line(error)}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{path}: the tokenizer is not a fast one (tokenizer.json); convert it first")
-    return tokenizer
-
-
 def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
     """Put the template into a transformers tokenizer's post-processor; changes and returns it.
 
@@ -73,8 +63,9 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
     special tokens are new ones, with consecutive ids behind all others.
 
     Raises:
-        DataError: the template's anchor token or end token is not one token of this tokenizer, the tokenizer has a
-            token of the name of a trained special token, or makes a special token of its name inside a text.
+        DataError: the template's anchor token, end token or a special name in it is not one token of this tokenizer,
+            the tokenizer has a token of the name of a trained special token, or makes a special token of its name
+            inside a text.
     """
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -89,27 +80,21 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
             f"{where}: the tokenizer has no token for the template's anchor: suffix {template.suffix!r} becomes "
             f"{pieces}; choose the template of this model's family"
         )
-    # A template token that is not marked special would still be recognised inside texts.
-    mark = [AddedToken(added[i].content, special=True, normalized=False) for i in {*prefix_ids, *suffix_ids} & {*added}]
-    backend.add_special_tokens(mark)
-    parts = {"prefix": prefix_ids, "suffix": suffix_ids}
-    backend.post_processor = TemplateProcessing(
-        single=("prefix:0 " if prefix_ids else "") + "$A:0 suffix:0",
-        pair=("prefix:0 " if prefix_ids else "") + "$A:0 $B:1 suffix:1",
-        special_tokens=[
-            {"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]}
-            for name, ids in parts.items()
-            if ids
-        ],
-    )
+    _refuse_unknown_names(tokenizer, template, where)
     backend.encode_special_tokens = True
-    for token in {*prefix_ids, *suffix_ids} & {*added}:
-        name = added[token].content
-        if token in backend.encode(name, add_special_tokens=False).ids:
+    framing = {i: added[i] for i in {*prefix_ids, *suffix_ids} & {*added}}
+    # "\n" is an added token in Gemma, and its vocabulary makes the same id of the text: an ordinary token after all.
+    ordinary = {i for i, one in framing.items() if not one.special and i in _vocabulary_ids(backend, one.content)}
+    # Any other template token that is not marked special would still be recognised inside texts.
+    mark = [framing[i].content for i in sorted(framing.keys() - (ordinary - {suffix_ids[-1]}))]
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in mark])
+    for name in mark:
+        if backend.token_to_id(name) in _text_ids(backend, name):
             raise DataError(
                 f"{where}: the text {name!r} becomes the special token of that name, as the tokenizer's own vocabulary "
                 "has it too, so any text could forge the template; choose a template without it"
             )
+    backend.post_processor = template_processor(backend, prefix_ids, suffix_ids)
     tokenizer.truncation_side = "right"  # as shards are cut; the suffix is kept all the same
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
@@ -118,6 +103,30 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = template.end or backend.id_to_token(suffix_ids[-1])
     return tokenizer
+
+
+def _refuse_unknown_names(tokenizer: Any, template: Template, where: str) -> None:
+    """Refuse special names of another family, unless the model's own chat template writes them as text."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    for name in _SPECIAL_NAME.findall(template.prefix + template.suffix):
+        ids = template_ids(backend, name)
+        if backend.token_to_id(name) not in ids and name not in str(tokenizer.chat_template):
+            raise DataError(
+                f"{where}: the template names {name!r}, which is not a token of this tokenizer and would become "
+                f"{[backend.id_to_token(i) for i in ids]}; choose the template of this model's family"
+            )
+
+
+def _text_ids(backend: Tokenizer, text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def _vocabulary_ids(backend: Tokenizer, text: str) -> list[int]:
+    """Ids that the model's vocabulary alone makes of a text, as if there were no added tokens."""
+    normalizer, pre_tokenizer, model = backend.normalizer, backend.pre_tokenizer, backend.model
+    text = text if normalizer is None else normalizer.normalize_str(text)
+    pieces = [(text, (0, 0))] if pre_tokenizer is None else pre_tokenizer.pre_tokenize_str(text)
+    return [token.id for piece, _ in pieces for token in model.tokenize(piece)]
 
 
 def _add_special_tokens(backend: Tokenizer, template: Template, where: str) -> None:
@@ -161,39 +170,9 @@ def _frame_ids(backend: Tokenizer, template: Template) -> tuple[list[int], list[
     the text, the text (or the suffix) brings its own.
     """
     prefix, suffix = template.prefix, template.suffix
-    alone = backend.encode("a", add_special_tokens=False).tokens
-    if alone and alone[0].startswith(_SPACE):
+    if puts_space_first(backend):
         prefix, suffix = prefix.removesuffix(" "), suffix.removeprefix(" ")
-    return _template_ids(backend, prefix), _template_ids(backend, suffix)
-
-
-def _template_ids(backend: Tokenizer, text: str) -> list[int]:
-    """Ids of template text, special tokens recognised by name."""
-    if not text:
-        return []
-    before = backend.encode_special_tokens
-    backend.encode_special_tokens = False
-    try:
-        return backend.encode(text, add_special_tokens=False).ids
-    finally:
-        backend.encode_special_tokens = before
-
-
-def tokenizer_fingerprint(folder: Path) -> str:
-    """sha256 (hex) of a folder's tokenizer.json: the same for everything that yields the same ids."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-
-
-def shards_tokenizer(shards: Path, sha256: str) -> Tokenizer:
-    """The tokenizer of a folder of shards, whose fingerprint its index holds.
-
-    Raises:
-        ShardError: missing or altered.
-    """
-    folder = shards / "tokenizer"
-    if not (folder / "tokenizer.json").is_file() or tokenizer_fingerprint(folder) != sha256:
-        raise ShardError(f"{folder}: missing or not the tokenizer that the shards were made with; pack again")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return template_ids(backend, prefix), template_ids(backend, suffix)
 
 
 class SegmentTokenizer:
@@ -233,6 +212,7 @@ class SegmentTokenizer:
         instructed = [i for i, (_, body) in enumerate(texts) if body > 0]
         ids: list[list[int]] = [[]] * len(texts)
         bodies = np.zeros(len(texts), dtype=np.int32)
+        joined: dict[int, str] = {}
         fast = self.backend.encode_batch_fast([texts[i][0] for i in plain], add_special_tokens=False)
         for i, encoding in zip(plain, fast, strict=True):
             ids[i] = encoding.ids
@@ -240,12 +220,14 @@ class SegmentTokenizer:
         for i, encoding in zip(instructed, slow, strict=True):
             ids[i] = encoding.ids
             bodies[i] = _first_body_token(encoding, texts[i][1])
-        return self._flat(ids, bodies)
+            if problem := _joined(encoding, *texts[i], int(bodies[i])):
+                joined[i] = problem
+        return self._flat(ids, bodies, joined)
 
-    def _flat(self, ids: list[list[int]], bodies: np.ndarray) -> Segments:
+    def _flat(self, ids: list[list[int]], bodies: np.ndarray, joined: dict[int, str]) -> Segments:
         found = np.fromiter(map(len, ids), np.int32, len(ids))
         kept = np.minimum(found, self.max_text_tokens)
-        problems = {}
+        problems = joined
         for i in np.flatnonzero(bodies >= kept).tolist():
             problems[i] = (
                 "the text has no tokens"
@@ -273,3 +255,16 @@ def _first_body_token(encoding: Encoding, body_char: int) -> int:
         return token
     ends: Iterable[tuple[int, int]] = encoding.offsets
     return next((i for i, (_, end) in enumerate(ends) if end > body_char), len(encoding.ids))
+
+
+def _joined(encoding: Encoding, text: str, body_char: int, token: int) -> str | None:
+    """Describe a first token of the body that holds a part of the instruction too; the space between them may go."""
+    if token == len(encoding.ids):
+        return None
+    start, end = encoding.offsets[token]
+    if start >= body_char or not text[start:body_char].strip():
+        return None
+    return (
+        f"the end of the instruction and the beginning of the text become one token, {text[start:end]!r}; end "
+        "template.instruction_format in a space before {text}"
+    )

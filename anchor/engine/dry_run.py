@@ -19,6 +19,7 @@ import numpy as np
 from anchor.config.load import load_recipe
 from anchor.config.schema import FrozenTraining, LoraTraining, PackRecipe, TrainRecipe
 from anchor.data.batches import check_ranks
+from anchor.data.positions import check_positions
 from anchor.data.shards import ShardReader
 from anchor.engine.deepspeed import complete_ds_config, read_ds_config
 from anchor.engine.estimate import Setting, StepShape, memory
@@ -33,7 +34,7 @@ from anchor.engine.gpus import ADAPTER_BYTES_PER_SECOND, Gpu, find_gpu
 from anchor.engine.plan import make_objective, make_plan
 from anchor.engine.special_tokens import special_tokens_shape
 from anchor.engine.step_shape import bounded_step, sampled_step
-from anchor.engine.vocabulary import check_vocabulary
+from anchor.engine.vocabulary import check_backbone
 from anchor.errors import ConfigError, ModelError, ShardError
 from anchor.models.shape import ModelShape, meta_model, shape_of
 
@@ -103,11 +104,13 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     teacher = None if reader is None else reader.index.teacher
     shape = special_tokens_shape(shape_of(model), recipe, packing, teacher)
     if reader is not None:
-        check_vocabulary(model.config.vocab_size, recipe.backbone.path, reader.index, recipe.data.shards)
+        check_backbone(model.config, recipe.backbone.path, reader.index, recipe.data.shards)
         objective = make_objective(model, recipe)
         sample = [reader.read(int(i)) for i in np.linspace(0, len(reader) - 1, min(len(reader), SAMPLED_BATCHES))]
         step, largest = sampled_step(objective, recipe, packing, sample)
     else:
+        limit = f"{options.pack_recipe}: text.max_tokens"
+        check_positions(model.config.to_dict(), recipe.backbone.path, packing.text.max_tokens, limit)
         step, largest = bounded_step(recipe, packing), None
     setting = setting_of(recipe, ds_config["zero_optimization"], options)
     return {

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from anchor import dist
 from anchor.config.schema import LoraTraining, TrainRecipe
 from anchor.data.shards import Index
+from anchor.data.tokenizer_files import name_pieces
 from anchor.engine import export_special_tokens
 from anchor.engine.deepspeed import Engine
 from anchor.engine.folder_files import config_for_all, prompts_and_limit, prompts_line, write_json_files
@@ -75,6 +76,7 @@ def export_model(
             **provenance,
         }
         shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
+        name_pieces(beside)
         about |= _write_decoding(beside, objective_of(engine), recipe)
         if special is None or alone is None:
             _write_weights(beside, causal_lm, weights, recipe)
@@ -212,7 +214,9 @@ def _model_card(recipe: TrainRecipe, index: Index) -> str:
     bidirectional = recipe.backbone.direction == "bidirectional"
     # Older transformers would read the folder without a word and attend causally.
     needs = (
-        "\nAttention is bidirectional, which transformers >= 5.2 reads from `config.json`.\n" if bidirectional else ""
+        "\nAttention is bidirectional: transformers >= 5.2 and text-embeddings-inference read it from `config.json`.\n"
+        if bidirectional
+        else ""
     )
     return f"""---
 library_name: sentence-transformers

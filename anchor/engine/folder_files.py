@@ -31,6 +31,8 @@ def prompts_and_limit(folder: Path, prompts: dict[str, str], max_tokens: int) ->
     """
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer_config["model_max_length"] = max_tokens
+    # Of a model that sees images too, sentence-transformers would look for a processor of images.
+    tokenizer_config.pop("processor_class", None)
     return {
         "config_sentence_transformers.json": {
             "prompts": prompts,
@@ -49,15 +51,18 @@ def prompts_line(prompts: dict[str, str]) -> str:
 
 
 def config_for_all(folder: Path) -> dict[str, Any]:
-    """``config.json`` with the rotary embedding said twice: as transformers 5 writes it, and as readers before it look.
+    """Return ``config.json`` with two facts said twice: as transformers 5 writes them, and as other readers look.
 
     Without ``rope_theta`` at the top, transformers 4 and what is built on it take 10,000 without a word, and
-    text-embeddings-inference refuses the folder.
+    text-embeddings-inference refuses the folder. Of bidirectional attention, transformers and vLLM read ``is_causal``;
+    text-embeddings-inference reads ``use_bidirectional_attention`` for Llama, Mistral and Qwen3.
 
     Args:
         folder: a model folder that already holds ``config.json``.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not config.get("is_causal", True):
+        config["use_bidirectional_attention"] = True
     rope = dict(config.get("rope_parameters") or {})
     theta, kind = rope.pop("rope_theta", None), rope.get("rope_type", "default")
     if theta is None:

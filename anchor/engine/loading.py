@@ -9,8 +9,8 @@ from anchor import dist
 from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
 from anchor.engine.plan import Plan, make_objective
 from anchor.engine.stop import group_timeout
-from anchor.engine.vocabulary import check_vocabulary
-from anchor.models.backbone import DTYPES, load_backbone
+from anchor.engine.vocabulary import check_backbone
+from anchor.models.backbone import DTYPES, load_backbone, read_config
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +24,15 @@ def load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
         universal: a checkpoint of another number of ranks is loaded next.
 
     Raises:
-        ModelError: no such model, or one with fewer tokens than the shards know.
+        ModelError: no such model, or one that the shards were not packed for.
+        DataError: the shards' texts are longer than its positions.
     """
     recipe = plan.recipe
     init_communication()
     torch.manual_seed(recipe.seed)
     ds_config = complete_ds_config(plan.ds_config, recipe, ranks.world_size)
+    config = read_config(recipe.backbone.path)
+    check_backbone(config, recipe.backbone.path, plan.reader.index, recipe.data.shards)
     causal_lm = load_backbone(
         recipe.backbone,
         DTYPES[recipe.engine.dtype],
@@ -37,7 +40,6 @@ def load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
         work_dir=recipe.output_dir,
         ds_config=ds_config,
     )
-    check_vocabulary(causal_lm.config.vocab_size, recipe.backbone.path, plan.reader.index, recipe.data.shards)
     objective = make_objective(causal_lm, recipe)
     _log_parameters(objective)
     engine = Engine(objective, ds_config, recipe.optim, ranks, universal=universal)

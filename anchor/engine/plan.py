@@ -17,7 +17,7 @@ from anchor.config.schema import TrainRecipe
 from anchor.data.batches import check_ranks
 from anchor.data.decode_prefix import decode_prefix_ids, template_prefix_ids
 from anchor.data.shards import ShardReader, index_hash, read_index
-from anchor.data.tokenization import shards_tokenizer
+from anchor.data.tokenizer_files import shards_tokenizer
 from anchor.engine.deepspeed import read_ds_config
 from anchor.engine.held_out import HeldOut
 from anchor.engine.special_tokens import check_template, make_self_supervised

@@ -1,20 +1,71 @@
-"""Whether a backbone has the tokens of the shards, before ids without a meaning are trained on."""
+"""Checks of a backbone against shards: tokens, positions and the template of an exported folder."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from anchor.data.positions import check_positions
 from anchor.data.shards import Index
+from anchor.data.tokenizer_files import read_tokenizer
 from anchor.engine.special_tokens import first_special_id
 from anchor.errors import ModelError
+from anchor.models.special_tokens import read_json
 
 _REMEDY = "pack with this model's tokenizer"
+
+
+def check_backbone(config: Any, path: str, index: Index, shards: Path) -> None:
+    """Refuse a backbone that the shards were not packed for, before its weights are read.
+
+    Args:
+        config: the backbone's, as transformers holds it.
+        path: where it comes from.
+        index: of the shards.
+        shards: their folder.
+
+    Raises:
+        ModelError: see :func:`check_vocabulary` and :func:`check_exported_template`.
+        DataError: the shards' texts are longer than its positions.
+    """
+    check_vocabulary(config.vocab_size, path, index, shards)
+    check_positions(config.to_dict(), path, index.recipe["text"]["max_tokens"], f"{shards}: text.max_tokens")
+    check_exported_template(path, index, shards)
+
+
+def check_exported_template(path: str, index: Index, shards: Path) -> None:
+    """Refuse an exported folder whose template is not the shards'.
+
+    Shards with special tokens to be trained have a template of their own, whatever the backbone was trained with.
+
+    Args:
+        path: of the backbone; only a folder with ``anchor.json`` says its template.
+        index: of the shards.
+        shards: their folder.
+
+    Raises:
+        ModelError: the templates differ.
+    """
+    file = Path(path).expanduser() / "anchor.json"
+    if "special_tokens" in index.template or not file.is_file():
+        return
+    theirs = read_json(file).get("template")
+    if not isinstance(theirs, dict):
+        return
+    for key in sorted({*theirs, *index.template}):
+        if theirs.get(key) != index.template.get(key):
+            raise ModelError(
+                f"{path}: has another template than {shards}: {key} is {theirs.get(key)!r} in its anchor.json and "
+                f"{index.template.get(key)!r} in the shards; pack with template.kind: custom and the values of "
+                "anchor.json"
+            )
 
 
 def check_vocabulary(vocabulary: int, path: str, index: Index, shards: Path) -> None:
     """Refuse a backbone whose tokens are not those of the shards, special tokens left out.
 
-    Tokens that were added to a tokenizer's own are not compared: what a model never saw may lie beyond its embeddings.
+    Of added tokens only those are compared that segments may hold: the others, such as a padding token that a user has
+    added, may lie beyond the model's embeddings.
     Of a hub name and of a GGUF file the tokenizer is not read, only the number of tokens compared.
 
     Args:
@@ -36,18 +87,42 @@ def check_vocabulary(vocabulary: int, path: str, index: Index, shards: Path) -> 
     elif index.anchor_token_id >= vocabulary:
         raise ModelError(f"{path}: {vocabulary} tokens, the shards' anchor token is {index.anchor_token_id}; {_REMEDY}")
     file = shards / "tokenizer/tokenizer.json"
-    tokens = _own_tokens(file)
+    tokenizer = read_tokenizer(file)
+    tokens = tokenizer.get_vocab(with_added_tokens=False)
     highest = max(tokens.values(), default=0)
     if highest >= vocabulary:
         raise ModelError(f"{path}: {vocabulary} tokens, {file} has ids up to {highest}; {_REMEDY}")
     beside = Path(path).expanduser() / "tokenizer.json"
-    if beside.is_file() and (theirs := _own_tokens(beside)) != tokens:
+    if not beside.is_file():
+        return
+    other = read_tokenizer(beside)
+    if (theirs := other.get_vocab(with_added_tokens=False)) != tokens:
         token, _ = min(tokens.items() ^ theirs.items(), key=lambda item: item[::-1])
         raise ModelError(
             f"{path}: its tokenizer is not the one of {shards}: {token!r} is {theirs.get(token)} there and "
             f"{tokens.get(token)} in the shards; {_REMEDY}"
         )
+    for token, number in _added_in_use(tokenizer, index).items():
+        found, name = other.token_to_id(token), other.id_to_token(number)
+        if found not in (None, number) or name not in (None, token):
+            there = f"{token!r} is {found}" if found is not None else f"{number} is {name!r}"
+            raise ModelError(
+                f"{path}: its tokenizer is not the one of {shards}: {there} there, and {token!r} is {number} in the "
+                f"shards; {_REMEDY}"
+            )
 
 
-def _own_tokens(file: Path) -> dict[str, int]:
-    return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=False)
+def _added_in_use(tokenizer: Tokenizer, index: Index) -> dict[str, int]:
+    """Added tokens that segments may hold: those of the template, and those that texts become.
+
+    The trained special tokens are left out: they stand behind the backbone's own.
+    """
+    frame = tokenizer.encode("a")
+    used = {i for i, of_template in zip(frame.ids, frame.special_tokens_mask, strict=True) if of_template}
+    used |= set() if index.end_token_id is None else {index.end_token_id}
+    first = first_special_id(index) if "special_tokens" in index.template else None
+    return {
+        token.content: number
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if (number in used or not token.special) and (first is None or number < first)
+    }

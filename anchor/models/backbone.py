@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from anchor import dist
 from anchor.config.model_path import resolve_model_path
 from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
+from anchor.data.tokenizer_files import refuse_lfs_pointers
 from anchor.errors import ConfigError, ModelError, did_you_mean, first_line
 from anchor.models.adapters import checkpoint_contexts
 from anchor.models.attention import implementation
@@ -85,10 +86,10 @@ def _set_direction(model: PreTrainedModel, section: BackboneSection) -> None:
     """Make attention bidirectional where the recipe says so; the exported config.json carries it on."""
     if section.direction == "bidirectional":
         vars(model.config)["is_causal"] = False
-    elif not getattr(model.config, "is_causal", True):
+    elif not getattr(model.config, "is_causal", True) or getattr(model.config, "use_bidirectional_attention", False):
         raise ConfigError(
-            f"backbone.direction is causal, but {section.path} was trained bidirectional (is_causal in its "
-            "config.json); set backbone.direction: bidirectional"
+            f"backbone.direction is causal, but {section.path} was trained bidirectional (is_causal or "
+            "use_bidirectional_attention in its config.json); set backbone.direction: bidirectional"
         )
 
 
@@ -110,6 +111,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
             **location.kwargs(),
             **packed,
             config=config,
+            trust_remote_code=False,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
@@ -147,10 +149,11 @@ def read_config(path: str) -> PretrainedConfig:
         ModelError: no such model, unreadable, or of an unsupported architecture.
     """
     location = resolve_model_path(path)
+    refuse_lfs_pointers(Path(location.name))
     _refuse_special_tokens_alone(Path(location.name))
     try:
-        config = AutoConfig.from_pretrained(location.name, **location.kwargs())
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(location.name, trust_remote_code=False, **location.kwargs())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: no model configuration could be read: {first_line(error)}") from error
     if config.model_type not in SUPPORTED:
         raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")

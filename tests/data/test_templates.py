@@ -2,9 +2,13 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 
 from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
 from anchor.data.templates import PRESETS, Template, resolve_template
@@ -12,8 +16,16 @@ from anchor.data.tokenization import load_tokenizer
 from anchor.errors import ConfigError
 
 
+def backend(pre_tokenizer: Any = None) -> Tokenizer:
+    """One token per word; with Metaspace a space before each text, as SentencePiece has it."""
+    tokens = Tokenizer(WordLevel({"<unk>": 0, "▁a": 1, "a": 2}, "<unk>"))
+    tokens.pre_tokenizer = pre_tokenizer
+    return tokens
+
+
 def tokenizer(**changes: object) -> SimpleNamespace:
-    return SimpleNamespace(**{"bos_token": "<s>", "eos_token": "</s>", "chat_template": None} | changes)
+    own = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": None, "name_or_path": "m"}
+    return SimpleNamespace(**{**own, "backend_tokenizer": backend(Metaspace())} | changes)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +47,13 @@ def test_presets(name: str, prefix: str, suffix: str) -> None:
 def test_plain_leaves_out_a_missing_beginning_of_text() -> None:
     template = resolve_template(PresetTemplate(kind="preset", name="plain"), tokenizer(bos_token=None))
     assert (template.prefix, template.suffix) == ("", "</s>")
+
+
+def test_the_mistral_preset_has_no_spaces_for_tokenizers_that_add_none() -> None:
+    """Mistral's tekken tokenizers made tokens of them."""
+    section = PresetTemplate(kind="preset", name="mistral")
+    template = resolve_template(section, tokenizer(backend_tokenizer=backend()))
+    assert (template.prefix, template.suffix) == ("<s>[INST]", "[/INST]</s>")
 
 
 def test_the_models_chat_template_is_rendered_around_a_user_turn(tiny_tokenizer_dir: Path) -> None:
@@ -93,7 +112,7 @@ def test_an_instruction_joins_without_reading_braces_in_texts(
         (
             ChatTemplate(kind="chat"),
             {"chat_template": "x", "apply_chat_template": lambda *_, **__: "always the same"},
-            "r: the chat template does not repeat the user's text; use a preset or custom one",
+            "r: the chat template leaves out or changes the user's text; use a preset or custom one",
         ),
     ],
 )
@@ -109,7 +128,7 @@ def test_a_chat_template_that_fails_is_one_line() -> None:
     def fails(*_: object, **__: object) -> str:
         raise TemplateError("only system turns\nare allowed")
 
-    broken = tokenizer(chat_template="x", apply_chat_template=fails, name_or_path="m")
+    broken = tokenizer(chat_template="x", apply_chat_template=fails)
     with pytest.raises(ConfigError) as caught:
         resolve_template(ChatTemplate(kind="chat"), broken, "r")
     assert str(caught.value) == (

@@ -2,6 +2,7 @@
 name inside a text is text; the saved tokenizer gives the same ids as the shards.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import Unigram, WordLevel
+from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
@@ -319,3 +320,69 @@ def test_a_vocabulary_that_makes_a_special_token_of_its_name_is_refused() -> Non
         "tiny: the text '</s>' becomes the special token of that name, as the tokenizer's own vocabulary has it too, "
         "so any text could forge the template; choose a template without it"
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        (Template("<|start_header_id|>user\n", "<|im_end|>", "{text}"), "<|start_header_id|>"),
+        (Template("<s>[INST] ", "<|im_end|>", "{text}"), "<s>"),
+        (Template("", "</s><|im_end|>", "{text}"), "</s>"),
+        (Template("<｜User｜>", "<|im_end|>", "{text}"), "<｜User｜>"),
+    ],
+)
+def test_a_special_name_that_is_no_token_of_this_tokenizer_is_refused(
+    tiny_tokenizer_dir: Path, template: Template, name: str
+) -> None:
+    """It was packed as seven ordinary pieces before every text."""
+    tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
+    with pytest.raises(DataError) as caught:
+        prepare_tokenizer(tokenizer, template, "tiny")
+    assert str(caught.value).startswith(f"tiny: the template names {name!r}, which is not a token of this tokenizer")
+    # A model whose own chat template writes the name as text was trained with its pieces.
+    tokenizer.chat_template += "{# <|start_header_id|> <s>[INST] </s> <｜User｜> #}"
+    assert prepare_tokenizer(tokenizer, template, "tiny")("a")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_tags_that_name_no_special_token_are_template_text(tiny_tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
+    prepare_tokenizer(tokenizer, Template("[INST] <query> a|b ", "</query><|im_end|>", "{text}"), "tiny")
+    assert tokenizer.decode(tokenizer("x")["input_ids"]) == "[INST] <query> a|b x</query><|im_end|>"
+
+
+def test_an_added_token_that_the_vocabulary_makes_too_stays_an_ordinary_token() -> None:
+    """Gemma adds the line break, which stands in its template and in every other text."""
+    words = ["\n", "a", "b", "</s>", "<turn>"]
+    backend = Tokenizer(BPE({word: i for i, word in enumerate(words)}, []))
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("\n", "<turn>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")  # noqa: S106
+    prepare_tokenizer(tokenizer, Template("<turn>\n", "</s>", "{text}"), "tiny")
+    backend = tokenizer.backend_tokenizer
+    assert backend.encode("a\nb").tokens == ["<turn>", "\n", "a", "\n", "b", "</s>"]
+    special = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    # `<turn>` is marked special: a text must not forge it.
+    assert special == {"\n": False, "<turn>": True, "</s>": True}
+    assert "<turn>" not in backend.encode("<turn>", add_special_tokens=False).tokens
+    with pytest.raises(DataError, match="becomes the special token of that name"):
+        prepare_tokenizer(tokenizer, Template("", "\n", "{text}"), "tiny")
+
+
+@pytest.mark.parametrize("text", ["The river", "the river"])
+def test_a_token_of_both_instruction_and_text_is_a_problem_of_the_text(tiny_tokenizer_dir: Path, text: str) -> None:
+    """The body, which reconstruction predicts, would begin with the end of the instruction."""
+    tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    model["pre_tokenizer"]["use_regex"] = False
+    model["model"]["vocab"][":T"] = len(model["model"]["vocab"])
+    model["model"]["merges"].append([":", "T"])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(model))
+    for written, joins in (("{instruction}:{text}", text[0] == "T"), ("{instruction}: {text}", False)):
+        template = Template("<|im_start|>", "<|im_end|>", written)
+        segmenter = SegmentTokenizer(prepare_tokenizer(tokenizer, template, "tiny"), template, 64)
+        found = segmenter.encode([template.instructed(text, "Find"), (text, 0)])
+        expected = (
+            "the end of the instruction and the beginning of the text become one token, ':T'; end "
+            "template.instruction_format in a space before {text}"
+        )
+        assert found.problems == ({0: expected} if joins else {})

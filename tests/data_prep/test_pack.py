@@ -240,6 +240,19 @@ def test_a_worker_that_is_killed_is_reported(make_recipe: MakeRecipe, monkeypatc
     )
 
 
+def test_texts_longer_than_the_positions_of_the_tokenizers_model_are_refused(
+    make_recipe: MakeRecipe, tiny_model_dir: Path
+) -> None:
+    recipe = make_recipe(tokenizer=str(tiny_model_dir), text__max_tokens=257, batch__pack_tokens=1024)
+    with pytest.raises(DataError) as caught:
+        pack(str(recipe), [])
+    assert str(caught.value) == (
+        f"{recipe}: text.max_tokens is 257, but {tiny_model_dir} has 256 positions (max_position_embeddings); give "
+        "texts at most 256 tokens"
+    )
+    assert not (recipe.parent / "shards").exists()
+
+
 def _die(*_: Any) -> None:
     os._exit(9)
 

@@ -53,8 +53,8 @@ def test_a_shipped_recipe_dry_runs(recipe, capsys, tmp_path, tiny_model_dir, sha
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_shipped_recipe_dry_runs_before_its_data_is_packed(recipe, capsys, tmp_path, tiny_model_dir):
-    changes = [f"backbone.path={tiny_model_dir}", f"data.shards={tmp_path / 'none'}"]
+def test_a_shipped_recipe_dry_runs_before_its_data_is_packed(recipe, capsys, tmp_path, long_model_dir):
+    changes = [f"backbone.path={long_model_dir}", f"data.shards={tmp_path / 'none'}"]
     packing = ["--pack", str(recipe.parent / "pack.yaml"), "--json", str(tmp_path / "report.json")]
     out = run(capsys, str(recipe), *changes, *packing, "--ranks", "2")
     batch = json.loads((tmp_path / "report.json").read_text())["batch"]
@@ -63,12 +63,12 @@ def test_a_shipped_recipe_dry_runs_before_its_data_is_packed(recipe, capsys, tmp
     assert f"at most {batch['tokens_per_step']:,.0f}" in out
 
 
-def test_a_pack_recipe_bounds_what_its_shards_hold(capsys, tmp_path, tiny_model_dir, make_recipe, shards):
+def test_a_pack_recipe_bounds_what_its_shards_hold(capsys, tmp_path, long_model_dir, make_recipe, shards):
     pack = make_recipe(batch__pairs=16, batch__pack_tokens=1024, batch__pack_multiple=2, num_rows=80)
     reports = []
     for source in ([], ["--pack", str(pack)]):
         path = tmp_path / "report.json"
-        changes = [f"backbone.path={tiny_model_dir}", f"data.shards={shards}"]
+        changes = [f"backbone.path={long_model_dir}", f"data.shards={shards}"]
         run(capsys, str(RECIPE), *changes, *source, "--json", str(path))
         reports.append(json.loads(path.read_text()))
     sampled, bound = (report["batch"] for report in reports)
@@ -76,10 +76,10 @@ def test_a_pack_recipe_bounds_what_its_shards_hold(capsys, tmp_path, tiny_model_
     assert 0 < sampled["decode_tokens_per_step"] <= bound["decode_tokens_per_step"]
 
 
-def test_memory_that_does_not_fit_is_said_with_what_to_do(capsys, tmp_path, tiny_model_dir):
+def test_memory_that_does_not_fit_is_said_with_what_to_do(capsys, tmp_path, long_model_dir):
     big = tmp_path / "big"
     big.mkdir()
-    config = json.loads((tiny_model_dir / "config.json").read_text())
+    config = json.loads((long_model_dir / "config.json").read_text())
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
     sizes |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False}
     (big / "config.json").write_text(json.dumps(config | sizes))
@@ -102,17 +102,17 @@ def test_a_model_that_is_not_here_is_named_with_what_to_do(capsys, shards):
     )
 
 
-def test_shards_that_do_not_exist_yet_are_named_with_what_to_do(capsys, tmp_path, tiny_model_dir):
+def test_shards_that_do_not_exist_yet_are_named_with_what_to_do(capsys, tmp_path, long_model_dir):
     missing = tmp_path / "missing"
-    changes = [f"backbone.path={tiny_model_dir}", f"data.shards={missing}"]
+    changes = [f"backbone.path={long_model_dir}", f"data.shards={missing}"]
     assert error_of(capsys, str(RECIPE), *changes) == (
         f"error: {missing}: no such folder of shards; run `python -m data_prep pack` first; or dry-run before packing "
         "with --pack PACK_RECIPE"
     )
 
 
-def test_ranks_that_do_not_divide_the_pack_recipe_are_refused(capsys, tiny_model_dir):
-    changes = [f"backbone.path={tiny_model_dir}", "--pack", str(PACK), "--ranks", "3"]
+def test_ranks_that_do_not_divide_the_pack_recipe_are_refused(capsys, long_model_dir):
+    changes = [f"backbone.path={long_model_dir}", "--pack", str(PACK), "--ranks", "3"]
     assert f"3 ranks do not divide pack_multiple (2) of {PACK}" in error_of(capsys, str(RECIPE), *changes)
 
 

@@ -27,9 +27,9 @@ def report_of(tmp_path: Path, *argv: str) -> dict:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
-def test_a_shipped_recipe_dry_runs_before_its_data_is_packed(recipe, capsys, tmp_path, tiny_model_dir):
+def test_a_shipped_recipe_dry_runs_before_its_data_is_packed(recipe, capsys, tmp_path, long_model_dir):
     pack = str(recipe.parent / "pack_self_supervised.yaml")
-    report = report_of(tmp_path, str(recipe), f"backbone.path={tiny_model_dir}", "--pack", pack)
+    report = report_of(tmp_path, str(recipe), f"backbone.path={long_model_dir}", "--pack", pack)
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
     assert report["batch"]["upper_bound"]
     assert 0 < report["batch"]["tokens_per_step"] <= report["batch"]["decode_tokens_per_step"]
@@ -64,10 +64,10 @@ def test_with_shards_the_counts_are_those_of_the_texts(tmp_path, tiny_model_dir,
     assert aligned["memory"]["peak_bytes"] < report["memory"]["peak_bytes"]
 
 
-def test_a_pack_recipe_without_special_tokens_is_refused(capsys, tmp_path, tiny_model_dir):
+def test_a_pack_recipe_without_special_tokens_is_refused(capsys, tmp_path, long_model_dir):
     pack = RECIPE.parent / "pack.yaml"
     with pytest.raises(SystemExit) as exit_:
-        main([str(RECIPE), f"backbone.path={tiny_model_dir}", "--pack", str(pack), "--dry-run"])
+        main([str(RECIPE), f"backbone.path={long_model_dir}", "--pack", str(pack), "--dry-run"])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: --pack: objective.kind is self_supervised, but template.kind is not special_tokens"

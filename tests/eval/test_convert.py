@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from anchor.errors import ConfigError, ModelError
+from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.special_tokens import Description, read_description
 from eval.__main__ import main
 from eval.convert import convert
@@ -30,6 +30,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 P, TEACHER = 3, 24
 NAMES = [f"<|compressed_{i}|>" for i in range(P)]
 TEXTS = [row["positive"] for row in english_pairs(6)] + ["  spaces around \n", "", "a <|im_end|> inside"]
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_model_dir(tmp_path_factory, tiny_untied_model_dir) -> Path:
+    """The base with positions for texts of 512 tokens, which converted folders take by default."""
+    folder = Path(shutil.copytree(tiny_untied_model_dir, tmp_path_factory.mktemp("base") / "qwen3"))
+    change_json(folder / "config.json", max_position_embeddings=512)
+    return folder
 
 
 def save_projection(path: Path, width: int, dimension: int) -> nn.Linear:
@@ -95,7 +103,7 @@ def through_peft(folder: Path, base: Path) -> tuple[np.ndarray, torch.Tensor]:
     vectors, prompts = [], []
     for text in TEXTS:
         # The authors' tokenizer would read a name inside a text as the token; here it is text.
-        ids = tokenizer(text.strip(), split_special_tokens=True).input_ids + tokenizer.convert_tokens_to_ids(NAMES)
+        ids = tokenizer(text, split_special_tokens=True).input_ids + tokenizer.convert_tokens_to_ids(NAMES)
         hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0, -P:]
         prompts.append(layers[0](hidden))
         vectors.append(layers[1](prompts[-1]).mean(dim=0))
@@ -114,8 +122,8 @@ def test_vectors_and_texts_are_those_of_the_original(original, tiny_untied_model
     said = []
     for one in prompts:  # the base as it is, one text at a time
         mask = torch.ones(1, P, dtype=torch.long)
-        end = encoder.backend.token_to_id("<|im_end|>")
-        more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+        ends = [encoder.backend.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+        more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0]}
         (ids,) = decoder.generate(inputs_embeds=one[None], attention_mask=mask, **more).tolist()
         said.append(encoder.backend.decode(ids, skip_special_tokens=True))
     theirs = SentenceTransformer(str(tmp_path / "ours"), trust_remote_code=True, device="cpu")
@@ -125,6 +133,47 @@ def test_vectors_and_texts_are_those_of_the_original(original, tiny_untied_model
     assert len(set(said)) > 1
     # After decoding the adapter is in the encoder again.
     np.testing.assert_allclose(encoder.encode(TEXTS), vectors, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("added", "end", "stops"),
+    [
+        # As Qwen, where the authors' `<|end_of_text|>` is no token.
+        ([], "<|im_end|>", ["<|im_end|>", "<|endoftext|>"]),
+        # As Llama: answers were trained to end in it, though the tokenizer's own end is `<|eot_id|>`.
+        (["<|end_of_text|>"], "<|end_of_text|>", ["<|end_of_text|>", "<|im_end|>", "<|endoftext|>"]),
+    ],
+)
+def test_answers_end_where_the_originals_generation_stops(
+    tmp_path, tiny_untied_model_dir, monkeypatch, added, end, stops
+):
+    base = Path(shutil.copytree(tiny_untied_model_dir, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokenizer.save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    convert(write_original(tmp_path / "original", base, "rows"), tmp_path / "ours")
+    about = json.loads((tmp_path / "ours/anchor.json").read_text())
+    assert about["template"]["end"] == end
+    ids = tokenizer.convert_tokens_to_ids(stops)
+    assert (about["end_token_id"], about["stop_token_ids"]) == (ids[0], ids)
+    decoder = Decoder(open_encoder(tmp_path / "ours", dtype="fp32"))
+    river, sea = (tokenizer(word, add_special_tokens=False).input_ids for word in ("river", "sea"))
+    rows = [[*river, stop, *sea] for stop in ids]
+    monkeypatch.setattr("eval.decode.generate_from_prefixes", lambda *_, **__: rows)
+    assert decoder.prefixes(torch.zeros(1, P, 32)) == ["river"] * len(ids)
+
+
+def test_texts_longer_than_the_bases_positions_are_refused(rows_only, tmp_path, tiny_untied_model_dir):
+    with pytest.raises(DataError) as error:
+        convert(rows_only, tmp_path / "ours", max_tokens=513)
+    assert str(error.value) == (
+        f"--max-tokens is 513, but {tiny_untied_model_dir} has 512 positions (max_position_embeddings); give texts at "
+        "most 512 tokens"
+    )
+    assert not (tmp_path / "ours").exists()
 
 
 def test_the_folder_says_what_it_came_from(rows_only, tmp_path, tiny_untied_model_dir):

@@ -10,7 +10,7 @@ import torch
 from conftest import english_pairs
 from tokenizers import Tokenizer
 
-from anchor.engine.folder_files import config_for_all
+from anchor.engine.folder_files import config_for_all, prompts_and_limit
 from eval.encoder import Encoder
 
 TEXTS = [row["positive"] for row in english_pairs(6)]
@@ -65,6 +65,21 @@ def test_a_scaled_rotary_embedding_is_said_twice_and_read_once(export_dir, tmp_p
     assert (said["rope_theta"], said["rope_scaling"]) == (500000.0, {"rope_type": "linear", "factor": 4.0})
     (tmp_path / "config.json").write_text(json.dumps(said))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
+
+
+def test_a_bidirectional_folder_says_so_to_every_reader(export_dir, tmp_path):
+    """text-embeddings-inference attended causally: for Llama, Mistral and Qwen3 it reads another key."""
+    config = json.loads((export_dir / "config.json").read_text())
+    assert "use_bidirectional_attention" not in config
+    (tmp_path / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    assert config_for_all(tmp_path) == {**config, "is_causal": False, "use_bidirectional_attention": True}
+
+
+def test_a_tokenizer_of_a_model_that_sees_images_is_one_of_texts(export_dir, tmp_path):
+    """sentence-transformers looked for the settings of images and found none."""
+    config = json.loads((export_dir / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "processor_class": "Gemma3Processor"}))
+    assert prompts_and_limit(tmp_path, {}, 48)["tokenizer_config.json"] == config
 
 
 def test_the_fields_that_servers_read(export_dir):

@@ -220,7 +220,8 @@ def test_the_direction_is_saved_with_the_model_and_a_causal_recipe_refuses_it(ti
     with pytest.raises(ConfigError) as error:
         load(backbone_section(saved, "causal"))
     assert str(error.value) == (
-        f"backbone.direction is causal, but {saved} was trained bidirectional (is_causal in its config.json); set "
+        f"backbone.direction is causal, but {saved} was trained bidirectional (is_causal or "
+        "use_bidirectional_attention in its config.json); set "
         "backbone.direction: bidirectional"
     )
 

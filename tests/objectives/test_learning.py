@@ -22,7 +22,6 @@ def pack_of_pairs() -> Pack:
     """One pack: a document of one word and its query of another."""
     ids, roles = [], []
     for pair in range(PAIRS):
-        first, second = divmod(pair, 8)
         ids += [[START, 10 + pair, END], [START, 100 + pair, END]]
         roles += [0, 1]
     lengths = np.array([len(one) for one in ids], dtype=np.int32)
