@@ -37,6 +37,14 @@ def take(lock: IO[str], file: Path) -> bool:
         return False
 
 
+def wait_for(lock: IO[str], file: Path, waiting: str) -> None:
+    """Lock an open file, and log ``waiting`` when another process holds it and must end first."""
+    if take(lock, file):
+        return
+    log.warning("%s: %s", file, waiting)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+
 @contextmanager
 def locked(file: Path, busy: str) -> Iterator[None]:
     """Hold the lock of this path; the file is removed at the end.
