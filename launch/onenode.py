@@ -50,13 +50,19 @@ class Signals:
             self.impatient = True
 
 
-def run_ranks(arguments: Sequence[str], num_ranks: int, port: int, signals: Signals) -> int:
-    """Start the ranks of ``python -m anchor.train ARGUMENTS`` and wait for them.
+def run_ranks(command: Sequence[str], num_ranks: int, port: int, signals: Signals) -> int:
+    """Start a process per rank and wait for them.
+
+    Args:
+        command: of a rank.
+        num_ranks: how many.
+        port: of the rendezvous.
+        signals: what this process has received and will receive.
 
     Returns:
         The exit code of the run.
     """
-    ranks = [_start(arguments, rank, num_ranks, port) for rank in range(num_ranks)]
+    ranks = [_start(command, rank, num_ranks, port) for rank in range(num_ranks)]
     told, deadline, first_failed = False, float("inf"), None
     while any(rank.poll() is None for rank in ranks):
         time.sleep(_POLL_SECONDS)
@@ -75,11 +81,11 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, port: int, signals: Sign
     return _verdict([rank.returncode for rank in ranks], first_failed or 0)
 
 
-def _start(arguments: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], rank: int, num_ranks: int, port: int) -> subprocess.Popen[bytes]:
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONUNBUFFERED": 1, PARENT_VARIABLE: os.getpid()}
     return subprocess.Popen(
-        [sys.executable, "-m", "anchor.train", *arguments],
+        command,
         env=os.environ | {name: str(value) for name, value in variables.items()},
         stdin=subprocess.DEVNULL,
         process_group=0,
@@ -117,7 +123,7 @@ def main(port: str, ranks: str, *arguments: str) -> int:
     num_ranks = int(ranks) if ranks else _count_ranks()
     if signals.asked:
         return _verdict([EXIT_REQUEUE], 0)
-    return run_ranks(arguments, num_ranks, int(port), signals)
+    return run_ranks([sys.executable, "-m", "anchor.train", *arguments], num_ranks, int(port), signals)
 
 
 if __name__ == "__main__":

@@ -78,9 +78,11 @@ def is_finished(folder: Path, found: Path | None, recipe: TrainRecipe, about: di
     if dist.is_first_rank() and steps == recipe.optim.total_steps and exported.is_file():
         try:
             before = read_object(exported)
-            finished = before["data_index_sha256"] == about["data_index_sha256"]
+            if not isinstance(before.get("recipe"), dict):
+                raise ValueError("it holds no recipe")
+            finished = before.get("data_index_sha256") == about["data_index_sha256"]
             finished = finished and not what_differs(before["recipe"], about["recipe"], exported)
-        except (ConfigError, KeyError, ValueError) as error:
+        except (ConfigError, ValueError) as error:
             finished = False
             log.error("%s is damaged (%s): exporting again", exported, first_line(error))
     return dist.broadcast_object(finished)
