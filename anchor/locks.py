@@ -38,10 +38,10 @@ def take(lock: IO[str], file: Path) -> bool:
 
 
 def wait_for(lock: IO[str], file: Path, waiting: str) -> None:
-    """Lock an open file, and log ``waiting`` when another process holds it and must end first."""
+    """Lock an open file; log ``waiting`` where another process holds it, and wait until that ends."""
     if take(lock, file):
         return
-    log.warning("%s: %s", file, waiting)
+    log.info("%s: %s", file, waiting)
     fcntl.flock(lock, fcntl.LOCK_EX)
 
 
