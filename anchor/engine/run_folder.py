@@ -89,8 +89,8 @@ def is_finished(folder: Path, found: Path | None, recipe: TrainRecipe, about: di
 
 
 def prepare_folder(folder: Path, about: dict[str, Any]) -> None:
-    """Remove what an interrupted writer left and write ``run.yaml``; rank 0 calls it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the folder, remove what an interrupted writer left and write ``run.yaml``; rank 0 calls it."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder / "checkpoints")
     (folder / "run.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
 

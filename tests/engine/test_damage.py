@@ -20,7 +20,7 @@ from anchor.engine.metrics import JsonLines, read_rows
 from anchor.engine.plan import Plan, make_plan, provenance
 from anchor.engine.progress import print_summary
 from anchor.engine.run_folder import find_checkpoint, is_finished, prepare_folder
-from anchor.errors import AnchorError
+from anchor.errors import AnchorError, exit_on_user_error
 
 ONE = dist.Ranks(0, 1, 0, torch.device("cpu"))
 NEWEST, BEFORE = "step-00000004", "step-00000002"
@@ -209,6 +209,14 @@ def test_with_all_checkpoints_damaged_one_line_says_so(plan):
         state.write_text("[]")
     with pytest.raises(AnchorError, match="all 2 checkpoints are damaged; restore one, or delete the folder"):
         restart(plan)
+
+
+def test_a_file_where_the_checkpoints_belong_is_one_line_before_training(plan, capsys):
+    shutil.rmtree(plan.recipe.output_dir / "checkpoints")
+    content("checkpoints", b"")(plan.recipe.output_dir)
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+        restart(plan)
+    assert "/run/checkpoints: File exists; something of this name is in the way; move it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
