@@ -4,11 +4,14 @@ and goes on from what is intact, or ends with one line; it never ends with a tra
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import blocks
 from distributed import run_distributed
 from test_train import train_ranks, write_recipe
 
@@ -22,6 +25,7 @@ from anchor.engine.progress import print_summary
 from anchor.engine.run_folder import find_checkpoint, is_finished, prepare_folder
 from anchor.errors import AnchorError, exit_on_user_error
 
+ROOT = Path(__file__).parents[2]
 ONE = dist.Ranks(0, 1, 0, torch.device("cpu"))
 NEWEST, BEFORE = "step-00000004", "step-00000002"
 STATE, METRICS, ABOUT = f"checkpoints/{NEWEST}/state.json", "metrics.jsonl", "export/anchor.json"
@@ -236,3 +240,27 @@ def test_a_finished_run_of_which_much_is_damaged_is_finished_again(tmp_path, fin
     weights = [(one / "export/model.safetensors").read_bytes() for one in (folder, finished.parent / "run")]
     assert weights[0] == weights[1]
     assert json.loads((folder / STATE).read_text())["step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_full_disk_while_exporting_is_one_line_and_the_same_command_goes_on(share, finished, small_disk):
+    """shutil and safetensors raise errors of their own: both were tracebacks."""
+    run = finished.parent / "run"
+    exported, others = blocks(run / "export"), blocks(run) - blocks(run / "export")
+    disk = small_disk(others + int(share * exported) + 16_384)
+    shutil.copytree(run, disk / "run", ignore=shutil.ignore_patterns("export"))
+    command = [sys.executable, "-m", "anchor.train", str(finished), f"output_dir={disk}/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: cannot export: ")
+    assert said.endswith(
+        "No space left on device; free some disk and start again; the same command goes on with the export"
+    )
+    assert not list((disk / "run").glob("export*"))
+    small_disk(others + 4 * exported)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (disk / "run/export/model.safetensors").read_bytes() == (run / "export/model.safetensors").read_bytes()

@@ -61,10 +61,9 @@ def test_a_ds_config_that_is_none_is_one_line(tmp_path, recipe, capsys, content,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index | {"recipe": 3}, "not a readable index (recipe is 3, expected dict); pack again"),
         (
-            lambda index: index | {"template": None},
-            "not a readable index (template is None, expected dict); pack again",
+            lambda index: index | {"recipe": {"batch": 3}},
+            "not a readable index (recipe.batch is 3, expected dict); pack again",
         ),
         (lambda index: index | {"shards": []}, "not a readable index (it lists no shards); pack again"),
         (lambda index: index | {"shards": [{"file": "x"}]}, "not a readable index ('bytes'); pack again"),
