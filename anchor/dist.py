@@ -19,7 +19,7 @@ import torch.distributed.distributed_c10d as c10d
 from jaxtyping import Float
 from torch import Tensor
 
-from anchor.errors import ConfigError
+from anchor.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ def set_rendezvous() -> None:
     """Complete ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment.
 
     Raises:
-        ConfigError: started by SLURM as several tasks without ``MASTER_ADDR``.
+        ConfigError: started by SLURM as several tasks without ``MASTER_ADDR``; a variable is missing or makes no sense.
     """
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    if "RANK" not in env and env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
             env["SLURM_PROCID"],
             env["SLURM_NTASKS"],
@@ -56,13 +56,34 @@ def set_rendezvous() -> None:
             raise ConfigError(
                 "environment: started by srun without MASTER_ADDR; start the program through launch/slurm/rank.sh"
             )
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000))
+        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0, default="0") % 10000))
     if "RANK" not in env:
         env.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             env["MASTER_PORT"] = str(free.getsockname()[1])
     env.setdefault("LOCAL_RANK", "0")
+    world_size = _number("WORLD_SIZE", 1)
+    _number("RANK", 0, world_size - 1)
+    _number("LOCAL_RANK", 0)
+    _number("MASTER_PORT", 1, 65535)
+    if not env.get("MASTER_ADDR"):
+        raise ConfigError("environment: RANK is set but MASTER_ADDR is not; start through a launcher, or unset RANK")
+
+
+def _number(name: str, least: int, most: int | None = None, default: str | None = None) -> int:
+    """Read a whole number from the environment."""
+    text = os.environ.get(name, default)
+    if text is None:
+        raise ConfigError(f"environment: RANK is set but {name} is not; start through a launcher, or unset RANK")
+    # A number of more digits than Python reads is no rank either.
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else -1
+    if number < least or (most is not None and number > most):
+        expected = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(
+            f"environment: {name}={text[:40]}, expected a whole number {expected}; start through a launcher"
+        )
+    return number
 
 
 def on_cuda() -> bool:
@@ -76,6 +97,10 @@ def init(init_method: str = "env://", timeout: timedelta | None = None) -> Ranks
     Args:
         init_method: torch's rendezvous; tests use a ``file://``.
         timeout: how long to wait for other ranks, here and in every collective; torch's own when absent.
+
+    Raises:
+        ConfigError: a variable of the launcher makes no sense, the port of the rendezvous is in use, or other ranks
+            did not come.
     """
     set_rendezvous()
     cuda = on_cuda()
@@ -84,10 +109,23 @@ def init(init_method: str = "env://", timeout: timedelta | None = None) -> Ranks
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(f"environment: LOCAL_RANK={local}, but this host shows {gpus} GPUs; start fewer ranks")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", init_method, timeout, world_size, rank)
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", init_method, timeout, world_size, rank)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise ConfigError(_cannot_join(rank, first_line(error))) from error
     return Ranks(rank, world_size, local, device)
+
+
+def _cannot_join(rank: int, why: str) -> str:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in why or "address already in use" in why:
+        return f"port {port} of {socket.gethostname()} is in use by another program; choose another MASTER_PORT"
+    return f"rank {rank} on {socket.gethostname()} cannot join the others at {address}:{port} ({why})"
 
 
 def set_timeout(timeout: timedelta) -> None:

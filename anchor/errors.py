@@ -8,7 +8,9 @@ message and exits with code 2. Bugs raise built-in exceptions and keep their tra
 import difflib
 import errno
 import os
+import re
 import select
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,12 +25,21 @@ _DISK_ADVICE = {
     errno.EPERM: "check who may write there, or choose another place",
     errno.EROFS: "choose a place that can be written to",
     errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EEXIST: "something of this name is in the way; move it, or choose another place",
+    errno.EISDIR: "a folder is where a file should be; move it, or choose another place",
+    errno.ELOOP: "its symbolic links lead in a circle; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EFBIG: "raise the limit of file sizes (`ulimit -f`) or choose another disk, and start again",
+    errno.EIO: "check the disk, and start again on one that works",
+    errno.ESTALE: "the network file system has lost it; start again when it is back",
     errno.ENOSPC: "free some disk and start again",
     errno.EDQUOT: "free some of your quota and start again",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`) and start again",
     errno.ENFILE: "too many files are open on this machine; start again when there are fewer",
 }
 """What a user does about a file that cannot be written or read; other errors of the operating system are bugs."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 class AnchorError(Exception):
@@ -70,6 +81,27 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def disk_refusal(error: Exception) -> str | None:
+    """Return one line on a disk that refused a file, however the library words it; None for any other error.
+
+    Not all libraries pass the error of the operating system on: ``shutil.copytree`` lists texts, safetensors and torch
+    raise classes of their own, and numpy counts what it could not write.
+    """
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        _, where, why = error.args[0][0]
+        number = next((one for one in _DISK_ADVICE if os.strerror(one) in str(why)), None)
+    elif isinstance(error, OSError) and error.errno is not None:
+        where, number = error.filename, error.errno
+    elif isinstance(error, OSError) and _SHORT_WRITE.search(str(error)):
+        where, number = None, errno.ENOSPC
+    else:
+        where, number = None, next((one for one in _FULL if os.strerror(one) in str(error)), None)
+    if number not in _DISK_ADVICE:
+        return None
+    where = "a file being written" if where is None else where
+    return f"{where}: {os.strerror(number)}; {_DISK_ADVICE[number]}"
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print an :class:`AnchorError`, or a disk's refusal, as one line on stderr and exit with code 2.
@@ -87,11 +119,11 @@ def exit_on_user_error() -> Iterator[None]:
         # The interpreter flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_EXIT_PIPE)
-    except OSError as error:
-        if error.errno not in _DISK_ADVICE:
+    except Exception as error:
+        refusal = disk_refusal(error)
+        if refusal is None:
             raise
-        where = error.filename if error.filename is not None else "a file being written"
-        _exit(f"{where}: {error.strerror}; {_DISK_ADVICE[error.errno]}")
+        _exit(refusal)
 
 
 def _is_abandoned(stream: TextIO) -> bool:

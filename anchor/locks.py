@@ -37,6 +37,14 @@ def take(lock: IO[str], file: Path) -> bool:
         return False
 
 
+def wait_for(lock: IO[str], file: Path, waiting: str) -> None:
+    """Lock an open file; log ``waiting`` where another process holds it, and wait until that ends."""
+    if take(lock, file):
+        return
+    log.info("%s: %s", file, waiting)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+
 @contextmanager
 def locked(file: Path, busy: str) -> Iterator[None]:
     """Hold the lock of this path; the file is removed at the end.

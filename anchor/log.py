@@ -6,7 +6,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOBase
 from pathlib import Path
 from types import TracebackType
@@ -51,8 +51,19 @@ def setup(level: int = logging.INFO) -> None:
         logging.getLogger(name).setLevel(level)
 
 
+class _RankFile(logging.FileHandler):
+    """A rank's log; on a full disk it says so once and the run goes on without it."""
+
+    _refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        if not self._refused:
+            self._refused = True
+            sys.stderr.write(f"warning: {self.baseFilename}: cannot be written ({sys.exception()})\n")
+
+
 def _file_handler(path: Path) -> logging.FileHandler:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RankFile(path, encoding="utf-8")
     handler.addFilter(_RankFilter())
     handler.setFormatter(_formatter())
     return handler
@@ -86,14 +97,20 @@ def crash_reporter(path: Path | None) -> Callable[[type[BaseException], BaseExce
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             os._exit(130)
-        if path is not None:
-            logging.getLogger().addHandler(_file_handler(path))
-        rank, others = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
-        hint = "; if a collective failed, another rank was first: its log says why" if others else ""
-        logging.getLogger("anchor").critical(
-            "rank %s on %s failed%s", rank, socket.gethostname(), hint, exc_info=(kind, error, trace)
-        )
-        logging.shutdown()
-        os._exit(1)
+        # torch's init_process_group puts a hook of its own around this one, and a buffer in place of standard error,
+        # which it prints afterwards: there is no afterwards.
+        sys.stderr = sys.__stderr__ or sys.stderr
+        try:
+            if path is not None:
+                with suppress(OSError):
+                    logging.getLogger().addHandler(_file_handler(path))
+            rank, others = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1") != "1"
+            hint = "; if a collective failed, another rank was first: its log says why" if others else ""
+            logging.getLogger("anchor").critical(
+                "rank %s on %s failed%s", rank, socket.gethostname(), hint, exc_info=(kind, error, trace)
+            )
+            logging.shutdown()
+        finally:
+            os._exit(1)
 
     return report

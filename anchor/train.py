@@ -11,12 +11,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anchor import log
 from anchor.arguments import positive
-from anchor.config.load import load_recipe
-from anchor.config.schema import TrainRecipe
+from anchor.engine.stop import (
+    EXIT_REQUEUE,
+    PARENT_VARIABLE,
+    PROOF_VARIABLE,
+    StopRequest,
+    end_with_parent,
+    group_timeout,
+    prove_finished,
+)
 from anchor.errors import EXIT_USER_ERROR, exit_on_user_error
+
+if TYPE_CHECKING:
+    from anchor.config.schema import TrainRecipe
 
 _EXAMPLE = """example:
   python -m anchor.train launch/recipes/quickstart/stage1.yaml --dry-run
@@ -59,31 +70,42 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     arguments = _arguments(argv)
-    log.setup()
-    with _leaving_at_once(), exit_on_user_error():
-        recipe = load_recipe(arguments.recipe, TrainRecipe, arguments.overrides)
-        # Only now torch: a mistake in a recipe is answered at once.
-        if arguments.dry_run:
-            _dry_run(recipe, arguments)
-            return
-        finished = _train(recipe, arguments.recipe, resume=arguments.resume)
-    from anchor import dist
-    from anchor.engine.stop import EXIT_REQUEUE
+    if arguments.dry_run:
+        log.setup()
+        with exit_on_user_error():
+            _dry_run(_recipe(arguments), arguments)
+        return
+    # Before anything slow is imported: a signal would end a process that does not listen as if it had failed.
+    with StopRequest().listening() as stop:
+        stop.nothing_to_lose = True
+        end_with_parent(os.environ.get(PARENT_VARIABLE))
+        log.setup()
+        with _leaving_at_once(), exit_on_user_error():
+            finished = _train(_recipe(arguments), arguments.recipe, stop, resume=arguments.resume)
+        from anchor import dist
 
-    code = 0 if finished else EXIT_REQUEUE
-    if __name__ == "__main__":
-        dist.leave(code)
+        code = 0 if finished else EXIT_REQUEUE
+        if __name__ == "__main__":
+            dist.leave(code)
     if code:
         sys.exit(code)
 
 
+def _recipe(arguments: argparse.Namespace) -> "TrainRecipe":
+    """Read the recipe, before torch is imported: a mistake in it is answered at once."""
+    from anchor.config.load import load_recipe
+    from anchor.config.schema import TrainRecipe
+
+    return load_recipe(arguments.recipe, TrainRecipe, arguments.overrides)
+
+
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
-    """A rank among others that has said a user's error takes nothing down: with NCCL that may wait for the others."""
+    """On a user error, exit without tearing down the process group: with NCCL that may wait for the other ranks."""
     try:
         yield
     except SystemExit as stop:
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or "torch" not in sys.modules
+        alone = os.environ.get("WORLD_SIZE", "1") == "1" or "torch" not in sys.modules
         if __name__ != "__main__" or alone:
             raise
         from anchor import dist
@@ -91,7 +113,7 @@ def _leaving_at_once() -> Iterator[None]:
         dist.leave(stop.code if isinstance(stop.code, int) else EXIT_USER_ERROR)
 
 
-def _dry_run(recipe: TrainRecipe, arguments: argparse.Namespace) -> None:
+def _dry_run(recipe: "TrainRecipe", arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from anchor.engine.dry_run import Options, dry_run, write_report
@@ -106,23 +128,30 @@ def _dry_run(recipe: TrainRecipe, arguments: argparse.Namespace) -> None:
         write_report(report, arguments.json)
 
 
-def _train(recipe: TrainRecipe, recipe_path: str, *, resume: bool) -> bool:
-    """Whether the run is finished; False when a signal stopped it, with a checkpoint."""
+def _train(recipe: "TrainRecipe", recipe_path: str, stop: StopRequest, *, resume: bool) -> bool:
+    """Train as one rank of the run.
+
+    Returns:
+        Whether the run is finished; False when a signal stopped it, and the same command goes on.
+    """
     from anchor import dist
     from anchor.engine.loop import train
     from anchor.engine.plan import make_plan
-    from anchor.engine.stop import StopRequest, group_timeout
+    from anchor.engine.run_folder import only_writer
 
     sys.excepthook = log.crash_reporter(None)
-    with StopRequest().listening() as stop:
-        ranks = dist.init(timeout=group_timeout(recipe.engine.timeout_seconds))
-        plan = make_plan(recipe, recipe_path, ranks.world_size)
+    ranks = dist.init(timeout=group_timeout(recipe.engine.timeout_seconds))
+    stop.nothing_to_lose = False
+    plan = make_plan(recipe, recipe_path, ranks.world_size)
+    with only_writer(recipe.output_dir):
         path = log.rank_file(recipe.output_dir / "logs")
         sys.excepthook = log.crash_reporter(path)
         with log.kept_in(path) as stacks:
             finished = train(plan, ranks, stop, resume=resume, stacks=stacks)
         dist.barrier()  # nobody leaves before all have decided: a launcher kills the others when one exits
-        dist.shutdown()
+    if finished and dist.is_first_rank():
+        prove_finished(os.environ.get(PROOF_VARIABLE))
+    dist.shutdown()
     return finished
 
 

@@ -335,6 +335,9 @@ def _half(vectors: np.ndarray, texts: list[str], teacher: str) -> np.ndarray:
 
 def _save(file: Path, vectors: np.ndarray) -> None:
     beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with beside.open("wb") as out:
-        np.save(out, vectors)
-    os.replace(beside, file)
+    try:
+        with beside.open("wb") as out:
+            np.save(out, vectors)
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)  # there only after an error, such as a full disk

@@ -3,7 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
-source launch/signals.sh
 
 usage() {
   cat <<'TEXT'
@@ -57,6 +56,8 @@ deepspeed_env() {
     [ -z "${!name+set}" ] || echo "$name=$(in_double_quotes "${!name}")"
   done
   echo PYTHONFAULTHANDLER=1 # a rank that dies in C++ shows its Python traceback
+  echo ANCHOR_END_WITH_PARENT=yes # a rank whose launcher was killed would train on
+  echo "ANCHOR_FINISHED_FILE=$finished"
   for name in ${extra[@]+"${extra[@]}"}; do echo "${name%%=*}=$(in_double_quotes "${name#*=}")"; done
 }
 
@@ -91,6 +92,7 @@ else
   [ -n "$address" ] && [ -n "${GLOO_SOCKET_IFNAME-}" ] || fail "--no-check needs --master-addr and --interface"
 fi
 
+finished=/tmp/anchor-finished-$(date +%s)-$$-$RANDOM # rank 0 makes it on the first host; see prove_finished
 DS_ENV_FILE=$(mktemp) # by its full name, so that a .deepspeed_env of another run is neither read nor changed
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
@@ -110,10 +112,58 @@ if [ -n "$dry" ]; then
   exit 0
 fi
 
-# The ranks are told themselves: DeepSpeed's own handling cuts their output off first.
+# The processes above the ranks handle no signal as a run needs it, and turn death by one into exit code 0. So this script
+# 1. asks the ranks itself for a checkpoint, at the first signal; each host tries until it has some. Signals of the next
+#    2 s are the same one; a later one ends everything.
+# 2. believes a 0 only with the file that rank 0 leaves when the run is finished.
+# 3. ends what an unfinished run has left on the hosts.
 hosts=$(awk '{ sub(/#.*/, "") } NF { print $1 }' "$hostfile" | paste -sd, -)
-ranks=$(sed -e 's/[][\.*^$(){}?+|/]/[&]/g' -e 's/\[\^\]/\\^/g' <<<"-u -m anchor.train --local_rank=X $recipe")
-ranks=${ranks/X/[0-9]*} # which does not match the command line of the pkill itself
-ask_ranks() { PDSH_RCMD_TYPE=ssh pdsh -w "$hosts" "pkill -USR1 -f -- $(in_single_quotes "$ranks")"; }
-end_ranks() { kill -TERM "$runner" 2>/dev/null; }
-run_launcher "${command[@]}"
+in_regex() { sed -e 's/[][\.*^$(){}?+|/]/[&]/g' -e 's/\[\^\]/\\^/g' <<<"$1"; }
+# Neither matches the command line of the pkill itself.
+ranks="$(in_regex '-u -m anchor.train --local_rank=')[0-9]* $(in_regex "$recipe")"
+launchers="[d]eepspeed.launcher.launch .*--master_port=$port .*$(in_regex "anchor.train $recipe")"
+on_hosts() { PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-} -o ConnectTimeout=10" pdsh -S -w "$@"; }
+tell() { printf 'pkill -%s -f -- %s' "$1" "$(in_single_quotes "${2//%/%%}")"; } # SIGNAL PATTERN
+ask_ranks() { on_hosts "$hosts" "for i in 1 2 3 4 5 6 7 8 9 10; do $(tell USR1 "$ranks") && break; sleep 1; done"; }
+end_orphans() { on_hosts "$hosts" "$(tell KILL "$launchers"); true" >/dev/null 2>&1 || true; }
+prove_finished() { on_hosts "${hosts%%,*}" "rm -- $finished" >/dev/null 2>&1; }
+
+signals=0 asked_at=0 asking=
+on_signal() {
+  signals=$((signals + 1))
+  local now=${EPOCHREALTIME/[.,]/}
+  if [ $signals = 1 ]; then
+    asked_at=$now
+    echo "asking all ranks for a checkpoint; a signal later than 2 s ends them at once" >&2
+    ask_ranks >&2 &
+    asking=$!
+  elif [ $((now - asked_at)) -gt 2000000 ]; then
+    kill -TERM "$runner" 2>/dev/null || true
+  fi
+}
+wait_for() { # PROCESS: its exit code, in `code`
+  local seen
+  while :; do
+    seen=$signals code=0
+    wait "$1" || code=$?
+    [ "$seen" != "$signals" ] || break # otherwise a signal has cut `wait` short
+  done
+}
+trap on_signal INT TERM HUP USR1
+setsid "${command[@]}" & # in a session of its own: Ctrl-C is for this script alone
+runner=$!
+wait_for "$runner"
+ended=$code
+[ -z "$asking" ] || wait_for "$asking" # it would ask the ranks of the next start
+case $signals,$ended in
+  *,0)
+    prove_finished && exit 0
+    echo "error: multinode: DeepSpeed's launcher says 0, but rank 0 has not said that the run is finished; start it again" >&2
+    ended=1 ;;
+  *,85 | [1-9]*,246) # 246: a rank that USR1 ended before it could listen has lost nothing
+    echo "stopped by a signal; the same command goes on" >&2
+    exit 85 ;;
+  *) echo "error: multinode: the run has ended with $ended, unfinished" >&2 ;;
+esac
+end_orphans
+exit "$ended"

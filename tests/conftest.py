@@ -5,8 +5,9 @@ import os
 import random
 import shutil
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,28 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def blocks(folder: Path) -> int:
+    """Bytes that a folder takes on a disk of 4 KiB blocks."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(bytes)``: a folder on a disk of that size; again, the same one with another size."""
+    mounted: list[Path] = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir(exist_ok=True)
+        again = "remount," if mounted else ""
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "none", folder], check=False)
+        if done.returncode:
+            pytest.skip("mounting a small disk needs root")
+        mounted[:] = [folder]
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)

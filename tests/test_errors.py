@@ -1,6 +1,8 @@
 """Invariants: a user's error, or a disk's refusal, is one line on stderr and exit code 2; a bug keeps its traceback."""
 
 import errno
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,49 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 2
     expected = "error: a file being written: No space left on device; free some disk and start again\n"
     assert capsys.readouterr().err == expected
+
+
+class SafetensorError(Exception):
+    """As safetensors raises it."""
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (shutil.Error([("a", "b/c", f"[Errno 28] {FULL}: 'b/c'"), ("a", "b/d", "x")]), "b/c: No space left on device"),
+        (
+            SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)"),
+            "a file being written: No space",
+        ),
+        (OSError("524288 requested and 12288 written"), "a file being written: No space left on device; free some"),
+        (RuntimeError(f"[enforce fail at inline_container] {FULL}"), "a file being written: No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), "x: Disk quota exceeded; free some of your quota and"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "x: File name too long; choose a shorter path"),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "x"),
+            "x: File exists; something of this name is in the way; move",
+        ),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "x: Is a directory; a folder is where a file should"),
+    ],
+)
+def test_a_disks_refusal_is_one_line_however_a_library_words_it(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise error
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [shutil.Error("x"), shutil.Error([("a", "b", "x")]), OSError("x"), RuntimeError("x")])
+def test_an_error_that_is_not_the_disks_stays_a_bug(error: Exception) -> None:
+    with pytest.raises(type(error)), exit_on_user_error():
+        raise error
 
 
 @pytest.mark.parametrize("bug", [KeyError("bug"), FileNotFoundError(errno.ENOENT, "No such file", "x")])

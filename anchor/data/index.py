@@ -90,11 +90,44 @@ def read_index(folder: Path) -> Index:
                 "pack again"
             )
         index = Index(**raw)
-    except (ValueError, KeyError, TypeError) as error:
+        _check(index)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{file}: not a readable index ({error}); pack again") from error
     if (index.teacher is None) == (version == TEACHER_VERSION):
         raise ShardError(f"{file}: format version {version}, but teacher is {index.teacher}; pack again")
     return index
+
+
+def _check(index: Index) -> None:
+    """Check the kinds of values that readers rely on: a damaged index may still be JSON.
+
+    Raises:
+        ValueError: a value of another kind.
+        KeyError: a value is missing.
+    """
+    expected: dict[str, tuple[Any, type]] = {
+        **{name: (getattr(index, name), dict) for name in ("template", "recipe", "prompts")},
+        **{name: (getattr(index, name), list) for name in ("sources", "shards")},
+        "anchor_token_id": (index.anchor_token_id, int),
+    }
+    _check_kinds(expected)
+    batch = index.recipe["batch"]
+    _check_kinds({"recipe.batch": (batch, dict), "recipe.text": (index.recipe.get("text", {}), dict)})
+    counts = {"recipe.batch.pack_multiple": batch["pack_multiple"], "recipe.epochs": index.num_epochs}
+    for number, shard in enumerate(index.shards):
+        _check_kinds({f"shards.{number}": (shard, dict)})
+        _check_kinds({f"shards.{number}.file": (shard["file"], str)})
+        counts |= {f"shards.{number}.{name}": shard[name] for name in ("bytes", "batches", "packs")}
+    _check_kinds({name: (count, int) for name, count in counts.items()})
+    empty = next((name for name, count in counts.items() if count < 1), None)
+    if empty is not None or not index.shards:
+        raise ValueError(f"{empty} is {counts[empty]}, expected at least 1" if empty else "it lists no shards")
+
+
+def _check_kinds(values: dict[str, tuple[Any, type]]) -> None:
+    for name, (value, kind) in values.items():
+        if type(value) is not kind:
+            raise ValueError(f"{name} is {str(value)[:40]}, expected {kind.__name__}")
 
 
 def index_hash(folder: Path) -> str:

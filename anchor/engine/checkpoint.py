@@ -8,14 +8,16 @@ generator state is stored.
    renames the folder and then moves ``latest``. A folder without ``state.json`` was interrupted.
 2. Before, the free disk is compared with what the trained parameters need; a full disk is an error that leaves the
    earlier checkpoints as they were.
-3. On resume every file is compared with ``state.json``. A damaged checkpoint is named and the one before it is used;
-   training it again gives the same bits on CPUs, on CUDA as far as its kernels repeat their own.
+3. On resume every file is compared with ``state.json``, and that with its own checksum. A damaged checkpoint is named
+   and the one before it is used; training it again gives the same bits on CPUs, on CUDA as far as its kernels repeat
+   their own. Folders of other names, such as a copy ``step-00000100.bak``, are left alone.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from safetensors.torch import save_file
 from anchor import dist
 from anchor.engine.deepspeed import Engine
 from anchor.engine.estimate_work import checkpoint_bytes
+from anchor.engine.json_files import read_object
 from anchor.engine.step import objective_of
 from anchor.errors import TrainingError, first_line
 from anchor.models.centres import CENTRES_NAME
@@ -37,6 +40,9 @@ log = logging.getLogger(__name__)
 _TAG = "engine"
 _UNIVERSAL = "universal"
 _UNFINISHED = (".writing-", ".deleting-")
+_NAME = re.compile(r"step-\d{8,}")
+_STATE = {"step": int, "recipe": dict, "data_index_sha256": str, "num_ranks": int, "zero_stage": int, "files": dict}
+"""Keys of ``state.json`` and their types; ``xxh3`` is the checksum of all others, absent in earlier versions."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -51,12 +57,30 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("step-*/state.json"))
+    found = [path.parent for path in folder.glob("step-*/state.json") if _NAME.fullmatch(path.parent.name)]
+    return sorted(found, key=checkpoint_step)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``state.json`` of a complete checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """Read ``state.json`` of a complete checkpoint.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    state = read_object(checkpoint / "state.json")
+    wrong = [key for key, kind in _STATE.items() if type(state.get(key)) is not kind]
+    if wrong:
+        raise ValueError(f"cannot be read: {wrong[0]} is {str(state.get(wrong[0]))[:20]}")
+    if state.get("xxh3", _state_xxh3(state)) != _state_xxh3(state):
+        raise ValueError("checksum differs")
+    if state["step"] != checkpoint_step(checkpoint):
+        raise ValueError(f"is of step {state['step']}")
+    return state
+
+
+def _state_xxh3(state: dict[str, Any]) -> str:
+    others = {key: value for key, value in state.items() if key != "xxh3"}
+    return xxhash.xxh3_64_hexdigest(json.dumps(others, sort_keys=True).encode())
 
 
 def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep: int, keep_every: int | None) -> Path:
@@ -89,7 +113,9 @@ def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep
         files = _flushed(beside, engine.ranks.rank)
         files = {name: about for part in dist.gather_objects(files) for name, about in part.items()}
         if dist.is_first_rank():
-            _write_atomically(beside / "state.json", json.dumps({**state, "files": files}, indent=1) + "\n")
+            whole = {**state, "files": files}
+            whole["xxh3"] = _state_xxh3(whole)
+            _write_atomically(beside / "state.json", json.dumps(whole, indent=1) + "\n")
             _remove(final)
             os.replace(beside, final)
             _flush_folder(folder)
@@ -193,16 +219,24 @@ def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint so that an interruption cannot leave half of it under its name."""
     if checkpoint.exists():
         doomed = checkpoint.with_name(f".deleting-{checkpoint.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(doomed)
         os.replace(checkpoint, doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what an interrupted writer left; rank 0 calls it before training."""
     for path in folder.glob(".*") if folder.is_dir() else ():
         if path.name.startswith(_UNFINISHED):
-            shutil.rmtree(path)
+            _delete(path)
 
 
 def newest_intact(folder: Path, rank: int, world_size: int) -> Path | None:
@@ -235,12 +269,16 @@ def newest_intact(folder: Path, rank: int, world_size: int) -> Path | None:
 def _damages(checkpoint: Path, rank: int, world_size: int) -> Iterator[str]:
     try:
         files = sorted(read_state(checkpoint)["files"].items())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
-        yield "state.json cannot be read"
+    except ValueError as error:
+        yield f"state.json {error}"
         return
+    if not files:
+        yield "state.json lists no files"
     for name, about in files[rank::world_size]:
         path = checkpoint / name
-        if not path.is_file():
+        if not (isinstance(about, dict) and about.keys() >= {"bytes", "xxh3"}):
+            yield f"state.json cannot be read: {name} is {str(about)[:20]}"
+        elif not path.is_file():
             yield f"{name} is missing"
         elif path.stat().st_size != about["bytes"]:
             yield f"{name} has {path.stat().st_size} bytes instead of {about['bytes']}"

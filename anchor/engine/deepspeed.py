@@ -27,7 +27,7 @@ from anchor.config.schema import OptimSection, TrainRecipe
 from anchor.dist import Ranks
 from anchor.engine.extensions import one_at_a_time, unlink_shared_buffer
 from anchor.engine.optim import parameter_groups
-from anchor.errors import ConfigError
+from anchor.errors import ConfigError, first_line
 
 _FROM_THE_RECIPE = {
     "train_batch_size": "batch.pairs of the pack recipe",
@@ -53,12 +53,19 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nested too deep
+        raise ConfigError(f"{path}: not readable as JSON ({first_line(error)}); see ds_configs/") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {str(config)[:60]}; see ds_configs/")
     for key, instead in _FROM_THE_RECIPE.items():
         if key in config:
             raise ConfigError(f"{path}: '{key}' comes from {instead}; remove it here")
     _refuse_auto(config, str(path), "")
-    if "zero_optimization" not in config:
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
         raise ConfigError(f"{path}: no 'zero_optimization' section")
+    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in range(4):
+        raise ConfigError(f"{path}: zero_optimization.stage is {str(zero['stage'])[:60]!r}, expected 0, 1, 2 or 3")
     return config
 
 

@@ -7,10 +7,10 @@ tokens are stored without the causal LM, see :mod:`anchor.engine.export_special_
 """
 
 import itertools
-import json
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from anchor.data.tokenizer_files import name_pieces
 from anchor.engine import export_special_tokens
 from anchor.engine.deepspeed import Engine
 from anchor.engine.folder_files import config_for_all, prompts_and_limit, prompts_line, write_json_files
+from anchor.engine.json_files import read_object
 from anchor.engine.plan import decode_prefix_of
 from anchor.engine.step import objective_of
+from anchor.errors import TrainingError, disk_refusal
 from anchor.models.backbone import DTYPES, lora_config
 from anchor.models.centres import CENTRES_NAME
 from anchor.models.embedder import Embedder
@@ -66,7 +68,6 @@ def export_model(
     if dist.is_first_rank():
         beside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         about = {
             "objective": recipe.objective.kind,
             "template": index.template,
@@ -75,20 +76,22 @@ def export_model(
             "max_tokens": index.recipe["text"]["max_tokens"],
             **provenance,
         }
-        shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
-        name_pieces(beside)
-        about |= _write_decoding(beside, objective_of(engine), recipe)
-        if special is None or alone is None:
-            _write_weights(beside, causal_lm, weights, recipe)
-            write_consumer_files(beside, causal_lm.config.hidden_size, index)
-            card = _model_card(recipe, index)
-        else:
-            export_special_tokens.write(beside, alone, causal_lm, index)
-            about |= export_special_tokens.about(alone, special, recipe, index)
-            card = export_special_tokens.model_card(recipe, special, index)
-        _write_adapter(beside, adapter, recipe)
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        write_json_files(beside, {"anchor.json": about})
+        with _refused_in_one_line(beside):
+            beside.mkdir(parents=True)
+            shutil.copytree(shards / "tokenizer", beside, dirs_exist_ok=True)
+            name_pieces(beside)
+            about |= _write_decoding(beside, objective_of(engine), recipe)
+            if special is None or alone is None:
+                _write_weights(beside, causal_lm, weights, recipe)
+                write_consumer_files(beside, causal_lm.config.hidden_size, index)
+                card = _model_card(recipe, index)
+            else:
+                export_special_tokens.write(beside, alone, causal_lm, index)
+                about |= export_special_tokens.about(alone, special, recipe, index)
+                card = export_special_tokens.model_card(recipe, special, index)
+            _write_adapter(beside, adapter, recipe)
+            (beside / "README.md").write_text(card, encoding="utf-8")
+            write_json_files(beside, {"anchor.json": about})
         _keep_scores(folder)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
@@ -106,12 +109,27 @@ def _write_decoding(folder: Path, objective: Objective, recipe: TrainRecipe) -> 
     return about
 
 
+@contextmanager
+def _refused_in_one_line(beside: Path) -> Iterator[None]:
+    """Turn a disk's refusal into one line, and free what has been written."""
+    try:
+        yield
+    except Exception as error:
+        refusal = disk_refusal(error)
+        if refusal is None:
+            raise
+        shutil.rmtree(beside, ignore_errors=True)
+        raise TrainingError(f"cannot export: {refusal}; the same command goes on with the export") from error
+
+
 def _keep_scores(folder: Path) -> None:
     """Move what the evaluation left in an earlier export out of it: hours of work, and not of the new weights."""
     scores, about = folder / _SCORES, folder / "anchor.json"
     if scores.is_dir() and about.is_file():
-        steps = json.loads(about.read_text(encoding="utf-8"))["recipe"]["optim"]["total_steps"]
-        name = f"{_SCORES}-step-{steps:08d}"
+        try:
+            name = f"{_SCORES}-step-{read_object(about)['recipe']['optim']['total_steps']:08d}"
+        except (ValueError, KeyError, TypeError):  # damaged
+            name = f"{_SCORES}-step-unknown"
         names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
         kept = next(folder.parent / name for name in names if not (folder.parent / name).exists())
         scores.rename(kept)

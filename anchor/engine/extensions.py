@@ -9,18 +9,19 @@ Its all-reduce through shared memory makes a file of 66 MiB per rank in /dev/shm
 it: memory that is lost with every run. Once all ranks have mapped it, the name is not needed any more.
 """
 
-import fcntl
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import torch
 from torch.utils.cpp_extension import get_default_build_root
+
+from anchor.locks import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ def one_at_a_time() -> Iterator[None]:
     """Load operators meanwhile; processes of this user on this file system wait for one another."""
     folder = extensions_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "anchor.flock").open("w") as mine:
-        fcntl.flock(mine, fcntl.LOCK_EX)
+    file = folder / "anchor.flock"
+    with file.open("w") as mine:
+        wait_for(mine, file, "another process loads or compiles operators; waiting for it")
         for left in folder.glob("*/lock"):
             _remove_if_left_behind(left)
         yield
@@ -52,11 +54,18 @@ def one_at_a_time() -> Iterator[None]:
 
 def _remove_if_left_behind(lock: Path) -> None:
     """Wait while something compiles in the folder; then the lock is nobody's."""
-    while lock.is_file() and (time.time() - lock.stat().st_mtime < _SETTLED_SECONDS or _compiling(lock.parent)):
-        time.sleep(0.5)
-    if lock.is_file():
+    # Our own clock decides: the file's time may be of another one, which is ahead.
+    settled = time.monotonic() + _SETTLED_SECONDS
+    with suppress(FileNotFoundError):  # whoever held it has removed it
+        while (_is_young(lock) and time.monotonic() < settled) or _compiling(lock.parent):
+            time.sleep(0.5)
+            lock.stat()
+        lock.unlink()
         log.warning("%s: left by a killed process; removed", lock)
-        lock.unlink(missing_ok=True)
+
+
+def _is_young(lock: Path) -> bool:
+    return abs(time.time() - lock.stat().st_mtime) < _SETTLED_SECONDS
 
 
 def unlink_shared_buffer(rank: int) -> None:

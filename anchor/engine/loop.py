@@ -16,21 +16,10 @@ from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from anchor import dist
-from anchor.config.schema import TrainRecipe
 from anchor.data.batches import batch_stream
 from anchor.data.shards import Batch
-from anchor.engine.checkpoint import (
-    checkpoint_step,
-    complete_checkpoints,
-    load_checkpoint,
-    newest_intact,
-    read_state,
-    remove_unfinished,
-    save_checkpoint,
-)
+from anchor.engine.checkpoint import checkpoint_step, load_checkpoint, read_state, save_checkpoint
 from anchor.engine.deepspeed import Engine
 from anchor.engine.export import export_model
 from anchor.engine.loading import load_engine
@@ -38,11 +27,10 @@ from anchor.engine.metrics import JsonLines, Row, Sink, memory_metrics, open_sin
 from anchor.engine.optim import learning_rate
 from anchor.engine.plan import Plan, provenance
 from anchor.engine.progress import StepDisplay, print_summary
-from anchor.engine.resume import check_same_run, what_differs
+from anchor.engine.run_folder import check_shared, find_checkpoint, is_finished, prepare_folder
 from anchor.engine.step import NotFiniteError, StepResult, objective_of, train_step
 from anchor.engine.stop import StopRequest, Watchdog
 from anchor.engine.utilisation import Utilisation
-from anchor.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +59,14 @@ def train(
     zero_stage = plan.ds_config["zero_optimization"].get("stage", 0)
     state = {key: about[key] for key in ("recipe", "data_index_sha256", "num_ranks")} | {"zero_stage": zero_stage}
     # 1.
-    found = _find_checkpoint(folder, ranks, state, resume=resume)
-    if resume and _is_finished(folder, found, recipe, about):
+    found = find_checkpoint(folder, ranks, state, resume=resume)
+    if resume and is_finished(folder, found, recipe, about):
         log.info("%s: finished already; nothing to do", folder)
         return True
     if dist.is_first_rank():
-        _prepare_folder(folder, about)
+        prepare_folder(folder, about)
     dist.barrier()
-    _check_shared(folder, ranks)
+    check_shared(folder)
     # 2.
     with Watchdog(float(recipe.engine.timeout_seconds), stop, stacks).watching() as watchdog:
         moved = found is not None and read_state(found)["num_ranks"] != ranks.world_size
@@ -99,47 +87,6 @@ def train(
     if dist.is_first_rank():
         print_summary(folder)
     return True
-
-
-def _find_checkpoint(folder: Path, ranks: dist.Ranks, state: dict[str, Any], *, resume: bool) -> Path | None:
-    checkpoints = folder / "checkpoints"
-    existing = dist.broadcast_object(complete_checkpoints(checkpoints))
-    if existing and not resume:
-        raise TrainingError(f"{folder}: holds a run ({existing[-1].name}); choose another output_dir, or let it resume")
-    found = newest_intact(checkpoints, ranks.rank, ranks.world_size)
-    if found is not None:
-        check_same_run(found, state)
-    return found
-
-
-def _is_finished(folder: Path, found: Path | None, recipe: TrainRecipe, about: dict[str, Any]) -> bool:
-    """Whether the last step's checkpoint, if it has a step, and an export of this very training and data are there."""
-    exported = folder / "export/anchor.json"
-    finished = False
-    steps = 0 if found is None else checkpoint_step(found)
-    if dist.is_first_rank() and steps == recipe.optim.total_steps and exported.is_file():
-        before = json.loads(exported.read_text(encoding="utf-8"))
-        finished = before.get("data_index_sha256") == about["data_index_sha256"]
-        finished = finished and not what_differs(before["recipe"], about["recipe"], exported)
-    return dist.broadcast_object(finished)
-
-
-def _prepare_folder(folder: Path, about: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder / "checkpoints")
-    (folder / "run.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
-
-
-def _check_shared(folder: Path, ranks: dist.Ranks) -> None:
-    """Every rank must see the folder that rank 0 made.
-
-    Raises:
-        TrainingError: ``output_dir`` is not on storage that all hosts share.
-    """
-    missing = [rank for rank, seen in enumerate(dist.gather_objects((folder / "run.yaml").is_file())) if not seen]
-    if missing:
-        some = ", ".join(map(str, missing[:8]))
-        raise TrainingError(f"{folder}: ranks {some} do not see it; output_dir must be on storage that all hosts share")
 
 
 class _Run:
@@ -182,7 +129,10 @@ class _Run:
     def steps(self, stop: StopRequest) -> bool:
         """Train to the end; False when a signal stopped the run, after a checkpoint."""
         try:
-            finished = self._all_ranks_go_on(stop) and self._steps(stop)
+            if not self._all_ranks_go_on(stop):
+                log.warning("stopped by a signal before step %d; start the same command again to go on", self.first + 1)
+                return False
+            finished = self._steps(stop)
             if finished and self.saved < self.total:
                 self._checkpoint(self.total)
             return finished

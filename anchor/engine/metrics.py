@@ -1,10 +1,12 @@
 """Where metrics go: ``metrics.jsonl``, one row per step, on rank 0; TensorBoard and Weights & Biases when asked."""
 
 import json
+import logging
 import os
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +14,10 @@ import psutil
 import torch
 
 from anchor.config.schema import TelemetrySection
+from anchor.engine.json_files import parse_object
 from anchor.errors import ConfigError, TrainingError
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, float | int | str]
 """``step``, ``source`` and metrics named ``group/what_unit``."""
@@ -39,10 +44,9 @@ class JsonLines(Sink):
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [] if not path.is_file() else path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in kept if (row := _row(line)) is not None and row["step"] <= first_step]
+        kept = [line for line, row in _lines(path) if type(row.get("step")) is int and row["step"] <= first_step]
         beside = path.with_name(path.name + ".tmp")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        beside.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(beside, path)
         self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
@@ -58,18 +62,22 @@ class JsonLines(Sink):
         self._file.close()
 
 
-def _row(line: str) -> dict[str, Any] | None:
-    """A row, or None for the half line that a killed run leaves."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines that hold a row, and their rows; a damaged line is named, but for the half one that a killed run leaves."""
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            row = parse_object(line)
+        except ValueError as error:
+            if line.endswith(b"\n"):
+                log.warning("%s:%d: the line %s: not used", path, number, error)
+            continue
+        yield line.rstrip(b"\n"), row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``, oldest first; none when there is no file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [row for row in map(_row, lines) if row is not None]
+    return [row for _, row in _lines(path)]
 
 
 class TensorBoard(Sink):

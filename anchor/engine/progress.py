@@ -16,6 +16,11 @@ log = logging.getLogger("anchor.engine.loop")
 
 _ENDS = 10
 """Losses at the beginning and at the end are means of so many steps."""
+_SUMMED = (
+    *("time/step_seconds", "time/data_wait_seconds", "data/tokens", "data/pairs", "memory/peak_gib"),
+    "loss/total_nats",
+)
+_HELD_OUT = ("step", "held_out/loss_total_nats", "held_out/ndcg_at_10")
 
 
 class StepDisplay:
@@ -64,7 +69,7 @@ class StepDisplay:
 
 def print_summary(folder: Path) -> None:
     """The table at the end of a run, from ``metrics.jsonl`` and ``held_out.jsonl``."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if _has(row, *_SUMMED) and "source" in row]
     if not rows:
         return
     console = Console(stderr=True)
@@ -73,9 +78,9 @@ def print_summary(folder: Path) -> None:
     table = Table("source", "steps", "pairs", "loss at first", "loss at last", title=str(folder))
     for column in table.columns[1:]:
         column.justify = "right"
-    sources = sorted({row["source"] for row in rows})
+    sources = sorted({str(row["source"]) for row in rows})
     for source in sources:
-        table.add_row(*_loss_cells(source, [row for row in rows if row["source"] == source]))
+        table.add_row(*_loss_cells(source, [row for row in rows if str(row["source"]) == source]))
     if len(sources) > 1:
         table.add_section()
         table.add_row(*_loss_cells("all", rows))
@@ -85,10 +90,15 @@ def print_summary(folder: Path) -> None:
         f"{pairs / seconds:,.1f} pairs/s, {tokens / seconds:,.0f} tokens/s, "
         f"{sum(row['time/data_wait_seconds'] for row in rows) / seconds:.1%} waiting for data, "
         f"{max(row['memory/peak_gib'] for row in rows):.2f} GiB at most",
-        *_held_out_lines(read_rows(folder / "held_out.jsonl")),
+        *_held_out_lines([row for row in read_rows(folder / "held_out.jsonl") if _has(row, *_HELD_OUT)]),
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _has(row: dict[str, Any], *names: str) -> bool:
+    """Whether a row that a disk or an editor may have altered has these numbers."""
+    return all(isinstance(row.get(name), int | float) for name in names)
 
 
 def _loss_cells(name: str, rows: list[dict[str, Any]]) -> Iterable[str]:

@@ -1,7 +1,9 @@
 """Ending a run from outside: a signal asks all ranks to stop at the same step; a watchdog ends one that is stuck.
 
 1. SIGTERM or SIGUSR1 on any rank sets a flag. It travels with the step's own reduction, so all ranks learn of it in
-   the same step, finish that step, write a checkpoint and exit with :data:`EXIT_REQUEUE`.
+   the same step, finish that step, write a checkpoint and exit with :data:`EXIT_REQUEUE`. Until the ranks have joined,
+   nothing can be lost: the process exits with that code at once. A thread takes the signals: the main thread may be
+   inside a collective, where Python runs no handler.
 2. A second signal ends the process at once. Within 2 s of the first it is the same one: a signal to a process group,
    as ``timeout`` sends it, reaches a rank itself and once more by DeepSpeed's launcher, which passes it on.
 3. The watchdog knows when a step, a checkpoint or an export began. One that lasts longer than
@@ -11,6 +13,7 @@
    before Python can say a word.
 """
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -23,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from io import TextIOBase
+from pathlib import Path
 from types import FrameType
 
 log = logging.getLogger(__name__)
@@ -32,9 +36,14 @@ EXIT_REQUEUE = 85
 EXIT_STUCK = 70
 """Exit code of a process that its watchdog ended."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_SIGNAL_SECONDS = 2.0
+PARENT_VARIABLE = "ANCHOR_END_WITH_PARENT"
+"""Environment variable of a rank that must not outlive what started it: that process's id, or `yes`."""
+PROOF_VARIABLE = "ANCHOR_FINISHED_FILE"
+"""Environment variable with the path of an empty file, on its own host, that rank 0 makes when the run is finished."""
 
+_PR_SET_PDEATHSIG = 1
 _GROUP_MARGIN_SECONDS = 60
-_SAME_SIGNAL_SECONDS = 2.0
 _LEAST_PATIENCE_SECONDS = 30.0
 _SLOWEST_STEPS = 3
 
@@ -44,16 +53,43 @@ def group_timeout(timeout_seconds: int) -> timedelta:
     return timedelta(seconds=timeout_seconds + _GROUP_MARGIN_SECONDS)
 
 
+def end_with_parent(parent: str | None) -> None:
+    """Have the kernel kill this process when the one that started it dies, also by SIGKILL.
+
+    Args:
+        parent: value of :data:`PARENT_VARIABLE`; None for a process that may outlive its parent.
+    """
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent.isdecimal() and os.getppid() != int(parent):  # it died before
+        os._exit(128 + signal.SIGKILL)
+
+
+def prove_finished(file: str | None) -> None:
+    """Make the file of :data:`PROOF_VARIABLE`, where it is set: a launcher may turn a death into exit code 0."""
+    if file is not None:
+        Path(file).touch()
+
+
 class StopRequest:
-    """Whether a signal asked this process to stop."""
+    """Whether a signal asked this process to stop.
+
+    Attributes:
+        requested: it did.
+        nothing_to_lose: no training has begun; a signal ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.nothing_to_lose = False, False
         self._since = 0.0
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self.requested and time.monotonic() - self._since < _SAME_SIGNAL_SECONDS:
+        if self.nothing_to_lose:
+            os.write(2, f"{name}: nothing is trained yet; start the same command again\n".encode())
+            os._exit(EXIT_REQUEUE)
+        if self.requested and time.monotonic() - self._since < SAME_SIGNAL_SECONDS:
             return
         if self.requested:
             os.write(2, f"{name} again: exit at once, without a checkpoint\n".encode())
@@ -64,12 +100,30 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Receive the signals meanwhile; afterwards whoever received them before does again."""
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        received, sent = os.pipe()
+        os.set_blocking(sent, False)
+        thread = threading.Thread(target=self._listen, args=(received,), name="signals", daemon=True)
+        thread.start()
+        wakeup = signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
+        before = {number: signal.signal(number, _left_to_the_thread) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            os.close(sent)
+            thread.join()
+            os.close(received)
+
+    def _listen(self, received: int) -> None:
+        while number := os.read(received, 1):
+            if number[0] in STOP_SIGNALS:
+                self._receive(number[0])
+
+
+def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """Do nothing: a signal without a handler would end the process."""
 
 
 class Watchdog:

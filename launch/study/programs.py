@@ -1,6 +1,5 @@
 """The project's own command lines, as a reader would type them, run one after the other with a log each."""
 
-import fcntl
 import logging
 import os
 import shlex
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from anchor.errors import TrainingError
+from anchor.locks import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,5 @@ def locked(folder: Path) -> Iterator[int]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: another study, or what it started, is at it; waiting", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for(file, folder / ".lock", "another study, or what it started, is at it; waiting")
         yield file.fileno()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import english_pairs, write_jsonl
+from conftest import blocks, english_pairs, write_jsonl
 from packs import folder_bytes
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 import data_prep.teach as teach_module
 from anchor.data.packing import cu_seqlens
 from anchor.data.shards import ShardReader, ShardWriter
-from anchor.errors import AnchorError, DataError, ModelError, ShardError
+from anchor.errors import AnchorError, DataError, ModelError, ShardError, exit_on_user_error
 from anchor.locks import locked
 from data_prep.inspect import inspect
 from data_prep.pack import pack
@@ -298,3 +298,20 @@ def test_verify_refuses_a_vector_that_is_no_unit_vector(taught: Path, tmp_path: 
     (folder / "index.json").write_text(json.dumps(index | {"end_token_id": 1}))
     with pytest.raises(ShardError, match=r"end_token_id is 1, '<.im_end.>' is 2; pack again"):
         verify(ShardReader(folder))
+
+
+def test_a_full_disk_at_any_moment_is_one_line_and_the_same_command_goes_on(
+    shards: Path, taught: Path, export_dir: Path, small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """numpy and shutil raise errors that do not say what the system said: both were tracebacks."""
+    whole = blocks(taught)
+    for share in (0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
+        disk = small_disk(int(whole * share))
+        with pytest.raises(SystemExit) as stop, exit_on_user_error():
+            teach(shards, disk / "t", teacher=export_dir)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]  # behind the bars of the model's loading
+        assert said.startswith("error: ")
+        assert said.endswith("No space left on device; free some disk and start again")
+    teach(shards, small_disk(4 * whole) / "t", teacher=export_dir)
+    assert folder_bytes(disk / "t") == folder_bytes(taught)

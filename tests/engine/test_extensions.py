@@ -1,6 +1,8 @@
 """Invariants: a lock that a killed process left in an operator's folder does not stop the next one; processes load one
 after another; no run leaves its shared-memory buffers behind."""
 
+import errno
+import fcntl
 import logging
 import os
 import subprocess
@@ -30,6 +32,30 @@ def test_a_lock_left_behind_is_named_and_removed(folder, caplog):
     with caplog.at_level(logging.WARNING), one_at_a_time():
         assert not lock.exists()
     assert f"{lock}: left by a killed process; removed" in caplog.text
+
+
+@pytest.mark.parametrize("ahead", [3, 3600])
+def test_a_lock_of_a_clock_that_is_ahead_is_removed_too(folder, caplog, ahead):
+    """The start waited in silence until that time had come, past SIGTERM."""
+    lock = folder / "operator/lock"
+    lock.touch()
+    os.utime(lock, (time.time() + ahead, time.time() + ahead))
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING), one_at_a_time():
+        assert not lock.exists()
+    assert time.monotonic() - start < 10
+    assert f"{lock}: left by a killed process; removed" in caplog.text
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_operators_load_on_a_file_system_without_locks(folder, caplog, monkeypatch, refusal):
+    def none(*_):
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with one_at_a_time():
+        pass
+    assert "anchor.flock: the file system has no locks; let no other process write here" in caplog.text
 
 
 def test_a_holder_that_is_killed_frees_the_others(folder):

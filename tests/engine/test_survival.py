@@ -2,6 +2,7 @@
 goes on with other numbers of ranks; signals stop all ranks at one step with a checkpoint; whatever breaks (a rank, a
 file, the disk) ends the run with a message and leaves what was checkpointed."""
 
+import fcntl
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import blocks
 from safetensors.torch import load_file
 from test_train import CONTRASTIVE, LORA, losses, write_recipe
 
@@ -201,23 +203,57 @@ def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint(tmp_path, u
 def test_a_signal_to_the_script_or_its_group_leaves_a_checkpoint(tmp_path, make_variant):
     """As Ctrl-C sends it, and to a pod's first process; of DeepSpeed's the first one died of it, and left the ranks."""
     recipe = make_variant(tmp_path, "full", engine__checkpoint_every_steps=STEPS)
-    command = ["launch/onenode.sh", "--ranks", "2", "--master-port", free_port(), str(recipe)]
-    code, said = after_five_steps(command, tmp_path, lambda pid: os.killpg(pid, signal.SIGTERM))
+    code, said = after_five_steps(onenode(recipe), tmp_path, lambda pid: os.killpg(pid, signal.SIGTERM))
     assert code == 85, said
-    assert "stopped with a checkpoint; the same command goes on from it" in said
+    assert "stopped by a signal; the same command goes on" in said
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
     assert left_over(recipe) == ""
 
 
-def test_a_signal_before_there_are_ranks_ends_the_script(tmp_path, make_variant):
+@pytest.mark.parametrize("after", [0.0, 1.0, 4.0])
+def test_a_signal_while_the_ranks_start_is_85(tmp_path, make_variant, after):
+    """It was 246: USR1 ended ranks that were importing."""
     recipe = make_variant(tmp_path, "full")
-    command = ["launch/onenode.sh", "--ranks", "2", "--master-port", free_port(), str(recipe)]
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as launched:
-        while "anchor.train" not in left_over(recipe):  # the launcher, and it only
+    with subprocess.Popen(onenode(recipe), cwd=ROOT, start_new_session=True) as launched:
+        while "anchor.train" not in left_over(recipe):
             assert launched.poll() is None
+        time.sleep(after)
         launched.terminate()
-        assert launched.wait(60) not in (0, 85)
+        assert launched.wait(60) == 85
     assert left_over(recipe) == ""
+
+
+def test_nothing_outlives_a_killed_script(tmp_path, make_variant):
+    """The launcher's processes and the ranks were left, and trained on."""
+    recipe = make_variant(tmp_path, "full")
+    with subprocess.Popen(onenode(recipe), cwd=ROOT, start_new_session=True) as launched:
+        while len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 0:
+            assert launched.poll() is None
+            time.sleep(0.05)
+        launched.kill()
+    time.sleep(1.0)
+    assert left_over(recipe) == ""
+    with (tmp_path / "run/.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_port_in_use_ends_all_ranks_with_one_line(tmp_path, make_variant):
+    """Rank 0 ended with a traceback, rank 1 waited on."""
+    recipe = make_variant(tmp_path, "full")
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = subprocess.run(onenode(recipe, port), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "INFO" not in line and "WARNING" not in line] == [
+        f"error: port {port} of {socket.gethostname()} is in use by another program; choose another MASTER_PORT"
+    ]
+    assert left_over(recipe) == ""
+
+
+def onenode(recipe: Path, port: int | str | None = None) -> list[str]:
+    return ["launch/onenode.sh", "--ranks", "2", "--master-port", str(port or free_port()), str(recipe)]
 
 
 def left_over(recipe: Path) -> str:
@@ -244,30 +280,6 @@ def test_a_rank_that_hangs_ends_the_run_by_time_out_and_names_the_step(tmp_path,
     run.kill()
     assert code == 70  # the watchdog's, not the collective's own
     assert " step " in run.console().split("CRITICAL")[-1]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """``small_disk(bytes)``: a folder on a disk of that size."""
-    mounted = []
-
-    def mount(size: int) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=False)
-        if done.returncode:
-            pytest.skip("mounting a small disk needs root")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def blocks(folder: Path) -> int:
-    """Bytes that a folder takes on a disk of 4 KiB blocks."""
-    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
 
 
 @pytest.mark.parametrize("share_written", [None, 0.0, 0.25, 0.5, 0.8])
