@@ -15,6 +15,7 @@ from anchor.errors import ConfigError, DataError, first_line
 from eval.decode import read_pairs
 from eval.encoder import TextEncoder
 from eval.plots import histogram, scatter
+from eval.retrieval_folder import read_judgements
 from eval.table import main_scores
 from eval.texts import read_rows
 
@@ -203,17 +204,13 @@ def retrieval_pairs(folder: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: a file is missing or malformed.
     """
-    files = [folder / name for name in ("queries.jsonl", "corpus.jsonl", "qrels/test.jsonl")]
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"{folder}: no {file.relative_to(folder)}; expected a retrieval folder in MTEB's layout")
-    text = {"_id": object, "text": str}
-    fields = (text, text, {"query-id": object, "corpus-id": object, "score": float})
-    queries, corpus, judgements = map(read_rows, files, fields)
+    judgements = [(one.query, one.document) for one in read_judgements(folder) if one.score > 0]
+    queries, corpus = (
+        read_rows(folder / name, {"_id": object, "text": str}) for name in ("queries.jsonl", "corpus.jsonl")
+    )
     query = {str(row["_id"]): row["text"] for row in queries}
     document = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in corpus}
-    relevant = [(str(row["query-id"]), str(row["corpus-id"])) for row in judgements if row["score"] > 0]
-    return [(query[q], document[d]) for q, d in relevant if q in query and d in document]
+    return [(query[q], document[d]) for q, d in dict.fromkeys(judgements) if q in query and d in document]
 
 
 def read_decoded(path: Path, shown: int = 20) -> list[dict[str, Any]]:
