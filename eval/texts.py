@@ -122,12 +122,12 @@ def iterate_rows(
         rows = islice(_stream_rows(str(path), stream, "tsv" if kind_of(path) == "tsv" else "jsonl"), limit)
         for where, row in rows:
             for name, kind in fields.items():
-                _refuse_other(where, row, name, kind)
+                check_field(where, row, name, kind)
             yield where, row
 
 
-def _refuse_other(where: str, row: object, name: str, kind: type) -> None:
-    """Refuse a row whose field ``name`` is missing or of another kind."""
+def check_field(where: str, row: object, name: str, kind: type) -> None:
+    """Refuse a row, at ``where``, whose field ``name`` is missing or of another kind; see :func:`read_rows`."""
     known = row if isinstance(row, dict) else {}
     if name not in known:
         what = f" with {_KINDS[kind]}" if kind in _KINDS else ""
@@ -265,7 +265,7 @@ def _python_rows(batch: pa.RecordBatch, number: int, path: Path) -> list[dict[st
 
 
 def _checked(row: Any, number: int, where: str, source: Source) -> tuple[str, str]:
-    _refuse_other(where, row, source.text, str)
+    check_field(where, row, source.text, str)
     one = row.get(source.id or _ID)
     if one is None and source.id is not None:
         hint = did_you_mean(source.id, row.keys() - {source.id})
