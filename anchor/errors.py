@@ -8,6 +8,7 @@ message and exits with code 2. Bugs raise built-in exceptions and keep their tra
 import difflib
 import errno
 import os
+import pickle
 import select
 import sys
 from collections.abc import Iterable, Iterator
@@ -68,6 +69,17 @@ def first_line(error: Exception) -> str:
     """What another library's error says, cut to one line; its name where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+UNSAFE_PICKLE = (pickle.UnpicklingError, EOFError)
+"""Errors of ``torch.load`` on a damaged pickle, and on one that would run code."""
+
+
+def weights_line(error: Exception) -> str:
+    """Return in one line why weights cannot be loaded; of pickles torch would say how to run them all the same."""
+    if isinstance(error, UNSAFE_PICKLE):
+        return "its weights are a pickle (.bin) that is damaged or asks for more than tensors; save them as safetensors"
+    return first_line(error)
 
 
 @contextmanager

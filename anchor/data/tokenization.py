@@ -57,7 +57,7 @@ def load_tokenizer(path: str) -> Any:
 
     location = resolve_model_path(path, files=("config.json", "tokenizer.json"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location.name, **location.kwargs())
+        tokenizer = AutoTokenizer.from_pretrained(location.name, trust_remote_code=False, **location.kwargs())
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{path}: no tokenizer could be loaded: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -23,7 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from anchor import dist
 from anchor.config.model_path import resolve_model_path
 from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
-from anchor.errors import ConfigError, ModelError, did_you_mean, first_line
+from anchor.errors import UNSAFE_PICKLE, ConfigError, ModelError, did_you_mean, first_line, weights_line
 from anchor.models.adapters import checkpoint_contexts
 from anchor.models.attention import implementation
 from anchor.models.special_tokens import read_json
@@ -110,12 +110,15 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
             **location.kwargs(),
             **packed,
             config=config,
+            trust_remote_code=False,
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except UNSAFE_PICKLE as error:
+        raise ModelError(f"{path}: the model could not be loaded: {weights_line(error)}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{path}: the model could not be loaded: {_in_one_line(error)}") from error
     model, found = loaded
     for name, stored, expected in sorted(found["mismatched_keys"]):
@@ -149,8 +152,8 @@ def read_config(path: str) -> PretrainedConfig:
     location = resolve_model_path(path)
     _refuse_special_tokens_alone(Path(location.name))
     try:
-        config = AutoConfig.from_pretrained(location.name, **location.kwargs())
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(location.name, trust_remote_code=False, **location.kwargs())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: no model configuration could be read: {first_line(error)}") from error
     if config.model_type not in SUPPORTED:
         raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")
