@@ -8,6 +8,7 @@ message and exits with code 2. Bugs raise built-in exceptions and keep their tra
 import difflib
 import errno
 import os
+import pickle
 import re
 import select
 import shutil
@@ -100,6 +101,17 @@ def disk_refusal(error: Exception) -> str | None:
         return None
     where = "a file being written" if where is None else where
     return f"{where}: {os.strerror(number)}; {_DISK_ADVICE[number]}"
+
+
+UNSAFE_PICKLE = (pickle.UnpicklingError, EOFError)
+"""Errors of ``torch.load`` on a damaged pickle, and on one that would run code."""
+
+
+def weights_line(error: Exception) -> str:
+    """Return in one line why weights cannot be loaded; of pickles torch would say how to run them all the same."""
+    if isinstance(error, UNSAFE_PICKLE):
+        return "its weights are a pickle (.bin) that is damaged or asks for more than tensors; save them as safetensors"
+    return first_line(error)
 
 
 @contextmanager

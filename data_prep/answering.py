@@ -80,6 +80,7 @@ class _Vllm:
             dtype={"bf16": "bfloat16", "fp32": "float32"}[dtype],
             max_model_len=sum(limits),
             seed=seed,
+            trust_remote_code=False,
             generation_config="vllm",  # all settings are given below
         )
 

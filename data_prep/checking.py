@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from anchor.data.records import FIRST_NEGATIVE, Pair, pair_from_row
+from anchor.data.row_files import Row, parsed
 from anchor.data.shards import text_id
 from anchor.data.tokenization import Segments, SegmentTokenizer
 from anchor.errors import DataError
 from data_prep.layouts import Layout, expanded
-from data_prep.readers import Row, parsed
 from data_prep.units import Unit
 
 QUERY_IS_POSITIVE = "query equals positive"

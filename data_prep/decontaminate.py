@@ -7,6 +7,7 @@
 3. Report per task and per source; with an output folder, write the pairs that match none, line by line as they were.
 """
 
+import io
 import json
 import logging
 import sys
@@ -18,11 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from anchor.data.row_files import TABLE_SUFFIXES, open_input, open_output, read_rows
 from anchor.errors import ConfigError, DataError
 from data_prep.e5_rows import SIDES, Line, read_lines
 from data_prep.new_folder import new_folder
 from data_prep.overlap import EvaluationTexts, Lookup, Match
-from data_prep.readers import TABLE_SUFFIXES, open_output, read_rows
 from data_prep.sources import e5_files, files_below
 from data_prep.tables import print_table
 
@@ -160,7 +161,7 @@ def evaluation_texts(file: Path) -> Iterator[str]:
     """
     if file.suffix == ".txt":
         try:
-            with file.open(encoding="utf-8") as lines:
+            with io.TextIOWrapper(open_input(file), encoding="utf-8") as lines:
                 yield from lines
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from error

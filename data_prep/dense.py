@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anchor.errors import ConfigError, first_line
+from anchor.errors import UNSAFE_PICKLE, ConfigError, first_line, weights_line
 from anchor.progress import tracked
 from data_prep.ranking import Query, Window, ranked
 
@@ -37,11 +37,12 @@ def load_model(folder: Path, device: str, option: str = "--model") -> Any:
 
     try:
         torch.zeros(1, device=device)
-        return SentenceTransformer(str(folder), device=device, local_files_only=True)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device}: cannot be used: {first_line(error)}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{option} {folder}: cannot be loaded: {first_line(error)}") from error
+    try:
+        return SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, *UNSAFE_PICKLE) as error:
+        raise ConfigError(f"{option} {folder}: cannot be loaded: {weights_line(error)}") from error
 
 
 class Dense:

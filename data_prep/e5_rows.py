@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from anchor.data.row_files import open_input
 from anchor.errors import DataError
 from anchor.progress import tracked
-from data_prep.readers import open_input
 
 SIDES = ("query", "positive")
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchor.config.schema import Columns, FilesSource, HubSource
+from anchor.data.row_files import Row
 from anchor.errors import DataError, did_you_mean
-from data_prep.readers import Row
 
 _NEGATIVE = re.compile(r"negative(?:_(\d+))?")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor.data.records import is_usable
+from anchor.data.row_files import open_output
 from anchor.data.shards import text_id
 from anchor.errors import ConfigError
 from anchor.progress import tracked
@@ -30,7 +31,6 @@ from data_prep.e5_rows import SIDES, Line, negatives_of, read_lines
 from data_prep.lexical import Lexical
 from data_prep.new_folder import new_folder
 from data_prep.ranking import Query, Scorer, Window
-from data_prep.readers import open_output
 from data_prep.sources import e5_files
 from data_prep.tables import print_table
 

@@ -2,9 +2,12 @@
 
 1. Every evaluation text is normalised to words; the hash of all its words is kept, and those of its n-grams, sorted.
 2. Texts are looked up in chunks: words become numbers through the evaluation's vocabulary, one polynomial hash over
-   all windows of the chunk at once, a bitmap that most windows do not pass, and binary search for the others.
+   all windows of the chunk at once, a bitmap that most windows do not pass, and binary search for the others. All words
+   that the evaluation does not know share the number 0 here, because no evaluation text holds it.
 3. A text matches exactly if its words are those of an evaluation text, and otherwise by overlap:
    ``|shared n-grams| / min(|its n-grams|, |the evaluation text's n-grams|)``, distinct ones, at least the threshold.
+   Only texts with a hit get that far. There each unknown word has a number of its own, so that their n-grams count as
+   different ones.
 
 Hashes have 64 bits: among 10^9 windows and 10^7 n-grams one accidental hit is expected in 2,000 runs.
 """
@@ -133,9 +136,16 @@ class Lookup:
         whole = hits + self._ngram_words <= ends[owner]  # a window over the end of a text is none
         for i in np.unique(owner[whole]):
             exact = {match.text for match in found[i]}
-            own = np.unique(windows[ends[i] - len(split[i]) : ends[i] - self._ngram_words + 1])
-            found[i] += [match for match in self._overlaps(own, overlap) if match.text not in exact]
+            grams = np.unique(_windows(self._distinct_ids(split[i]), self._ngram_words))
+            found[i] += [match for match in self._overlaps(grams, overlap) if match.text not in exact]
         return found
+
+    def _distinct_ids(self, found: list[str]) -> np.ndarray:
+        """Number the words of one text, each word that the evaluation does not know by a number of its own."""
+        known = len(self._vocabulary)
+        unknown: dict[str, int] = {}
+        ids = (self._vocabulary[word] or known + unknown.setdefault(word, len(unknown) + 1) for word in found)
+        return np.fromiter(ids, np.int64, len(found))
 
     def _overlaps(self, grams: np.ndarray, least: float) -> list[Match]:
         first = np.searchsorted(self._hashes, grams, side="left")

@@ -16,11 +16,11 @@ import numpy as np
 import xxhash
 
 from anchor.data.records import text_field
+from anchor.data.row_files import TABLE_SUFFIXES, read_rows
 from anchor.data.shards import text_id
 from anchor.data.templates import Template
 from anchor.data.tokenization import SegmentTokenizer
 from anchor.errors import ConfigError, DataError
-from data_prep.readers import TABLE_SUFFIXES, read_rows
 from data_prep.sources import input_files
 
 _TEXTS_AT_ONCE = 4096

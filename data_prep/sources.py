@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from anchor.config.schema import Columns, E5Source, FilesSource, HubSource
+from anchor.data.datasets_errors import differing_columns
+from anchor.data.row_files import JSON_SUFFIXES, TABLE_SUFFIXES, Meter, Place, Row, raw_rows, refuse_zero_bytes
 from anchor.errors import ConfigError, DataError, did_you_mean, first_line
 from data_prep.e5 import E5_TRAITS
 from data_prep.layouts import Layout, layout_of
-from data_prep.readers import JSON_SUFFIXES, TABLE_SUFFIXES, Meter, Place, Row, raw_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,8 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
     import datasets  # half a second to import, and only this kind of source needs it
     from datasets.exceptions import DatasetsError
 
+    for file in _visible_below(Path(section.dataset)):  # the library takes one for a file without rows
+        refuse_zero_bytes(file)
     try:
         data = datasets.load_dataset(
             section.dataset, section.config, split=section.split, revision=section.revision, streaming=True
@@ -220,10 +223,18 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
             TypeError,
             DatasetsError,
         ) as error:  # EOFError, zlib: a compressed file that is cut; TypeError: files whose columns differ in type
+            differing = differing_columns(error)
+            advice = f"; {_files_advice(section)}" if differing else ""
             raise DataError(
-                f"dataset {section.dataset}: row {number} of split {section.split} cannot be read: {first_line(error)}"
+                f"dataset {section.dataset}: row {number} of split {section.split} cannot be read: "
+                f"{differing or first_line(error)}{advice}"
             ) from error
         if row is None:
             return
         yield Row(Place(f"{section.dataset}[{section.split}]", number, "row"), row)
         number += 1
+
+
+def _files_advice(section: HubSource) -> str:
+    files = f"path: {section.dataset}" if Path(section.dataset).exists() else "path: FOLDER of its downloaded files"
+    return f"read it with kind: files, {files}, which takes rows of any columns"

@@ -7,8 +7,8 @@ depends on the input alone: not on the number of processes, of parts or of inter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from anchor.data.row_files import Meter, Row
 from anchor.errors import DataError
-from data_prep.readers import Meter, Row
 from data_prep.sources import Source
 
 UNIT_ROWS = 2048

@@ -17,7 +17,8 @@ from datasets.exceptions import DatasetGenerationError
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from anchor.errors import DataError, did_you_mean, first_line
+from anchor.data.datasets_errors import datasets_line
+from anchor.errors import DataError, did_you_mean
 from eval.local_data import distinct_path
 
 ADVBENCH = "AdvBench-IR"
@@ -109,7 +110,7 @@ def _rows(folder: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
         table = load_dataset(str(distinct_path(folder)), split="train")
     except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
-        raise DataError(f"{folder}: not readable as a data set: {first_line(error)}") from error
+        raise DataError(f"{folder}: not readable as a data set: {datasets_line(error)}") from error
     for field in fields:
         if field not in table.column_names:
             raise DataError(f"{folder}: no field '{field}'{did_you_mean(field, table.column_names)}")

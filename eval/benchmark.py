@@ -30,6 +30,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
+from anchor.data.datasets_errors import datasets_line
 from anchor.data.templates import Template
 from anchor.errors import DataError, first_line
 from eval.cache import VectorCache
@@ -237,7 +238,7 @@ def _data_error(task: AbsTask, error: Exception) -> DataError | None:
     if not (isinstance(error, _HUB_ERRORS) or no_split or step == "load_data"):
         return None
     cause = error.__cause__ if isinstance(error, DatasetsError) and isinstance(error.__cause__, Exception) else error
-    why = f"no split {error}" if no_split else first_line(cause)
+    why = f"no split {error}" if no_split else datasets_line(cause)
     why = f"KeyError {why}" if isinstance(error, KeyError) and not no_split else why
     folder = Path(part.metadata.dataset["path"])
     if folder.is_dir():

@@ -87,7 +87,7 @@ class TextEncoder(ABC):
 
     def revision(self) -> str:
         """xxh3 of the weights: results of another model are never taken for this one's."""
-        return weights_xxh3(sorted(self.folder.glob("*.safetensors")))
+        return weights_xxh3(sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin")))
 
     def prompt(self, name: str) -> str:
         """A prompt of the folder by name.

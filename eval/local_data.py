@@ -6,7 +6,6 @@ folder of the same name, or the same folder after a change, would silently be re
 """
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from typing import Any
 import datasets.config
 import xxhash
 
-from anchor.data.retrieval_files import RETRIEVAL_FILES, RETRIEVAL_README
-from anchor.errors import DataError, did_you_mean
-from eval.texts import iterate_rows
+from anchor.errors import DataError
 
 CHECKSUMS = "checksums.json"
 """In an offline copy: hub path -> revision and SHA-256 of its files."""
@@ -67,75 +64,3 @@ def distinct_path(folder: Path) -> Path:
     with suppress(FileExistsError):  # made by an earlier run, or by another rank just now
         link.symlink_to(folder, target_is_directory=True)
     return link
-
-
-def retrieval_path(folder: Path) -> Path:
-    """A retrieval task's folder as :func:`distinct_path` names it, with the README.md that `datasets` reads it by.
-
-    A folder without one is not written to: links to its files and the README.md lie in the library's cache.
-
-    Args:
-        folder: holds ``RETRIEVAL_FILES``.
-    """
-    path = distinct_path(folder)
-    if (folder / "README.md").is_file():
-        return path
-    listed = path.with_name(f"{path.name}-listed")
-    (listed / "qrels").mkdir(parents=True, exist_ok=True)
-    for name in RETRIEVAL_FILES:
-        with suppress(FileExistsError):
-            (listed / name).symlink_to(folder.resolve() / name)
-    # Renamed into place: another rank may read it already.
-    written = listed / f"README.md.{os.getpid()}"
-    written.write_text(RETRIEVAL_README, encoding="utf-8")
-    written.replace(listed / "README.md")
-    return listed
-
-
-def check_retrieval(folder: Path) -> None:
-    """Read a retrieval task's files row by row: `datasets` and mteb would fail far from the cause, or score nothing.
-
-    Args:
-        folder: holds ``RETRIEVAL_FILES``.
-
-    Raises:
-        DataError: an empty file, malformed row, missing field, an id given twice, a judgement of an unknown text.
-    """
-    corpus, queries, judgements = (folder / name for name in RETRIEVAL_FILES)
-    known = {"corpus-id": _text_ids(corpus), "query-id": _text_ids(queries)}
-    where = None
-    for where, row in iterate_rows(judgements, {"query-id": object, "corpus-id": object, "score": float}):
-        for name, file in (("query-id", queries), ("corpus-id", corpus)):
-            one = _id(where, name, row[name])
-            if one not in known[name]:
-                raise DataError(f"{where}: {name} '{one}' is not in {file.name}")
-        score = row["score"]
-        if isinstance(score, bool) or (isinstance(score, float) and not score.is_integer()) or abs(score) >= 2**31:
-            raise DataError(f"{where}: the score is {score}; expected a whole number")
-    if where is None:
-        raise DataError(f"{judgements}: holds no row")
-
-
-def _text_ids(file: Path) -> set[str]:
-    ids: set[str] = set()
-    titled = None
-    for where, row in iterate_rows(file, {"text": str}):
-        name = "_id" if "_id" in row else "id"
-        if name not in row:
-            raise DataError(f"{where}: no field '_id'{did_you_mean('_id', row)}")
-        one = _id(where, name, row[name])
-        if one in ids:
-            raise DataError(f"{where}: the {name} '{one}' is given twice; ids must differ")
-        ids.add(one)
-        titled = isinstance(row.get("title"), str) if titled is None else titled
-        if titled != isinstance(row.get("title"), str) or ("title" in row and not titled):
-            raise DataError(f"{where}: a title must be a text, in all rows or in none")
-    if not ids:
-        raise DataError(f"{file}: holds no row")
-    return ids
-
-
-def _id(where: str, name: str, value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{where}: the {name} is {value!r}; expected a text or a whole number")
-    return str(value)

@@ -39,10 +39,12 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 def _embed(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--input", required=True, help=".jsonl with 'text' and 'id', .parquet, .txt, or - (stdin)")
+    parser.add_argument(
+        "--input", required=True, help=".jsonl, .csv, .tsv, .txt (or .gz, .zst), .parquet, or - (stdin)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the vectors")
     parser.add_argument("--prompt", help="name of a prompt of the folder: query, document, ...")
-    parser.add_argument("--format", choices=("jsonl", "parquet", "txt"), help="of the input (by its suffix)")
+    parser.add_argument("--format", choices=("jsonl", "csv", "tsv", "parquet", "txt"), help="of the input (by suffix)")
     parser.add_argument("--text-field", default="text", help="field or column of the text (text)")
     parser.add_argument("--id-field", help="field or column of the id (id, or the text's number)")
     parser.add_argument("--output-format", choices=("npy", "parquet", "safetensors"), default="npy", help="(npy)")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from anchor.errors import ModelError, first_line
+from anchor.errors import UNSAFE_PICKLE, ModelError, weights_line
 from anchor.models.backbone import DTYPES
 from eval.encoder import TextEncoder, finite, weights_xxh3
 
@@ -36,9 +36,11 @@ class PlainEncoder(TextEncoder):
         except ImportError as error:
             raise ModelError(f"{folder}: no anchor.json; `pip install sentence-transformers` to serve it") from error
         try:
-            model = SentenceTransformer(str(folder), model_kwargs={"dtype": DTYPES[dtype]}, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{folder}: sentence-transformers cannot read it: {first_line(error)}") from error
+            model = SentenceTransformer(
+                str(folder), model_kwargs={"dtype": DTYPES[dtype]}, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, *UNSAFE_PICKLE) as error:
+            raise ModelError(f"{folder}: sentence-transformers cannot read it: {weights_line(error)}") from error
         limit = model.max_seq_length or 512
         super().__init__(folder, {"prompts": dict(model.prompts), "max_tokens": limit}, dtype)
         self.model = model

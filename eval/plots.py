@@ -2,16 +2,20 @@
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
 _INK = "#010203"
+_PLACEHOLDER = "label"
 _COLOURS = ("#3b82c4", "#d9722e", "#2f9e6e", "#b45fb0", "#c9a227", "#5aa9b5", "#d0566b", "#8a7fd1")
 """Told apart on white and on near-black, contrast at least 3 to 1 on both."""
 _DASHES = ("-", "--", ":", "-.")
@@ -34,6 +38,15 @@ _STYLE: Any = {
 }
 
 
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_LABEL_CHARACTERS = 60
+
+
+def shown(text: str) -> str:
+    """Return a text that HTML and SVG can hold: control characters and half surrogate pairs become U+FFFD."""
+    return _UNSHOWABLE.sub("\ufffd", text)
+
+
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], y_label: str, *, log: bool = False) -> str:
     """Lines over steps.
 
@@ -46,15 +59,15 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], y_labe
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
         axes = figure.subplots()
         styles = zip(itertools.cycle(_COLOURS), itertools.cycle(np.repeat(_DASHES, len(_COLOURS))), strict=False)
-        for (label, (steps, values)), (colour, dash) in zip(series.items(), styles, strict=False):
-            axes.plot(steps, values, color=colour, linestyle=str(dash), linewidth=1.6, label=label)
+        for (steps, values), (colour, dash) in zip(series.values(), styles, strict=False):
+            axes.plot(steps, values, color=colour, linestyle=str(dash), linewidth=1.6, label=_PLACEHOLDER)
         axes.set_xlabel("step")
         axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
             axes.set_yscale("log")
         if len(series) > 1:
-            axes.legend()
+            _write_labels(axes.legend(), series)
         return _svg(figure)
 
 
@@ -65,11 +78,11 @@ def histogram(groups: dict[str, Float[np.ndarray, " N"]], x_label: str) -> str:
         axes = figure.subplots()
         every = np.concatenate(list(groups.values()))
         bins = np.linspace(every.min(), every.max() + 1e-6, 41)
-        for (label, values), colour, hatch in zip(groups.items(), _COLOURS, ("", "////", "...."), strict=False):
-            axes.hist(values, bins=bins, density=True, color=colour, alpha=0.55, label=label, hatch=hatch)
+        for values, colour, hatch in zip(groups.values(), _COLOURS, ("", "////", "...."), strict=False):
+            axes.hist(values, bins=bins, density=True, color=colour, alpha=0.55, label=_PLACEHOLDER, hatch=hatch)
         axes.set_xlabel(x_label)
         axes.set_ylabel("density")
-        axes.legend()
+        _write_labels(axes.legend(), groups)
         return _svg(figure)
 
 
@@ -80,22 +93,33 @@ def scatter(points: Float[np.ndarray, "N 2"], labels: Sequence[str]) -> str:
         figure = Figure(figsize=(5.4, 4.6), layout="constrained")
         axes = figure.subplots()
         names = np.asarray(labels)
-        for number, name in enumerate(sorted(set(labels))):
+        groups = sorted(set(labels))
+        for number, name in enumerate(groups):
             mine: Int[np.ndarray, " M"] = np.flatnonzero(names == name)
             colour, mark = _COLOURS[number % len(_COLOURS)], marks[number % len(marks)]
-            axes.scatter(
-                points[mine, 0], points[mine, 1], s=14, alpha=0.8, linewidths=0, label=name, color=colour, marker=mark
-            )
+            x, y = points[mine].T
+            axes.scatter(x, y, s=14, alpha=0.8, linewidths=0, label=_PLACEHOLDER, color=colour, marker=mark)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+        _write_labels(figure.legend(loc="outside lower center", ncols=3, fontsize=9), groups)
         return _svg(figure)
+
+
+def _write_labels(legend: Legend, labels: Iterable[str]) -> None:
+    """Write labels as they are: matplotlib would take ``$`` for mathematics and hide those that begin with ``_``."""
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        cut = label if len(label) <= _LABEL_CHARACTERS else f"{label[:_LABEL_CHARACTERS].rstrip()} …"
+        text.set_parse_math(False)
+        text.set_text(shown(cut))
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # The reader's browser draws the letters, whatever matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     # The figure scales with the page; screen readers get the caption, not every tick.

@@ -19,7 +19,7 @@ from anchor.errors import ConfigError
 from eval.advbench import ADVBENCH
 from eval.decode import check_output
 from eval.encoder import TextEncoder
-from eval.plots import curves
+from eval.plots import curves, shown
 from eval.report_data import Run, commit_of, final_values, look_at_labels, look_at_pairs, read_decoded
 from eval.table import absent_line, published, summarise, task_results
 
@@ -94,7 +94,11 @@ def write_report(
         figure, caption = look_at_labels(looks.encoder, looks.labelled)
         context["map"] = {"figure": Markup(figure), "caption": caption}  # noqa: S704 - our own SVG
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
     )
     page = environment.get_template("report.html.j2").render(context)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What a report shows: training curves and provenance of runs, scores, and looks into the embeddings of a model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,20 @@ import yaml
 from jaxtyping import Float
 from sklearn.manifold import TSNE
 
-from anchor.engine.metrics import read_rows as read_metrics
+from anchor.data import row_files as files
 from anchor.errors import ConfigError, DataError, first_line
 from eval.decode import read_pairs
 from eval.encoder import TextEncoder
 from eval.plots import histogram, scatter
+from eval.retrieval_folder import read_judgements
 from eval.table import main_scores
-from eval.texts import read_rows
+from eval.texts import check_field, iterate_rows, read_rows
 
 MAX_TEXTS = 500
 """Texts of a look; enough for a picture, quick on a CPU."""
 _SHORT = 240
+_LARGEST = 1 << 63
+"""Of a whole number in the metrics; figures have no room for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,13 @@ class Run:
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it is given."""
-        rows = [row for row in self.metrics if isinstance(row.get(name), int | float)]
+        rows = [row for row in self.metrics if _is_number(row.get(name))]
         return [row["step"] for row in rows], [float(row[name]) for row in rows]
 
     def throughput(self) -> tuple[list[float], list[float]]:
         """Steps and tokens per second."""
         wanted = ("data/tokens", "time/step_seconds")
-        rows = [row for row in self.metrics if all(row.get(name) for name in wanted)]
+        rows = [row for row in self.metrics if all(_is_number(row.get(name)) and row[name] for name in wanted)]
         return [row["step"] for row in rows], [row[wanted[0]] / row[wanted[1]] for row in rows]
 
 
@@ -62,9 +66,9 @@ def read_run(item: str) -> Run:
         ConfigError: no such folder, or nothing in it that a report could show.
         DataError: an unreadable file.
     """
-    label, equals, path = item.partition("=") if not Path(item).is_dir() else ("", "", "")
+    label, equals, path = item.partition("=") if not _is_folder(item) else ("", "", "")
     folder = Path(path if equals else item)
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise ConfigError(f"{folder}: no such folder; expected a run or a result folder")
     places = [folder, folder / "mteb", folder / "export" / "mteb"]
     results = next((place for place in places if (place / "scores.json").is_file()), None)
@@ -73,9 +77,7 @@ def read_run(item: str) -> Run:
         raise ConfigError(
             f"{folder}: neither metrics.jsonl nor scores.json; expected a run or an output of `eval mteb`"
         )
-    rows = read_metrics(metrics)  # without the half line that a killed run leaves
-    if not all("step" in row for row in rows):
-        raise DataError(f"{metrics}: a row without 'step'; expected the metrics of a run")
+    rows = _metrics(metrics)
     run_yaml = folder / "run.yaml"
     return Run(
         label=label if equals else _label(folder),
@@ -85,6 +87,35 @@ def read_run(item: str) -> Run:
         scores=main_scores(results) if results is not None else {},
         results=results,
     )
+
+
+def _metrics(file: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics; none when there is no file. The half line that a killed run leaves is left out."""
+    found = list(files.read_rows(file)) if file.is_file() else []
+    if found and found[-1].problem is not None and not str(found[-1].value).endswith("\n"):
+        found.pop()
+    for row in found:
+        expected = "expected the metrics of a run"
+        if row.problem is not None:
+            raise DataError(f"{row.place}: {row.problem}; {expected}")
+        step = row.value.get("step") if isinstance(row.value, dict) else None
+        for name, value in row.value.items() if step is not None else ():
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise DataError(f"{row.place}: '{name}' is a number of {len(str(abs(value)))} digits; {expected}")
+        if step is None or not _is_number(step) or not math.isfinite(step):
+            raise DataError(f"{row.place}: a row without a 'step' that is a number; {expected}")
+    return [row.value for row in found]
+
+
+def _is_folder(path: Path | str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # a name of more than 255 characters
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(file: Path) -> str:
@@ -118,7 +149,7 @@ def commit_of(run: Run) -> str:
     """
     try:
         about = yaml.safe_load(run.provenance) if run.provenance else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{run.folder / 'run.yaml'}: not readable: {first_line(error)}") from error
     return str(about.get("commit") or "–") if isinstance(about, dict) else "–"
 
@@ -203,17 +234,13 @@ def retrieval_pairs(folder: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: a file is missing or malformed.
     """
-    files = [folder / name for name in ("queries.jsonl", "corpus.jsonl", "qrels/test.jsonl")]
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"{folder}: no {file.relative_to(folder)}; expected a retrieval folder in MTEB's layout")
-    text = {"_id": object, "text": str}
-    fields = (text, text, {"query-id": object, "corpus-id": object, "score": float})
-    queries, corpus, judgements = map(read_rows, files, fields)
+    judgements = [(one.query, one.document) for one in read_judgements(folder) if one.score > 0]
+    queries, corpus = (
+        read_rows(folder / name, {"_id": object, "text": str}) for name in ("queries.jsonl", "corpus.jsonl")
+    )
     query = {str(row["_id"]): row["text"] for row in queries}
     document = {str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in corpus}
-    relevant = [(str(row["query-id"]), str(row["corpus-id"])) for row in judgements if row["score"] > 0]
-    return [(query[q], document[d]) for q, d in relevant if q in query and d in document]
+    return [(query[q], document[d]) for q, d in dict.fromkeys(judgements) if q in query and d in document]
 
 
 def read_decoded(path: Path, shown: int = 20) -> list[dict[str, Any]]:
@@ -225,8 +252,13 @@ def read_decoded(path: Path, shown: int = 20) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected the --output of `python -m eval decode`")
-    rows = read_rows(path, {"source": str, "decoded": str}, shown)
-    return [{**row, "source": _short(row["source"])} for row in rows]
+    rows = []
+    for where, row in iterate_rows(path, {"source": str, "decoded": str}, shown):
+        for name, kind in (("direction", str), ("reference", str), ("rouge_l", float)):
+            if name in row:
+                check_field(where, row, name, kind)
+        rows.append({**row, "source": _short(row["source"])})
+    return rows
 
 
 def _label(folder: Path) -> str:

@@ -22,6 +22,8 @@ from anchor.errors import DataError, first_line
 
 MEAN_TASK, MEAN_TYPE = "Mean(Task)", "Mean(TaskType)"
 SCORES = "scores.json"
+_LARGEST = 1e6
+"""Of a score; a number of hundreds of digits could not be shown."""
 _NO_RESULTS = ("model_meta.json", "run_settings.json", SCORES)
 
 
@@ -76,8 +78,8 @@ def read_scores(folder: Path) -> dict[str, Any]:
     file = folder / SCORES
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        whole = all(isinstance(one, float | int) for one in found["scores"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        whole = all(isinstance(one, float | int) and not abs(one) > _LARGEST for one in found["scores"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: not readable; delete it, the scores are in results/ too") from error
     if not whole:
         raise DataError(f"{file}: not readable; delete it, the scores are in results/ too")
@@ -106,7 +108,7 @@ def task_results(folder: Path) -> list[TaskResult]:
     for path in files:
         try:
             results.append(TaskResult.from_disk(path))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not a result of mteb: {first_line(error)}") from error
     return results
 

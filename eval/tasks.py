@@ -17,10 +17,10 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.benchmarks.benchmark import Benchmark
 
-from anchor.data.retrieval_files import RETRIEVAL_FILES
 from anchor.errors import ConfigError, DataError
 from eval.advbench import ADVBENCH, AdvBenchIR, own_metadata
-from eval.local_data import check_retrieval, data_hash, distinct_path, holds_files, read_checksums, retrieval_path
+from eval.local_data import data_hash, distinct_path, holds_files, read_checksums
+from eval.retrieval_folder import check_retrieval, retrieval_path
 
 LITE_TASKS = (
     *("ArguAna", "ClimateFEVERHardNegatives", "AskUbuntuDupQuestions", "ArXivHierarchicalClusteringP2P"),
@@ -156,14 +156,11 @@ def _absent(data_root: Path, path: str, revision: str | None, sums: dict[str, An
 
 
 def local_retrieval_task(folder: Path) -> AbsTask:
-    """A retrieval task from a folder in MTEB's layout: corpus.jsonl, queries.jsonl, qrels/test.jsonl.
+    """A retrieval task from a folder with corpus.jsonl, queries.jsonl and qrels/test.jsonl, or BEIR's qrels/test.tsv.
 
     Raises:
         DataError: a file is missing, or a row of one cannot be used.
     """
-    for name in RETRIEVAL_FILES:
-        if not (folder / name).is_file():
-            raise DataError(f"{folder}: no {name}; expected a retrieval task in MTEB's folder layout")
     check_retrieval(folder)
 
     class LocalRetrieval(AbsTaskRetrieval):

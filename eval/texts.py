@@ -1,21 +1,24 @@
-"""Texts with ids from JSON lines, Parquet, plain text or standard input, block by block."""
+"""Texts with ids, block by block, from files of :mod:`anchor.data.row_files`, plain text or standard input."""
 
 import hashlib
-import json
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from anchor.data.row_files import kind_of, open_input, parsed, refuse_wide_text, stream_rows
 from anchor.errors import ConfigError, DataError, did_you_mean, first_line
 
-FORMATS = ("jsonl", "parquet", "txt")
+FORMATS = ("jsonl", "csv", "tsv", "parquet", "txt")
+_EXPECTED = "expected .jsonl, .csv, .tsv or .txt (each also .gz or .zst), or .parquet"
 _ID = "id"
 _KINDS = {str: "a text", float: "a number"}
 
@@ -115,16 +118,16 @@ def iterate_rows(
     path: Path, fields: Mapping[str, type], limit: int | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(file:line, row)`` of a JSON-lines file; arguments and errors as :func:`read_rows`."""
-    with path.open("rb") as stream:
-        for where, line in islice(_written(_lines(str(path), stream)), limit):
-            row = _parsed(where, line)
+    with _opened(path) as stream:
+        rows = islice(_stream_rows(str(path), stream, "tsv" if kind_of(path) == "tsv" else "jsonl"), limit)
+        for where, row in rows:
             for name, kind in fields.items():
-                _refuse_other(where, row, name, kind)
+                check_field(where, row, name, kind)
             yield where, row
 
 
-def _refuse_other(where: str, row: object, name: str, kind: type) -> None:
-    """Refuse a row whose field ``name`` is missing or of another kind."""
+def check_field(where: str, row: object, name: str, kind: type) -> None:
+    """Refuse a row, at ``where``, whose field ``name`` is missing or of another kind; see :func:`read_rows`."""
     known = row if isinstance(row, dict) else {}
     if name not in known:
         what = f" with {_KINDS[kind]}" if kind in _KINDS else ""
@@ -144,33 +147,45 @@ def _refuse_surrogate(where: str, name: str, text: str) -> None:
         raise DataError(f"{where}: '{name}' holds half a surrogate pair at character {error.start + 1}") from error
 
 
-def _written(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    return (one for one in lines if one[1].strip())
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """The decompressed bytes of a file.
+
+    Raises:
+        DataError: it cannot be read or decompressed, also meanwhile.
+    """
+    try:
+        with open_input(path) as stream:
+            yield stream
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _lines(name: str, stream: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """``(file:line, line)``.
+def _stream_rows(name: str, stream: BufferedReader, kind: str) -> Iterator[tuple[str, Any]]:
+    """``(file:line, row)``.
+
+    Raises:
+        DataError: a row that cannot be parsed.
+    """
+    for row in map(parsed, stream_rows(name, stream, kind)):
+        if row.problem is not None:
+            raise DataError(f"{row.place}: {row.problem}")
+        yield str(row.place), row.value
+
+
+def _text_lines(name: str, stream: Iterable[bytes]) -> Iterator[str]:
+    """Lines without their ends.
 
     Raises:
         DataError: not UTF-8.
     """
     for number, raw in enumerate(stream, start=1):
-        where = f"{name}:{number}"
         try:
-            yield where, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}") from error
-
-
-def _parsed(where: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON: {error.msg} at character {error.pos + 1}") from error
-    except ValueError as error:
-        raise DataError(f"{where}: a number has more than {sys.get_int_max_str_digits()} digits") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: lists or objects are nested too deep") from error
+            raise DataError(
+                f"{name}:{number}: not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}"
+            ) from error
 
 
 def check_source(source: Source) -> str:
@@ -185,10 +200,10 @@ def check_source(source: Source) -> str:
             raise ConfigError("standard input: Parquet cannot be read from a pipe; give a file")
         return _with_fields(source, source.kind or "txt")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; expected .jsonl, .parquet or .txt, or - for standard input")
-    kind = source.kind or path.suffix.removeprefix(".")
+        raise ConfigError(f"{path}: no such file; {_EXPECTED}, or - for standard input")
+    kind = source.kind or kind_of(path)
     if kind not in FORMATS:
-        raise ConfigError(f"{path}: expected a file ending in .jsonl, .parquet or .txt; else add --format")
+        raise ConfigError(f"{path}: {_EXPECTED}; else add --format")
     return _with_fields(source, kind)
 
 
@@ -201,22 +216,22 @@ def _with_fields(source: Source, kind: str) -> str:
 def _rows(source: Source) -> Iterator[tuple[str, str]]:
     path, kind = source.path, check_source(source)
     if path is None:
-        yield from _line_rows(source, sys.stdin.buffer, kind)
-        return
-    if kind == "parquet":
-        yield from _parquet_rows(source, path)
-        return
-    with path.open("rb") as stream:
+        stream = cast(BufferedReader, sys.stdin.buffer)
+        refuse_wide_text(source.name, stream)
         yield from _line_rows(source, stream, kind)
+    elif kind == "parquet":
+        yield from _parquet_rows(source, path)
+    else:
+        with _opened(path) as stream:
+            yield from _line_rows(source, stream, kind)
 
 
-def _line_rows(source: Source, stream: Iterable[bytes], kind: str) -> Iterator[tuple[str, str]]:
-    lines = _lines(source.name, stream)
+def _line_rows(source: Source, stream: BufferedReader, kind: str) -> Iterator[tuple[str, str]]:
     if kind == "txt":
-        yield from ((str(number), line) for number, (_, line) in enumerate(lines))
+        yield from ((str(number), line) for number, line in enumerate(_text_lines(source.name, stream)))
         return
-    for number, (where, line) in enumerate(_written(lines)):
-        yield _checked(_parsed(where, line), number, where, source)
+    for number, (where, row) in enumerate(_stream_rows(source.name, stream, kind)):
+        yield _checked(row, number, where, source)
 
 
 def _parquet_rows(source: Source, path: Path) -> Iterator[tuple[str, str]]:
@@ -250,7 +265,7 @@ def _python_rows(batch: pa.RecordBatch, number: int, path: Path) -> list[dict[st
 
 
 def _checked(row: Any, number: int, where: str, source: Source) -> tuple[str, str]:
-    _refuse_other(where, row, source.text, str)
+    check_field(where, row, source.text, str)
     one = row.get(source.id or _ID)
     if one is None and source.id is not None:
         hint = did_you_mean(source.id, row.keys() - {source.id})

@@ -1,5 +1,7 @@
 """What every section of a recipe is made of: frozen models that forbid unknown keys, and types of numbers."""
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -23,15 +25,35 @@ class Section(BaseModel):
         return values
 
 
+def _with_variables(path: str) -> str:
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise ValueError(f"{path}: the variable {name} is unset or empty; set it, or write the path out")
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, path)
+
+
 def _expanded(path: Path) -> Path:
+    expanded = Path(_with_variables(str(path)))
     try:
-        return path.expanduser()
+        return expanded.expanduser()
     except RuntimeError as error:
         raise ValueError(f"{path}: no such user's home") from error
 
 
+def _expanded_text(path: str) -> str:
+    return str(_expanded(Path(path))) if path.startswith("~") else _with_variables(path)
+
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 UserPath = Annotated[Path, AfterValidator(_expanded)]
-"""A path; ``~`` at its beginning is the user's home."""
+"""A path; ``~`` at its beginning is the user's home, ``$NAME`` and ``${NAME}`` are environment variables."""
+ModelPathText = Annotated[str, AfterValidator(_with_variables)]
+"""A folder, file or hub name; as in ``UserPath``, but ``~`` stays and is expanded where the model is read."""
+DatasetPathText = Annotated[str, AfterValidator(_expanded_text)]
+"""A folder or hub name; ``~`` and variables as in ``UserPath``."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

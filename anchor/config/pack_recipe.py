@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt, Section, UserPath, Weight
+from anchor.config.fields import (
+    DatasetPathText,
+    FileStem,
+    Fraction,
+    ModelPathText,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    UserPath,
+    Weight,
+)
 
 
 class PresetTemplate(Section):
@@ -133,7 +143,7 @@ class HubSource(_NamedSource):
     """A dataset of the Hugging Face hub, or a local copy of one, through `datasets`."""
 
     kind: Literal["hub"]
-    dataset: str
+    dataset: DatasetPathText
     """Hub name or local folder."""
     config: str | None = None
     """Configuration of the dataset."""
@@ -195,7 +205,7 @@ class PackRecipe(Section):
     """Folder of the shards; must be new or an unfinished run of the same recipe."""
     seed: NonNegativeInt
     """Seed of the shuffles."""
-    tokenizer: str
+    tokenizer: ModelPathText
     """Model folder, hub name or `.gguf` file whose tokenizer is used."""
     template: TemplateSection
     """What surrounds every text."""

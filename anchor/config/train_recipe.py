@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import NonNegativeInt, PositiveInt, Section, UserPath
+from anchor.config.fields import ModelPathText, NonNegativeInt, PositiveInt, Section, UserPath
 from anchor.config.objectives import (
     ContrastiveObjective,
     LanguageModelObjective,
@@ -45,7 +45,7 @@ class FrozenTraining(Section):
 
 
 class BackboneSection(Section):
-    path: str
+    path: ModelPathText
     """Model folder, hub name or `.gguf` file of a Llama-, Qwen2-, Qwen3- or Mistral-type causal LM."""
     trained: Annotated[FullTraining | LoraTraining | FrozenTraining, Field(discriminator="kind")]
     """Which parameters are trained."""

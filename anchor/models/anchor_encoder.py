@@ -39,7 +39,7 @@ class AnchorEncoder(InputModule):
         super().__init__()
         self.folder, self.base = folder, base.requires_grad_(False)
         self.count, self.first_id = about["special_tokens"]["count"], about["special_tokens"]["first_id"]
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.max_seq_length: int = about["max_tokens"]
         self.rows = nn.Parameter(weights["rows"])
         self.reconstruction = _linear(weights, "reconstruction")
@@ -57,12 +57,14 @@ class AnchorEncoder(InputModule):
         about = json.loads((folder / "anchor.json").read_text(encoding="utf-8"))
         options = dict(kwargs.get("model_kwargs") or {})
         place = options.pop("base", None) or about["base"]["path"]
-        own, base = AutoConfig.from_pretrained(folder), AutoConfig.from_pretrained(place)
+        # This class is trusted, which the base's own code is not.
+        own, base = (AutoConfig.from_pretrained(one, trust_remote_code=False) for one in (folder, place))
         for key in _SHAPE:
             if getattr(own, key) != getattr(base, key):
                 raise ValueError(f"{place}: {key} is {getattr(base, key)}, expected {getattr(own, key)} by {folder}")
         if "torch_dtype" not in options:
             options.setdefault("dtype", "auto")
+        options.setdefault("trust_remote_code", False)
         model: Any = AutoModelForCausalLM.from_pretrained(place, **options)
         _check_fingerprint(model.base_model, base.dtype, about["base"]["fingerprint"], place, folder)
         if (folder / "adapter").is_dir():

@@ -24,7 +24,7 @@ from anchor import dist
 from anchor.config.model_path import resolve_model_path
 from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
 from anchor.data.tokenizer_files import refuse_lfs_pointers
-from anchor.errors import ConfigError, ModelError, did_you_mean, first_line
+from anchor.errors import UNSAFE_PICKLE, ConfigError, ModelError, did_you_mean, first_line, weights_line
 from anchor.models.adapters import checkpoint_contexts
 from anchor.models.attention import implementation
 from anchor.models.special_tokens import read_json
@@ -117,7 +117,9 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except UNSAFE_PICKLE as error:
+        raise ModelError(f"{path}: the model could not be loaded: {weights_line(error)}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{path}: the model could not be loaded: {_in_one_line(error)}") from error
     model, found = loaded
     for name, stored, expected in sorted(found["mismatched_keys"]):

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from anchor.config.model_path import resolve_model_path
-from anchor.errors import ModelError, first_line
+from anchor.errors import UNSAFE_PICKLE, ModelError, weights_line
 from anchor.models.backbone import load_causal_lm
 from anchor.models.special_tokens import SpecialTokensEmbedder, check_base, load_special_tokens, read_description
 
@@ -65,6 +65,6 @@ def _add_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
     """
     try:
         PeftModel.from_pretrained(causal_lm, str(folder), autocast_adapter_dtype=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{folder}: the adapter could not be loaded: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, *UNSAFE_PICKLE) as error:
+        raise ModelError(f"{folder}: the adapter could not be loaded: {weights_line(error)}") from error
     causal_lm.requires_grad_(False)

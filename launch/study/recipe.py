@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt, Section
+from anchor.config.fields import FileStem, Fraction, ModelPathText, NonNegativeInt, PositiveInt, Section, UserPath
 from anchor.config.load import load_recipe
 from anchor.errors import ConfigError, did_you_mean
 
@@ -84,19 +84,19 @@ class StudyEvaluation(Section):
 class StudyRecipe(Section):
     """A scale: what `python -m launch.study` runs."""
 
-    arms: Path
+    arms: UserPath
     """File of :class:`ArmsRecipe`; the training recipes and `pack.yaml` lie beside it."""
-    base: str
+    base: ModelPathText
     """Model folder, hub name or `.gguf` file that all arms begin with."""
-    pairs: Path
+    pairs: UserPath
     """Folder of the training pairs in E5 layout, `NAME.jsonl[.gz]`."""
     retrieval_source: FileStem
     """Source of that folder that is never trained on: its pairs are the retrieval task."""
-    mteb: Path
+    mteb: UserPath
     """Offline copy of the mteb tasks' data, by hub path."""
-    work_dir: Path
+    work_dir: UserPath
     """Folder of data, runs and logs; may be deleted when the results are there."""
-    results_dir: Path
+    results_dir: UserPath
     """Folder of the cells' JSON, tables and plots."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """What the seeds of batch order, dropout and adapters follow from, another one for each stage."""

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from anchor.config.load import load_recipe, parse_yaml
-from anchor.config.schema import ContrastiveObjective, PackRecipe, TrainRecipe
+from anchor.config.schema import ContrastiveObjective, HubSource, PackRecipe, TrainRecipe
 from anchor.errors import ConfigError
 
 TRAIN = """\
@@ -158,6 +158,29 @@ def test_overrides_change_single_values(recipe: Path) -> None:
 )  # fmt: skip
 def test_bad_overrides_are_refused(recipe: Path, override: str, expected: str) -> None:
     assert message(recipe, override) == expected
+
+
+def test_a_variable_in_a_path_is_the_environments(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run once went to a folder called "$SCRATCH" below the working directory."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    loaded = load_recipe(recipe, TrainRecipe, ["output_dir=$SCRATCH/run", "backbone.path='${SCRATCH}/model'"])
+    assert (loaded.output_dir, loaded.backbone.path) == (Path("/scratch/me/run"), "/scratch/me/model")
+    # A `~` of a model stays: runs that were begun with it go on.
+    assert load_recipe(recipe, TrainRecipe, ["backbone.path='~/model'"]).backbone.path == "~/model"
+    for path, name in (("$NOWHERE/run", "NOWHERE"), ("a/${EMPTY}/run", "EMPTY")):
+        for field in ("output_dir", "backbone.path"):
+            assert message(recipe, f"{field}='{path}'") == (
+                f"x.yaml: {field}: {path}: the variable {name} is unset or empty; set it, or write the path out"
+            )
+
+
+def test_a_hub_dataset_may_lie_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    hub = {"kind": "hub", "name": "a", "split": "train", "instructions": ()}
+    read = [HubSource.model_validate(hub | {"dataset": name}).dataset for name in ("~/d", "$HOME/d", "owner/d")]
+    assert read == ["/home/someone/d", "/home/someone/d", "owner/d"]
 
 
 def test_a_tilde_is_the_users_home(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

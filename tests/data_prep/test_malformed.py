@@ -34,11 +34,8 @@ JSON_LINES: list[tuple[bytes, str]] = [
     (b'{"query": "q\x00"}', "malformed JSON: Invalid control character at character 13"),
     (b'{"query": "\\x41"}', "malformed JSON: Invalid \\escape: line 1 column 12 (char 11)"),
     (b'{"query": "\\u12"}', "malformed JSON: Invalid \\uXXXX escape at character 13"),
-    (b"[" * 100000, "malformed JSON: maximum recursion depth exceeded"),
-    (
-        b'{"query": ' + b"9" * 5000 + b"}",
-        "malformed JSON: Exceeds the limit (4300 digits) for integer string conversion",
-    ),
+    (b"[" * 100000, "malformed JSON: lists or objects are nested too deep"),
+    (b'{"query": ' + b"9" * 5000 + b"}", "malformed JSON: a number has more than 4300 digits"),
     (b'{"query": "\xff"}', "not UTF-8: byte 12 is 0xff"),
     (b'{"query": "\xed\xa0\x80"}', "not UTF-8: byte 12 is 0xed"),
     (b'{"query": "\xe2\x82', "not UTF-8: byte 12 is 0xe2"),
@@ -72,7 +69,6 @@ OTHER_WORDS = {
 
 
 def same(got: str, expected: str) -> bool:
-    got = got.split(" while decoding")[0].replace(": value has 5000 digits", "")
     return got in (expected, OTHER_WORDS.get(expected))
 
 

@@ -65,9 +65,39 @@ def test_a_dataset_whose_files_have_other_types_is_one_line(tmp_path: Path, make
     hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s"}
     recipe = make_recipe([hub | {"columns": {"negatives": ["negative"]}, "instructions": []}])
     assert refusal(recipe) == (
-        f"dataset {tmp_path / 'plain'}: row 1 of split train cannot be read: Couldn't cast array of type "
-        "struct<list: list<item: int64>> to int64"
+        f"dataset {tmp_path / 'plain'}: row 1 of split train cannot be read: a column differs in type between files: "
+        "Couldn't cast array of type struct<list: list<item: int64>> to int64; read it with kind: files, path: "
+        f"{tmp_path / 'plain'}, which takes rows of any columns"
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"extra": 1}, "has column 'extra' that"), ({"a": 1, "b": 2}, "has columns 'a', 'b' that")],
+)
+def test_columns_that_differ_between_files_of_a_dataset_are_named(
+    tmp_path: Path, make_recipe: MakeRecipe, more: dict[str, int], said: str
+) -> None:
+    """All that was said of them was "Couldn't cast"."""
+    rows = english_pairs(16)
+    write_jsonl(tmp_path / "plain" / "a.jsonl", rows[:4])
+    write_jsonl(tmp_path / "plain" / "b.jsonl", [row | more for row in rows[4:]])
+    hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s"}
+    recipe = make_recipe([hub | {"columns": {"negatives": ["negative"]}, "instructions": []}])
+    assert refusal(recipe) == (
+        f"dataset {tmp_path / 'plain'}: row 4 of split train cannot be read: a file {said} the first file lacks; read "
+        f"it with kind: files, path: {tmp_path / 'plain'}, which takes rows of any columns"
+    )
+    assert packed(make_recipe([files_source(tmp_path / "plain")])).index.sources[0]["kept"] == 16
+
+
+def test_a_dataset_with_a_file_cut_to_nothing_is_refused(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    """The library reads it as a file without rows."""
+    write_jsonl(tmp_path / "plain" / "a.jsonl", english_pairs(8))
+    (tmp_path / "plain" / "b.jsonl.gz").touch()
+    hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s"}
+    recipe = make_recipe([hub | {"columns": {"negatives": ["negative"]}, "instructions": []}])
+    assert refusal(recipe).startswith(f"{tmp_path / 'plain' / 'b.jsonl.gz'}: 0 bytes, cut off")
 
 
 def test_a_local_dataset_has_no_revision(tmp_path: Path, make_recipe: MakeRecipe) -> None:

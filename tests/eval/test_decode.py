@@ -111,7 +111,7 @@ def test_pairs_are_decoded_both_ways_and_scored(encoder, tmp_path, monkeypatch, 
 
 
 def test_texts_are_read_from_standard_input(encoder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"one\ntwo\n"))))
     main(["decode", str(encoder.folder), "--input", "-", "--max-new-tokens", "2"])
     assert [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")] == ["one", "two"]
 

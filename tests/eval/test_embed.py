@@ -351,12 +351,12 @@ def test_the_command_reads_standard_input_and_answers_errors_with_one_line(
     export_dir, tmp_path, monkeypatch, capsys, one_rank
 ):
     command = ["embed", str(export_dir), "--input", "-", "--output", str(tmp_path / "o")]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"one\ntwo\n"))))
     main(command)
     stored = read_folder(tmp_path / "o")
     assert stored.ids == ["0", "1"]
     assert stored.manifest["source"] == "standard input"
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"other\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"other\n"))))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([*command, "--prompt", "querry", "--overwrite"])

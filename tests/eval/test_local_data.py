@@ -1,18 +1,20 @@
 """Invariants: a retrieval folder is read as it is now, needs no README.md and is not written to; a row that cannot be
 used is named."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import english_pairs
+from conftest import english_pairs, write_jsonl
 from retrieval import write_retrieval
 
 from anchor.errors import DataError
 from eval.__main__ import main
 from eval.benchmark import run_tasks
 from eval.encoder import Encoder
+from eval.report_data import retrieval_pairs
 from eval.tasks import local_retrieval_task
 
 
@@ -61,6 +63,10 @@ def test_a_retrieval_folder_lacking_a_file_is_refused(tmp_path):
     with pytest.raises(DataError) as error:
         local_retrieval_task(tmp_path)
     assert str(error.value) == f"{tmp_path}: no corpus.jsonl; expected a retrieval task in MTEB's folder layout"
+    (write_retrieval(tmp_path) / QRELS).unlink()
+    with pytest.raises(DataError) as error:
+        local_retrieval_task(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: no qrels/test.jsonl (or BEIR's qrels/test.tsv); expected")
 
 
 CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels/test.jsonl"
@@ -71,7 +77,7 @@ JUDGED = '{"query-id": "q0", "corpus-id": "d0", "score": %s}'
     ("name", "line", "message"),
     [
         (CORPUS, '{"_id": "d0", "title": ""}', ":1: no field 'text' with a text; known are _id, title"),
-        (CORPUS, '{"_id": "d0", "title": "", "text": ', ":1: malformed JSON: Expecting value at character 36"),
+        (CORPUS, '{"_id": "d0", "title": "", "text": ', ":1: malformed JSON: Expecting value at character 37"),
         (CORPUS, '{"title": "", "text": "a"}', ":1: no field '_id'; known are text, title"),
         (CORPUS, '{"_id": "d1", "title": "", "text": "a"}', ":2: the _id 'd1' is given twice; ids must differ"),
         (CORPUS, '{"_id": 1.5, "title": "", "text": "a"}', ":1: the _id is 1.5; expected a text or a whole number"),
@@ -83,6 +89,11 @@ JUDGED = '{"query-id": "q0", "corpus-id": "d0", "score": %s}'
         (QRELS, '{"query-id": "q0", "corpus-id": "d77", "score": 1}', ":1: corpus-id 'd77' is not in corpus.jsonl"),
         (QRELS, '{"query-id": 0, "corpus-id": "d0", "score": 1}', ":1: query-id '0' is not in queries.jsonl"),
         (QRELS, '{"query-id": "q0", "score": 1}', ":1: no field 'corpus-id'; known are query-id, score"),
+        (
+            QRELS,
+            JUDGED % 1 + "\n" + JUDGED % 0,
+            ":2: query 'q0' and document 'd0' have score 0, and 1 at {file}:1; remove one",
+        ),
         (QRELS, JUDGED % '"1"', ":1: 'score' is '1'; expected a number"),
         (QRELS, JUDGED % "Infinity", ":1: the score is inf; expected a whole number"),
         (QRELS, JUDGED % "0.5", ":1: the score is 0.5; expected a whole number"),
@@ -95,7 +106,55 @@ def test_a_row_of_a_retrieval_folder_that_cannot_be_used_is_named(tmp_path, name
     file.write_text("".join(f"{one}\n" for one in ([] if line is None else [line, *rest])))
     with pytest.raises(DataError) as error:
         local_retrieval_task(tmp_path / "small")
-    assert str(error.value) == f"{file}{message}"
+    assert str(error.value) == f"{file}{message.format(file=file)}"
+
+
+def beir(folder: Path) -> Path:
+    """The same task in the layout of BEIR's own downloads, metadata and all."""
+    for name in (CORPUS, QUERIES):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        write_jsonl(folder / name, [row | {"metadata": {f"m{i}": [i]} if i % 2 else {}} for i, row in enumerate(rows)])
+    judged = [json.loads(line) for line in (folder / QRELS).read_text().splitlines()]
+    lines = ["\t".join(judged[0]), *("\t".join(map(str, row.values())) for row in judged)]
+    (folder / "qrels/test.tsv").write_text("\n".join(lines) + "\n")
+    (folder / QRELS).unlink()
+    (folder / "README.md").unlink()
+    return folder
+
+
+def test_a_folder_of_beir_is_the_same_task(tmp_path):
+    """Its qrels/test.tsv was refused, without a word on how to convert it."""
+
+    def read(folder: Path) -> list[list]:
+        task = local_retrieval_task(folder)
+        task.load_data()
+        parts = task.dataset["default"]["test"]
+        return [list(parts["corpus"]), list(parts["queries"]), sorted(parts["relevant_docs"].items())]
+
+    folder = beir(write_retrieval(tmp_path / "a/small"))
+    before = sorted(tmp_path.rglob("*"))
+    assert read(folder) == read(write_retrieval(tmp_path / "b/small"))
+    assert sorted((tmp_path / "a").rglob("*")) == [one for one in before if "a" in one.relative_to(tmp_path).parts][1:]
+    assert retrieval_pairs(folder) == retrieval_pairs(tmp_path / "b/small")
+    assert len(retrieval_pairs(folder)) == 10
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q0\td0\t0", ":13: query 'q0' and document 'd0' have score 0, and 1 at {file}:2; remove one"),
+        ("q0\td1\thigh", ":13: the score is high; expected a whole number"),
+        ("q0\td1", ":13: 2 fields, the header has 3"),
+        ("q0\td99\t1", ":13: corpus-id 'd99' is not in corpus.jsonl"),
+        ("\td1\t1", ":13: the query-id is None; expected a text or a whole number"),
+    ],
+)
+def test_a_judgement_of_beir_that_cannot_be_used_is_named(tmp_path, line, message):
+    file = beir(write_retrieval(tmp_path / "small")) / "qrels/test.tsv"
+    file.write_text(f"{file.read_text()}q0\td0\t1\n{line}\n")  # equal judgements may be given twice
+    with pytest.raises(DataError) as error:
+        local_retrieval_task(tmp_path / "small")
+    assert str(error.value) == f"{file}{message.format(file=file)}"
 
 
 @pytest.mark.filterwarnings("ignore")

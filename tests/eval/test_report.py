@@ -1,6 +1,7 @@
 """Invariants: the page is one file without scripts or addresses to load; it shows what the folders hold and says
 what they do not; in a real browser it asks for nothing, logs nothing, fits a phone and follows dark mode."""
 
+import html
 import json
 import re
 import shutil
@@ -170,8 +171,9 @@ def test_the_command_writes_a_benchmark_table_beside_published_rows(tmp_path, ca
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no such folder"):
-        read_run(str(tmp_path / "nowhere"))
+    for name in ("nowhere", "n" * 999):
+        with pytest.raises(ConfigError, match="no such folder"):
+            read_run(str(tmp_path / name))
     with pytest.raises(ConfigError, match=r"neither metrics\.jsonl nor scores\.json"):
         read_run(str(tmp_path))
     run = make_run(tmp_path / "a")
@@ -189,10 +191,49 @@ def test_a_folder_whose_name_holds_an_equals_sign_is_that_folder(tmp_path, monke
         assert (run.label, run.folder) == (label, Path("runs/lr=2e-5"))
 
 
+NO_STEP = "a row without a 'step' that is a number; expected the metrics of a run"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"stop": 1}\n', "metrics.jsonl: a row without 'step'; expected the metrics of a run"),
+        ("metrics.jsonl", '{"stop": 1}\n', f"metrics.jsonl:1: {NO_STEP}"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 2}\n', "metrics.jsonl:2: malformed JSON: "),
+        ("metrics.jsonl", "[]\n", f"metrics.jsonl:1: {NO_STEP}"),
+        ("metrics.jsonl", "null\n", f"metrics.jsonl:1: {NO_STEP}"),
+        ("metrics.jsonl", "7\n", f"metrics.jsonl:1: {NO_STEP}"),
+        ("metrics.jsonl", '{"step": "1"}\n', f"metrics.jsonl:1: {NO_STEP}"),
+        ("metrics.jsonl", '{"step": true}\n', f"metrics.jsonl:1: {NO_STEP}"),
+        ("metrics.jsonl", '{"step": NaN}\n', f"metrics.jsonl:1: {NO_STEP}"),
+        ("metrics.jsonl", f'{{"step": 1, "a": {"9" * 400}}}\n', "metrics.jsonl:1: 'a' is a number of 400 digits; exp"),
+        (
+            "metrics.jsonl",
+            f'{{"step": {"9" * 5000}}}\n',
+            "metrics.jsonl:1: malformed JSON: a number has more than 4300 digits; expected the metrics of a run",
+        ),
+        (
+            "metrics.jsonl",
+            "[" * 100_000 + "\n",
+            "metrics.jsonl:1: malformed JSON: lists or objects are nested too deep",
+        ),
+        ("metrics.jsonl", bytes(range(128, 256)) + b"\n", "metrics.jsonl:1: not UTF-8: byte 1 is 0x80"),
+        ("metrics.jsonl", '{"step": 1}\n'.encode("utf-16"), "metrics.jsonl: UTF-16 text, expected UTF-8"),
+        ("run.yaml", "a: " + "[" * 100_000, "run.yaml: not readable: "),
+        ("run.yaml", "a: \x07", "run.yaml: not readable: unacceptable character"),
+        ("run.yaml", f"a: {'9' * 5000}", "run.yaml: not readable: "),
+        ("mteb/scores.json", "[" * 100_000, "mteb/scores.json: not readable; delete it"),
+        ("mteb/scores.json", "[]", "mteb/scores.json: not readable; delete it"),
+        ("mteb/scores.json", f'{{"scores": {{"SciFact": {"9" * 400}}}}}', "mteb/scores.json: not readable; delete it"),
+        (
+            "d.jsonl",
+            '{"source": "a", "decoded": "b", "rouge_l": "x"}\n',
+            "d.jsonl:1: 'rouge_l' is 'x'; expected a number",
+        ),
+        (
+            "d.jsonl",
+            '{"source": "a", "decoded": "b", "direction": 1}\n',
+            "d.jsonl:1: 'direction' is 1; expected a text",
+        ),
         ("run.yaml", "recipe: {seed: 0,", "run.yaml: not readable: while parsing a flow"),
         ("run.yaml", b"note: d\xe9j", "run.yaml: not UTF-8: byte 8 is 0xe9"),
         (
@@ -214,12 +255,49 @@ def test_what_a_report_cannot_read_is_one_line(tmp_path, capsys, name, content, 
     run = make_run(tmp_path / "a")
     (run / "d.jsonl").write_text('{"source": "a", "decoded": "b\u2028c"}\n')
     command = ["report", str(run), "--output", str(tmp_path / "r.html"), "--decoded", str(run / "d.jsonl")]
-    main([*command, "--overwrite"])
     (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as stop:
         main([*command, "--overwrite"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {run}/{message}")
+
+
+NAMES = ["$\\frac{$", "_hidden", "$a$", "a\x00b\x1b[31m\x9b", "x\ud800", "漢字 नमस्ते 😀", "\\alpha^", "l" * 999]
+
+
+def test_whatever_runs_and_groups_are_called_the_page_shows_it(export_dir, tmp_path):
+    """`$\\frac{$` ended the report with a traceback; matplotlib left names with "_" first out of the legend."""
+    runs = [read_run(f"{name}={make_run(tmp_path / f'run{i}')}") for i, name in enumerate(NAMES)]
+    labelled = [{"text": row["query"], "label": NAMES[i % len(NAMES)]} for i, row in enumerate(english_pairs(16))]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    decoded = [{"source": name.encode(errors="replace").decode(), "decoded": "c", "reference": "d"} for name in NAMES]
+    looks = Looks(
+        Encoder(export_dir, dtype="fp32"),
+        labelled=tmp_path / "labelled.jsonl",
+        decoded=write_jsonl(tmp_path / "decoded.jsonl", decoded),  # without rouge_l
+    )
+    write_report(runs, tmp_path / "r.html", title=" ".join(NAMES), looks=looks)
+    text = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    figures = re.findall("<svg.*?</svg>", text, re.DOTALL)
+    assert len(figures) == 5  # four curves and the map
+    for name in NAMES:
+        expected = re.sub("[\x00-\x08\x1b\x9b\ud800]", "\ufffd", name)
+        assert f"<h3>{expected}</h3>" in text
+        assert all(expected[:50] in figure for figure in figures)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+
+
+def test_numbers_that_are_none_leave_the_curves_readable(tmp_path):
+    run = make_run(tmp_path / "a")
+    odd = [
+        {"step": 6, "loss/total_nats": float("nan"), "optim/grad_norm": float("inf")},
+        {"step": 7, "loss/total_nats": "no", "time/step_seconds": "x", "data/tokens": 3},
+        {"step": 8, "loss/total_nats": True, "time/step_seconds": 0.0, "data/tokens": 3},
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in odd)
+    write_report([read_run(str(run))], tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text().count("<svg") == 4
 
 
 def test_retrieval_folders_give_their_judged_pairs(tmp_path):

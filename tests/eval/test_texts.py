@@ -1,10 +1,13 @@
 """Invariants: texts are read as they are written, from every format; bad input is one line."""
 
+import io
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
+from anchor.data.row_files import open_output
 from anchor.errors import ConfigError, DataError
 from eval.decode import read_pairs
 from eval.texts import Source, read_texts
@@ -16,6 +19,62 @@ def test_parquet_plain_text_and_other_columns_are_read(tmp_path):
     assert read_texts(Source(table, text="body", id="name")) == (["7", "8"], ["x", "y"])
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     assert read_texts(Source(tmp_path / "a.txt")) == (["0", "1", "2"], ["one", "", "two"])
+
+
+@pytest.mark.parametrize("kind", ["", ".gz", ".zst"])
+def test_what_pack_reads_is_embedded_too(tmp_path, kind):
+    """Compressed files and tables were refused, which `data_prep pack` reads."""
+    contents = {
+        "jsonl": '{"id": "x", "text": "a, b"}\n{"id": "y", "text": "c\u2028"}\n',
+        "csv": 'id,text\nx,"a, b"\n\ny,c\u2028\n',
+        "tsv": "id\ttext\nx\ta, b\ny\tc\u2028\n",
+    }
+    for name, content in contents.items():
+        path = tmp_path / f"a.{name}{kind}"
+        with open_output(path) as stream:
+            stream.write(content.encode())
+        assert read_texts(Source(path)) == (["x", "y"], ["a, b", "c\u2028"])
+    other = (tmp_path / f"a.csv{kind}").rename(tmp_path / f"table{kind}")
+    assert read_texts(Source(other, kind="csv")) == (["x", "y"], ["a, b", "c\u2028"])
+    with open_output(tmp_path / f"a.txt{kind}") as stream:
+        stream.write(b"one\n\ntwo")
+    assert read_texts(Source(tmp_path / f"a.txt{kind}"))[1] == ["one", "", "two"]
+    with open_output(tmp_path / f"pairs.jsonl{kind}") as stream:
+        stream.write(b'{"query": "a", "positive": "b"}\n')
+    assert read_pairs(tmp_path / f"pairs.jsonl{kind}") == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", b"", ": 0 bytes, cut off"),
+        ("a.jsonl.zst", b"x", ": cannot be read: "),
+        ("a.txt", "one\ntwo".encode("utf-16"), ": UTF-16 text, expected UTF-8"),
+        ("a.csv", b"id,text\nx\n", ":2: 1 fields, the header has 2"),
+        ("a.csv", b"id,txt\nx,y\n", ":2: no field 'text' with a text; did you mean 'txt'?"),
+        ("a.csv", b"id,text\nx,\n", ":2: 'text' is null; expected a text"),
+        ("a.parquet.gz", b"x", ": not a readable Parquet file"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_in_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_texts(Source(path))
+    assert str(error.value).startswith(f"{path}{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_standard_input_may_be_a_table_but_not_utf16(monkeypatch):
+    def put(data):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+
+    put(b"text,id\na,7\n")
+    assert read_texts(Source(None, kind="csv")) == (["7"], ["a"])
+    put("one\n".encode("utf-16"))
+    with pytest.raises(DataError) as error:
+        read_texts(Source(None))
+    assert str(error.value).startswith("standard input: UTF-16 text, expected UTF-8; convert it")
 
 
 def test_blank_json_lines_are_skipped_and_blank_plain_ones_are_texts(tmp_path):
@@ -53,7 +112,7 @@ def test_an_id_field_that_is_asked_for_must_be_there(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"text": \n', ":2: malformed JSON: Expecting value at character 10"),
+        (b'{"text": "a"}\n{"text": \n', ":2: malformed JSON: Expecting value at character 11"),
         (b'{"txt": "a"}\n', ":1: no field 'text' with a text; did you mean 'txt'?"),
         (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', ": the id '1' is given twice; ids must differ"),
         (b'{"id": "a\\nb", "text": "a"}\n', ":1: the id 'a\\nb' holds a line end"),
@@ -65,9 +124,9 @@ def test_an_id_field_that_is_asked_for_must_be_there(tmp_path):
         (b'{"text": ["a"]}\n', ":1: 'text' is ['a']; expected a text"),
         (b'["a"]\n', ":1: no field 'text' with a text"),
         (b'{"id": "x\\ud800", "text": "a"}\n', ":1: 'id' holds half a surrogate pair at character 2"),
-        (b'{"id": %s, "text": "a"}\n' % (b"7" * 5000), ":1: a number has more than 4300 digits"),
+        (b'{"id": %s, "text": "a"}\n' % (b"7" * 5000), ":1: malformed JSON: a number has more than 4300 digits"),
         (b'{"id": [1], "text": "a"}\n', ":1: the id is [1]; expected a text or a number"),
-        (b'{"text": "a", "more": %s' % (b"[" * 100_000), ":1: lists or objects are nested too deep"),
+        (b'{"text": "a", "more": %s' % (b"[" * 100_000), ":1: malformed JSON: lists or objects are nested too deep"),
     ],
 )
 def test_bad_input_files_are_refused_by_line(tmp_path, content, message):

@@ -14,9 +14,11 @@ from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from anchor.data.row_files import open_output, read_rows
 from anchor.errors import DataError
-from data_prep.readers import open_output, read_rows
 
+HEADER = "file has a header; write it again or remove it"
+UTF8 = "text, expected UTF-8; convert it, with `iconv -f"
 ROWS = [{"query": "Was?\nWo?", "positive": 'a "quoted", text'}, {"query": "漢字", "positive": "é" * 200_000}]
 
 
@@ -141,6 +143,13 @@ def test_a_quote_that_is_not_closed_on_the_last_line_costs_that_row_alone(tmp_pa
             "{f}: cannot be read: Truncated compressed stream",
         ),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "{f}: cannot be read: Truncated compressed stream"),
+        ("a.jsonl.gz", b"", f"{{f}}: 0 bytes, cut off: even an empty gzip {HEADER}"),
+        ("a.csv.gz", b"", f"{{f}}: 0 bytes, cut off: even an empty gzip {HEADER}"),
+        ("a.jsonl.zst", b"", f"{{f}}: 0 bytes, cut off: even an empty zstd {HEADER}"),
+        ("a.jsonl", '{"a": "b"}'.encode("utf-16"), f"{{f}}: UTF-16 {UTF8} UTF-16 -t UTF-8` for one"),
+        ("a.jsonl", '{"a": "b"}'.encode("utf-16-le"), f"{{f}}: UTF-16 {UTF8} UTF-16 -t UTF-8` for one"),
+        ("a.csv", "a,b".encode("utf-16-be"), f"{{f}}: UTF-16 {UTF8} UTF-16 -t UTF-8` for one"),
+        ("a.tsv.gz", gzip.compress("a\tb".encode("utf-32")), f"{{f}}: UTF-32 {UTF8} UTF-32 -t UTF-8` for one"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
@@ -149,6 +158,27 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str
     with pytest.raises(DataError) as caught:
         list(read_rows(file))
     assert str(caught.value) == expected.format(f=file)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_every_cut_of_a_compressed_file_is_refused(tmp_path: Path, kind: str) -> None:
+    """A file cut to 0 bytes was read as one without rows, every other length was refused."""
+    data = b"".join(json.dumps({"query": f"q{i}", "positive": f"p{i}"}).encode() + b"\n" for i in range(8))
+    whole = gzip.compress(data) if kind == "gz" else pa.Codec("zstd").compress(data, asbytes=True)
+    file = tmp_path / f"a.jsonl.{kind}"
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"a\.jsonl\."):
+            list(read_rows(file))
+    file.write_bytes(whole)
+    assert len(list(read_rows(file))) == 8
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b'{"a": 1}\n', "{}\n".encode("utf-8-sig")])
+def test_an_empty_or_short_plain_file_is_read(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(data)
+    assert [row.problem for row in read_rows(file)] == [None] * data.count(b"{")
 
 
 def test_a_time_that_python_does_not_know_is_its_number(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ and nobody knows how many rows it has swallowed.
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -21,6 +23,7 @@ from anchor.errors import DataError
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TABLE_SUFFIXES = (*JSON_SUFFIXES, *(f"{k}{c}" for k in (".csv", ".tsv") for c in ("", ".gz", ".zst")), ".parquet")
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _BUFFER_BYTES = 1 << 20
 _MAX_FIELD_CHARACTERS = 1 << 24
 
@@ -95,31 +98,79 @@ def raw_rows(file: Path, meter: Meter) -> Iterator[Row]:
     Raises:
         DataError: as there.
     """
-    kind = file.name.removesuffix(file.suffix if file.suffix in _CODECS else "").rpartition(".")[2]
+    kind = kind_of(file)
     try:
         if kind == "parquet":
             yield from _parquet_rows(file, meter)
         else:
             with open_input(file, meter) as stream:
-                yield from _lines(file, stream) if kind == "jsonl" else _csv_rows(file, stream, kind)
+                yield from stream_rows(str(file), stream, kind)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     finally:
         meter.end(file)
 
 
-def open_input(file: Path, meter: Meter | None = None) -> BinaryIO:
-    """The bytes of a file, decompressed as its suffix says; a meter is told how far it is read."""
+def kind_of(file: Path) -> str:
+    """Return the last suffix of a file's name, without that of a compression."""
+    return file.name.removesuffix(file.suffix if file.suffix in _CODECS else "").rpartition(".")[2]
+
+
+def stream_rows(name: str, stream: io.BufferedReader, kind: str) -> Iterator[Row]:
+    """Rows of an open ``jsonl``, ``csv`` or ``tsv`` file as :func:`raw_rows` gives them.
+
+    Raises:
+        DataError: a table has no usable header, or a malformed row of several lines.
+    """
+    return _lines(name, stream) if kind == "jsonl" else _csv_rows(name, stream, kind)
+
+
+def open_input(file: Path, meter: Meter | None = None) -> io.BufferedReader:
+    """The bytes of a text file, decompressed as its suffix says; a meter is told how far it is read.
+
+    Raises:
+        DataError: a compressed file of 0 bytes; text in UTF-16 or UTF-32.
+        OSError: the file cannot be read or decompressed.
+    """
     codec = _CODECS.get(file.suffix)
-    if codec is None:
-        stream = file.open("rb", buffering=_BUFFER_BYTES)
-        if meter is not None:
-            meter.begin(stream.tell)
-        return stream
-    raw = pa.OSFile(str(file))
+    refuse_zero_bytes(file)
+    raw: Any = io.FileIO(file) if codec is None else pa.OSFile(str(file))
+    unpacked: Any = raw if codec is None else pa.CompressedInputStream(raw, codec)
+    stream = io.BufferedReader(unpacked, _BUFFER_BYTES)
+    with ExitStack() as stack:
+        stack.enter_context(stream)
+        refuse_wide_text(str(file), stream)
+        stack.pop_all()
     if meter is not None:
-        meter.begin(raw.tell)
-    return cast(BinaryIO, io.BufferedReader(cast(Any, pa.CompressedInputStream(raw, codec)), _BUFFER_BYTES))
+        meter.begin(stream.tell if codec is None else raw.tell)
+    return stream
+
+
+def refuse_zero_bytes(file: Path) -> None:
+    """Refuse a compressed file of 0 bytes: decompressors take it for an empty one, but no compressor writes it.
+
+    Raises:
+        DataError: there is nothing in it.
+    """
+    if file.suffix in _CODECS and file.stat().st_size == 0:
+        raise DataError(
+            f"{file}: 0 bytes, cut off: even an empty {_CODECS[file.suffix]} file has a header; write it again or "
+            "remove it"
+        )
+
+
+def refuse_wide_text(name: str, stream: io.BufferedReader) -> None:
+    """Refuse text in UTF-16 or UTF-32, by its byte order mark or by every other byte being NUL.
+
+    Raises:
+        DataError: it is.
+    """
+    head = stream.peek(4)[:4]
+    found = next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    if found is None and len(head) == 4 and any(not any(head[i::2]) and all(head[1 - i :: 2]) for i in (0, 1)):
+        found = "UTF-16"
+    if found is not None:
+        raise DataError(f"{name}: {found} text, expected UTF-8; convert it, with `iconv -f {found} -t UTF-8` for one")
 
 
 def open_output(file: Path) -> BinaryIO:
@@ -131,8 +182,7 @@ def open_output(file: Path) -> BinaryIO:
     return cast(BinaryIO, io.BufferedWriter(cast(Any, stream), _BUFFER_BYTES))
 
 
-def _lines(file: Path, lines: Iterable[bytes]) -> Iterator[Row]:
-    name = str(file)
+def _lines(name: str, lines: Iterable[bytes]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -153,25 +203,29 @@ def parsed(row: Row) -> Row:
     except json.JSONDecodeError as error:
         problem = f"malformed JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
         return Row(place, line.decode(), problem)
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 nested lists
-        return Row(place, line.decode(), f"malformed JSON: {str(error).split(';')[0]}")
+    except ValueError:
+        return Row(
+            place, line.decode(), f"malformed JSON: a number has more than {sys.get_int_max_str_digits()} digits"
+        )
+    except RecursionError:
+        return Row(place, line.decode(), "malformed JSON: lists or objects are nested too deep")
 
 
-def _csv_rows(file: Path, stream: BinaryIO, kind: str) -> Iterator[Row]:
+def _csv_rows(name: str, stream: io.BufferedReader, kind: str) -> Iterator[Row]:
     """Rows by header. A CSV text may be quoted and then hold line ends; TSV knows no quotes (IANA's definition)."""
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # the module's own 131,072 is less than a long document
     # Bytes that are no UTF-8 become surrogates, to be refused row by row.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         if kind == "tsv":
-            yield from _table_rows(file, csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True), "TSV")
+            yield from _table_rows(name, csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True), "TSV")
         else:
-            yield from _table_rows(file, csv.reader(text, strict=True), "CSV")
+            yield from _table_rows(name, csv.reader(text, strict=True), "CSV")
 
 
-def _table_rows(file: Path, reader: Any, kind: str) -> Iterator[Row]:
+def _table_rows(name: str, reader: Any, kind: str) -> Iterator[Row]:
     header: list[str] | None = None
     while True:
-        place = Place(str(file), reader.line_num + 1, "line")
+        place = Place(name, reader.line_num + 1, "line")
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -186,7 +240,7 @@ def _table_rows(file: Path, reader: Any, kind: str) -> Iterator[Row]:
             continue
         if header is None:
             header = cells
-            twice = [name for name in cells if cells.count(name) > 1]
+            twice = [cell for cell in cells if cells.count(cell) > 1]
             if twice:
                 raise DataError(f"{place}: the header names column '{twice[0]}' twice; rename one")
             continue
@@ -194,7 +248,7 @@ def _table_rows(file: Path, reader: Any, kind: str) -> Iterator[Row]:
             _refuse_lines(place, reader.line_num, f"{len(cells)} fields, the header has {len(header)}")
         yield _csv_row(place, header, cells)
     if header is None:
-        raise DataError(f"{file}: empty; expected a header line with the names of the columns")
+        raise DataError(f"{name}: empty; expected a header line with the names of the columns")
 
 
 def _refuse_lines(place: Place, last: int, problem: str) -> None:
