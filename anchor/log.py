@@ -96,6 +96,7 @@ def crash_reporter(path: Path | None) -> Callable[[type[BaseException], BaseExce
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
+            os.write(2, b"interrupted\n")
             os._exit(130)
         # torch's init_process_group puts a hook of its own around this one, and a buffer in place of standard error,
         # which it prints afterwards: there is no afterwards.

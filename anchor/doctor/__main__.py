@@ -127,7 +127,7 @@ def _measure(console: Console, facts: object, sizes_mib: list[int]) -> list[str]
         deadline.begin(_did_not_meet("the first collective has not ended"))
         everyone = dist.gather_objects(facts)
         timings = time_collectives(ranks, sizes_mib, begin=lambda what: deadline.begin(_did_not_end(what)))
-    except (torch.distributed.DistError, RuntimeError) as error:
+    except (ConfigError, torch.distributed.DistError, RuntimeError) as error:
         return [_did_not_meet(first_line(error))]
     finally:
         deadline.end()

@@ -63,6 +63,7 @@ def end_with_parent(parent: str | None) -> None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent.isdecimal() and os.getppid() != int(parent):  # it died before
+        os.write(2, b"the process that started this rank has died; exit\n")
         os._exit(128 + signal.SIGKILL)
 
 
