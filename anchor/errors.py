@@ -18,11 +18,21 @@ EXIT_USER_ERROR = 2
 _EXIT_PIPE = 141
 """As a shell reports a program that SIGPIPE has ended."""
 
+_HALF_MESSAGE = 1000
+"""Characters that are shown of the beginning and of the end of a longer message."""
+
 _DISK_ADVICE = {
     errno.EACCES: "check who may write there, or choose another place",
     errno.EPERM: "check who may write there, or choose another place",
     errno.EROFS: "choose a place that can be written to",
     errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EEXIST: "something of this name is in the way; move it, or choose another place",
+    errno.EISDIR: "a folder is where a file should be; move it, or choose another place",
+    errno.ELOOP: "its symbolic links lead in a circle; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EFBIG: "raise the limit of file sizes (`ulimit -f`) or choose another disk, and start again",
+    errno.EIO: "check the disk, and start again on one that works",
+    errno.ESTALE: "the network file system has lost it; start again when it is back",
     errno.ENOSPC: "free some disk and start again",
     errno.EDQUOT: "free some of your quota and start again",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`) and start again",
@@ -64,6 +74,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known are {', '.join(names)}" if names else ""
 
 
+def shortened(value: object) -> str:
+    """A value as a message shows it: its ``repr``, cut in the middle where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} … {text[-80:]}"
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, cut to one line; its name where it says nothing."""
     text = str(error).strip()
@@ -102,5 +118,12 @@ def _is_abandoned(stream: TextIO) -> bool:
 
 
 def _exit(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {_printable(message)}\n")
     sys.exit(EXIT_USER_ERROR)
+
+
+def _printable(message: str) -> str:
+    """One line of bounded length: line ends and control characters of a user's input are written as escapes."""
+    if len(message) > 2 * _HALF_MESSAGE:
+        message = f"{message[:_HALF_MESSAGE]} … {message[-_HALF_MESSAGE:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -23,6 +23,12 @@ class Section(BaseModel):
         return values
 
 
+def _named(path: object) -> object:
+    if path == "" or "\0" in str(path):
+        raise ValueError("a path must not be empty or hold a NUL character")
+    return path
+
+
 def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -30,12 +36,15 @@ def _expanded(path: Path) -> Path:
         raise ValueError(f"{path}: no such user's home") from error
 
 
-UserPath = Annotated[Path, AfterValidator(_expanded)]
+UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
 """A path; ``~`` at its beginning is the user's home."""
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+MAX_COUNT = (1 << 31) - 1
+"""Above any number of steps, tokens or seconds that a run can have; larger ones overflow somewhere in the middle."""
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FileStem = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can stand in a file name."""
-Weight = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(gt=0.0, le=1e3)]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt, Section, UserPath, Weight
+from anchor.config.fields import FileStem, Fraction, NonNegativeInt, PositiveInt, Section, Seed, UserPath, Weight
 
 
 class PresetTemplate(Section):
@@ -204,7 +204,7 @@ class PackRecipe(Section):
 
     output_dir: UserPath
     """Folder of the shards; must be new or an unfinished run of the same recipe."""
-    seed: NonNegativeInt
+    seed: Seed
     """Seed of the shuffles."""
     tokenizer: str
     """Model folder, hub name or `.gguf` file whose tokenizer is used."""
@@ -239,6 +239,11 @@ class PackRecipe(Section):
                 f"batch.pack_tokens ({self.batch.pack_tokens}) is smaller than the longest pair, "
                 f"{2 + self.text.hard_negatives} segments x text.max_tokens ({self.text.max_tokens}) = {longest}; "
                 "raise pack_tokens or lower max_tokens"
+            )
+        if isinstance(self.template, SpecialTokensTemplate) and self.template.tokens >= self.text.max_tokens:
+            raise ValueError(
+                f"template.tokens ({self.template.tokens}) leaves no room for a text in text.max_tokens "
+                f"({self.text.max_tokens}); raise max_tokens"
             )
         if self.batch.pairs % self.batch.pack_multiple:
             raise ValueError(
