@@ -21,6 +21,9 @@ EXIT_USER_ERROR = 2
 _EXIT_PIPE = 141
 """As a shell reports a program that SIGPIPE has ended."""
 
+_HALF_MESSAGE = 1000
+"""Characters that are shown of the beginning and of the end of a longer message."""
+
 _DISK_ADVICE = {
     errno.EACCES: "check who may write there, or choose another place",
     errno.EPERM: "check who may write there, or choose another place",
@@ -74,6 +77,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; known are {', '.join(names)}" if names else ""
+
+
+def shortened(value: object) -> str:
+    """A value as a message shows it: its ``repr``, cut in the middle where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]} … {text[-80:]}"
 
 
 def first_line(error: Exception) -> str:
@@ -146,5 +155,12 @@ def _is_abandoned(stream: TextIO) -> bool:
 
 
 def _exit(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {_printable(message)}\n")
     sys.exit(EXIT_USER_ERROR)
+
+
+def _printable(message: str) -> str:
+    """One line of bounded length: line ends and control characters of a user's input are written as escapes."""
+    if len(message) > 2 * _HALF_MESSAGE:
+        message = f"{message[:_HALF_MESSAGE]} … {message[-_HALF_MESSAGE:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)

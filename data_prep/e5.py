@@ -9,7 +9,8 @@ class Traits:
 
     Attributes:
         instructions: one, or several that alternate by row number.
-        symmetric: both sides are of a kind, so documents carry the instruction too.
+        symmetric: both sides are the same kind of text. Whether documents then carry the instruction too is the
+            recipe's choice, ``symmetric_documents``.
         languages: ISO 639-1 codes.
     """
 

@@ -84,6 +84,7 @@ def make_shards(run: PackRun, gathered: Gathered, traits: list[dict[str, Any]], 
             f"{run.path}: no batch can be made: batch.pairs is {run.recipe.batch.pairs}, pairs left per source are "
             f"{counts}; lower batch.pairs or add data"
         )
+    _refuse_full_disk(run, kept, mixed)
     shards = write_shards(make_plan(gathered, kept, mixed, run.recipe, run.folder, folder), workers)
     summaries = [
         _summary(one, gathered.sources[one["name"]], kept[one["name"]], mixed[one["name"]], run.recipe)
@@ -121,6 +122,18 @@ def _quarantine(run: PackRun, gathered: Gathered, name: str, units: SourceUnits)
         raise DataError(
             f"{aside}: {lines} of {units.num_rows} rows of source '{name}' cannot be used, more than "
             f"max_skipped_fraction ({allowed:g}); mend the source or raise max_skipped_fraction"
+        )
+
+
+def _refuse_full_disk(run: PackRun, kept: dict[str, Kept], mixed: dict[str, Share]) -> None:
+    """Compare the shards' token ids with the free disk, before epochs and weights that nothing can hold are planned."""
+    passes = {name: share.per_epoch * run.recipe.epochs / (share.per_pass or 1) for name, share in mixed.items()}
+    needed = sum(4 * found.tokens * passes[name] for name, found in kept.items())
+    free = shutil.disk_usage(run.folder).free + sum(file.stat().st_size for file in run.folder.glob("*.arrow"))
+    if needed > free:
+        raise DataError(
+            f"{run.folder}: the shards need {needed / 2**30:,.1f} GiB, {free / 2**30:,.1f} GiB are free; free some "
+            f"disk, or lower epochs ({run.recipe.epochs}) or the sources' weights"
         )
 
 

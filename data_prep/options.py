@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anchor.arguments import count, describe, part, positive
+from anchor.errors import shortened
 
 
 class _Command(NamedTuple):
@@ -68,10 +69,14 @@ def _docs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--packages", type=_names, metavar="A,B", help="import names; well-known installed ones if absent"
     )
-    parser.add_argument("--heldout-pairs", type=int, default=300, metavar="N", help="held-out queries (%(default)s)")
-    parser.add_argument("--heldout-documents", type=int, default=400, metavar="N", help="held-out corpus (%(default)s)")
-    parser.add_argument("--max-pairs", type=int, metavar="N", help="at most so many training pairs; all if absent")
-    parser.add_argument("--seed", type=int, default=0, help="seed of split and order (%(default)s)")
+    parser.add_argument(
+        "--heldout-pairs", type=positive, default=300, metavar="N", help="held-out queries (%(default)s)"
+    )
+    parser.add_argument(
+        "--heldout-documents", type=positive, default=400, metavar="N", help="held-out corpus (%(default)s)"
+    )
+    parser.add_argument("--max-pairs", type=positive, metavar="N", help="at most so many training pairs; all if absent")
+    parser.add_argument("--seed", type=count, default=0, help="seed of split and order (%(default)s)")
 
 
 def _decontaminate(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +84,10 @@ def _decontaminate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", type=Path, nargs="+", required=True, metavar="TASK", help="task folders or files")
     parser.add_argument("--output", type=Path, metavar="DIR", help="new folder for the pairs that match nothing")
     parser.add_argument("--overlap", type=float, default=0.5, help="least share of n-grams of a match (%(default)s)")
-    parser.add_argument("--ngram-words", type=int, default=13, metavar="N", help="words of an n-gram (%(default)s)")
-    parser.add_argument("--min-words", type=int, default=3, metavar="N", help="ignore shorter texts (%(default)s)")
+    parser.add_argument(
+        "--ngram-words", type=positive, default=13, metavar="N", help="words of an n-gram (%(default)s)"
+    )
+    parser.add_argument("--min-words", type=count, default=3, metavar="N", help="ignore shorter texts (%(default)s)")
     parser.add_argument("--examples", type=count, default=2, metavar="N", help="shown per task (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
@@ -88,7 +95,7 @@ def _decontaminate(parser: argparse.ArgumentParser) -> None:
 def _mine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pairs", type=Path, metavar="PAIRS", help="folder of NAME.jsonl[.gz|.zst], or one such file")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder, in the same layout")
-    parser.add_argument("--negatives", type=int, required=True, metavar="N", help="hard negatives per query")
+    parser.add_argument("--negatives", type=positive, required=True, metavar="N", help="hard negatives per query")
     parser.add_argument(
         "--ranks", type=_ranks, required=True, metavar="A-B", help="ranks to draw from, without positives"
     )
@@ -147,9 +154,10 @@ def _names(text: str) -> list[str]:
 
 def _ranks(text: str) -> tuple[int, int]:
     first, _, last = text.partition("-")
-    if not (first.isdecimal() and last.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected two ranks such as 3-50, got '{text}'")
-    return int(first), int(last)
+    try:
+        return count(first), count(last)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected two ranks such as 3-50, got {shortened(text)}") from error
 
 
 _COMMANDS = {

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import Any
 
-from anchor.config.load import load_recipe
+from anchor.config.load import load_recipe, validate
 from anchor.config.schema import PackRecipe
 from anchor.data.positions import check_positions_of_folder
 from anchor.data.shards import INDEX_NAME, Index, read_index
@@ -134,11 +134,18 @@ def _finished(recipe: PackRecipe) -> Index | None:
     if not (recipe.output_dir / INDEX_NAME).is_file():
         return None
     index = read_index(recipe.output_dir)
-    if index.recipe != recipe.model_dump(mode="json"):
+    if not _same_recipe(index.recipe, recipe):
         raise DataError(
             f"{recipe.output_dir}: already holds shards of another recipe; choose another output_dir or delete it"
         )
     return index
+
+
+def _same_recipe(stored: dict[str, Any], recipe: PackRecipe) -> bool:
+    """Compare an index's recipe with a present one; a field that the writing version lacked had its default."""
+    with suppress(ConfigError):
+        return validate(stored, PackRecipe, INDEX_NAME).model_dump(mode="json") == recipe.model_dump(mode="json")
+    return False
 
 
 def _inputs(sources: list[Source]) -> list[tuple[str, int]]:

@@ -155,7 +155,8 @@ def _e5_sources(section: E5Source, where: str) -> list[Source]:
                 layout=Layout(Columns(negatives=("negative",)), None),
                 positives="first",
                 instructions=instructions,
-                symmetric=name in section.symmetric or (preset is not None and preset.symmetric),
+                symmetric=section.symmetric_documents == "instruction"
+                and (name in section.symmetric or (preset is not None and preset.symmetric)),
                 weight=section.weights.get(name, 1.0),
                 languages=section.languages.get(name, preset.languages if preset else ()),
             )

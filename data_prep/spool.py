@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from anchor.errors import DataError
+from anchor.json_files import load_json
 from data_prep.checking import Checked
 
 PAIRS, TOKENS, QUARANTINE, JOURNAL = "pairs.bin", "tokens.bin", "quarantine.jsonl", "units.jsonl"
@@ -67,7 +68,7 @@ def read_json(file: Path) -> Any:
         DataError: after a loss of power it may be empty.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return load_json(file)
     except ValueError as error:
         raise DataError(f"{file}: not readable ({error}); delete {file.parent} and run again") from error
 

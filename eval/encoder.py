@@ -9,7 +9,6 @@
 Other kinds of folders: :mod:`eval.plain`, :mod:`eval.soft_prompts`; :func:`eval.opening.open_encoder` chooses.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +22,15 @@ from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from anchor import dist
+from anchor.config.fields import MAX_COUNT
 from anchor.config.model_path import resolve_model_path
 from anchor.data.batches import PackTensors, to_tensors
 from anchor.data.shards import Pack
 from anchor.data.tokenization import load_tokenizer
 from anchor.errors import ConfigError, DataError, ModelError, did_you_mean
+from anchor.json_files import load_json, refuse_other_shape
 from anchor.models.attention import default_kernel, implementation
-from anchor.models.backbone import DTYPES, load_causal_lm
+from anchor.models.backbone import DTYPES, load_causal_lm, read_config
 from anchor.models.centres import CENTRES_NAME, Centres
 from anchor.models.embedder import Embedder
 
@@ -179,6 +180,8 @@ class Encoder(PackedEncoder):
     """A folder exported by ``anchor.train`` that holds a whole model; arguments as :class:`PackedEncoder`."""
 
     def __init__(self, folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192) -> None:
+        read_about(folder)
+        read_config(str(folder))  # in one line, before transformers' tokenizer reads it too
         super().__init__(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens)
         causal_lm = load_causal_lm(str(folder), DTYPES[dtype], self.implementation)
         self.embedder = Embedder(causal_lm).to(self.device).eval()
@@ -223,12 +226,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"{folder}: no anchor.json; only folders exported by anchor.train can be read")
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
+        about = load_json(file)
+        refuse_other_shape(about, {"prompts": {str: str}, "max_tokens": int})
+        refuse_other_shape({"objective": None, **about}, {"objective": (str, type(None))})
+        if not 0 < about["max_tokens"] <= MAX_COUNT:
+            raise ValueError(f"max_tokens is {about['max_tokens']}, expected 1 to {MAX_COUNT}")
     except ValueError as error:
         raise ModelError(f"{file}: not readable: {error}; export again") from error
-    missing = [key for key in ("prompts", "max_tokens") if not isinstance(about, dict) or key not in about]
-    if missing:
-        raise ModelError(f"{file}: no {' and no '.join(missing)}; export again")
     return about
 
 

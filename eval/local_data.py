@@ -30,7 +30,7 @@ def read_checksums(data_root: Path) -> dict[str, Any]:
         return {}
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not readable ({error}); delete it and fetch again") from error
 
 

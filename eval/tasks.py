@@ -66,6 +66,8 @@ def named_tasks(names: Sequence[str]) -> list[AbsTask]:
     Raises:
         ConfigError: unknown task.
     """
+    if not names:
+        return []
     known = {task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)}
     for name in names:
         if name not in known and name != ADVBENCH:

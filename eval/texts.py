@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from anchor.data.row_files import kind_of, open_input, parsed, refuse_wide_text, stream_rows
+from anchor.data.records import MAX_TEXT_CHARACTERS
 from anchor.errors import ConfigError, DataError, did_you_mean, first_line
 
 FORMATS = ("jsonl", "csv", "tsv", "parquet", "txt")
@@ -84,6 +85,11 @@ def read_blocks(source: Source, num_texts: int, *, check_ids: bool = True) -> It
     number, ids, texts = 0, [], []
     seen: set[bytes] = set()  # hashes instead of the ids themselves
     for one, text in _rows(source):
+        if len(text) > MAX_TEXT_CHARACTERS:
+            raise DataError(
+                f"{source.name}: text '{one}' has {len(text):,} characters, expected at most {MAX_TEXT_CHARACTERS:,}; "
+                "cut it"
+            )
         if check_ids:
             key = hashlib.blake2b(one.encode(), digest_size=8).digest()
             if key in seen:

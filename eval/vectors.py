@@ -28,10 +28,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from anchor.errors import DataError
+from anchor.json_files import load_json, refuse_other_shape
 
 FORMATS = ("npy", "parquet", "safetensors")
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 MANIFEST = "manifest.json"
+_MANIFEST = {
+    **{"model": str, "revision": str, "normalize": bool, "format": str, "dimension": int, "has_norms": bool},
+    "files": {str: {"bytes": int, "xxh3": str}},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +121,13 @@ def read_folder(folder: Path) -> Stored:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    needed = ("model", "revision", "normalize", "format", "dimension", "has_norms", "files")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        missing = [name for name in needed if name not in manifest]
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{file}: half-written or damaged; run `python -m eval embed` again") from error
-    if missing:
-        raise DataError(f"{file}: no {' and no '.join(missing)}; run `python -m eval embed` again")
+        manifest = load_json(file)
+        refuse_other_shape(manifest, _MANIFEST)
+        if manifest["format"] not in FORMATS:
+            raise ValueError(f"format is {manifest['format']!r}")
+    except ValueError as error:
+        raise DataError(f"{file}: half-written or damaged ({error}); run `python -m eval embed` again") from error
     return manifest
 
 

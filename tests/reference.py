@@ -111,7 +111,8 @@ def naive_contrastive(vectors: Tensor, roles, text_ids, section) -> Tensor:
                     i = q if row == "query" else q + 1
                     for j in sides[column]:
                         margin = section.false_negative_margin
-                        if texts[j] in known:
+                        own = q if column == "query" else q + 1
+                        if j == own or (section.mask_known_matches and texts[j] in known):
                             continue
                         if margin is not None and vectors[i] @ vectors[j] > vectors[q] @ vectors[q + 1] + margin:
                             continue

@@ -2,7 +2,8 @@
 
 Layers: 6 launch (shell, and the study); 5 anchor.train, anchor.doctor, data_prep, eval, which never import one
 another; 4 anchor.engine, the only one to import deepspeed; 3 anchor.objectives; 2 anchor.models and anchor.data; 1
-anchor.arguments, anchor.config, anchor.dist, anchor.locks, anchor.log, anchor.progress, anchor.recent; 0 anchor.errors.
+anchor.arguments, anchor.config, anchor.dist, anchor.json_files, anchor.locks, anchor.log, anchor.progress,
+anchor.recent; 0 anchor.errors.
 In layer 2, anchor.models may import anchor.data, which holds what models are fed with; anchor.data never imports
 anchor.models. In layer 1 nothing imports a sibling.
 """
@@ -21,6 +22,7 @@ LAYERS = {
     "anchor.arguments": 1,
     "anchor.config": 1,
     "anchor.dist": 1,
+    "anchor.json_files": 1,
     "anchor.locks": 1,
     "anchor.log": 1,
     "anchor.progress": 1,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -35,6 +35,12 @@ def _with_variables(path: str) -> str:
     return _VARIABLE.sub(value, path)
 
 
+def _named(path: object) -> object:
+    if path == "" or "\0" in str(path):
+        raise ValueError("a path must not be empty or hold a NUL character")
+    return path
+
+
 def _expanded(path: Path) -> Path:
     expanded = Path(_with_variables(str(path)))
     try:
@@ -48,16 +54,19 @@ def _expanded_text(path: str) -> str:
 
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
-UserPath = Annotated[Path, AfterValidator(_expanded)]
+UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
 """A path; ``~`` at its beginning is the user's home, ``$NAME`` and ``${NAME}`` are environment variables."""
 ModelPathText = Annotated[str, AfterValidator(_with_variables)]
 """A folder, file or hub name; as in ``UserPath``, but ``~`` stays and is expanded where the model is read."""
 DatasetPathText = Annotated[str, AfterValidator(_expanded_text)]
 """A folder or hub name; ``~`` and variables as in ``UserPath``."""
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+MAX_COUNT = (1 << 31) - 1
+"""Above any number of steps, tokens or seconds that a run can have; larger ones overflow somewhere in the middle."""
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FileStem = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """A name that can stand in a file name."""
-Weight = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(gt=0.0, le=1e3)]

@@ -13,21 +13,25 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from anchor.errors import ConfigError, did_you_mean
+from anchor.errors import ConfigError, did_you_mean, shortened
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+_MAX_CHARACTERS = 1 << 18
+"""Of a file: PyYAML takes seconds for so many, and minutes for a megabyte of commas."""
 
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads ``2e-5`` as a float."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[Hashable, int] = {}
+        seen: dict[str, int] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if not isinstance(key, str):
+                problem = f"a key must be text, got {shortened(key)}; put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key}' is given twice, in lines {seen[key]} and {line}; keep one"
@@ -47,8 +51,11 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML strictly.
 
     Raises:
-        ConfigError: malformed YAML, an impossible date, a duplicate key, as one line that begins with ``where``.
+        ConfigError: too long, nested too deep, malformed YAML, an impossible date, a duplicate key or one that is no
+            text, as one line that begins with ``where``.
     """
+    if len(text) > _MAX_CHARACTERS:
+        raise ConfigError(f"{where}: has {len(text):,} characters, expected at most {_MAX_CHARACTERS:,}; is it YAML?")
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
     except yaml.YAMLError as error:
@@ -56,6 +63,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{where}{line}: {' '.join(str(problem).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: is nested too deep; is it YAML?") from error
     except ValueError as error:  # what YAML takes for a date or a number, and is none
         raise ConfigError(f"{where}: {error}; put text in quotes") from error
 
@@ -72,7 +81,7 @@ def load_recipe(path: str | Path, schema: type[Schema], overrides: Sequence[str]
         ConfigError: missing file, malformed YAML, unknown or duplicate key, wrong type, missing value.
     """
     file = Path(path)
-    if not file.is_file():
+    if not str(path) or not file.is_file():
         raise ConfigError(f"{path}: no such recipe file; give the path of a .yaml file")
     try:
         text = file.read_text(encoding="utf-8")
@@ -125,7 +134,7 @@ def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{name}: {_plain(problem['msg'])}{more}"
     if kind == "value_error":
         return f"{name + ': ' if name else ''}{_plain(problem['msg'])}{more}"
-    return f"{name}: got {problem['input']!r}, {_plain(problem['msg'])}{more}"
+    return f"{name}: got {shortened(problem['input'])}, {_plain(problem['msg'])}{more}"
 
 
 def _plain(message: str) -> str:

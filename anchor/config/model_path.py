@@ -41,7 +41,12 @@ def resolve_model_path(path: str, files: tuple[str, ...] = _WHOLE) -> ModelPath:
         ModelError: no such folder or file, a folder with none of ``files``, or an adapter where a model is wanted:
             transformers would load its base with the adapter unmerged.
     """
-    local = Path(path).expanduser()
+    try:
+        local = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"{path}: no such user's home") from error
+    if not path:
+        raise ModelError("no model: its path is empty; give a folder, a .gguf file or a hub name")
     if path.endswith(".gguf"):
         if not local.is_file():
             raise ModelError(f"{path}: no such GGUF file")

@@ -21,6 +21,10 @@ class ContrastiveTerm(Section):
     false_negative_margin: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     """A text whose cosine exceeds the pair's own by more than this (cosine units) is no negative of it; off when
     absent. Qwen3-Embedding: 0.1; below zero it is NV-Retriever's TopK-MarginPos."""
+    mask_known_matches: bool = True
+    """Leave texts that the batch itself knows to match out of a pair's negatives: copies of its query or positive, and
+    the partners of those copies. `false` counts every other text as a negative, as most trainers do (the paper's too);
+    for comparisons."""
     negatives: tuple[Similarity, ...] = ("query_to_document",)
     """Similarities in a pair's denominator: of its query and of its document to all other documents and queries.
     GTE: all four."""

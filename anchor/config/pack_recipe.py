@@ -12,6 +12,7 @@ from anchor.config.fields import (
     NonNegativeInt,
     PositiveInt,
     Section,
+    Seed,
     UserPath,
     Weight,
 )
@@ -90,13 +91,24 @@ class E5Source(Section):
     instructions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Instructions of sources that the shipped preset does not know, or other ones; two alternate by row."""
     symmetric: tuple[str, ...] = ()
-    """Further sources whose documents carry the instruction too (allnli and quora do by the preset)."""
+    """Further symmetric sources: both sides are the same kind of text (allnli and quora are by the preset)."""
+    symmetric_documents: Literal["instruction", "bare"] = "instruction"
+    """Give documents of symmetric sources the query's instruction, as echo embeddings and the STS evaluation do, or
+    leave them bare, as the released code of arXiv:2509.03020 does."""
     max_rows: PositiveInt | None = None
     """Rows read of each source, the first ones; all when absent."""
     weights: dict[str, Weight] = Field(default_factory=dict)
     """Weights of sources in the mixture; 1 when absent."""
     languages: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Languages (ISO 639-1) of sources that the shipped preset does not know, or other ones."""
+
+    @model_validator(mode="after")
+    def _symmetric_has_an_effect(self) -> "E5Source":
+        if self.symmetric_documents == "bare" and self.symmetric:
+            raise ValueError(
+                f"symmetric_documents is bare, so symmetric ({', '.join(self.symmetric)}) has no effect; remove one"
+            )
+        return self
 
 
 class _NamedSource(Section):
@@ -111,8 +123,8 @@ class _NamedSource(Section):
     columns: Columns = Columns()
     """Column names of the format `columns`; the other formats bring their own."""
     positives: Literal["first", "each"] = "first"
-    """Which of several positives of a row are used: the first, the others counted as `unused_positives`; or each, as
-    a pair of its own (then two pairs of one query in one batch hold each other's positive as a false negative)."""
+    """Use the first of several positives of a row and count the others as `unused_positives`, or make each a pair of
+    its own. Two pairs of one query in one batch then mask each other's positive (`objective.mask_known_matches`)."""
     instructions: tuple[str, ...]
     """Instruction of the queries; two alternate by row; an empty list means none."""
     symmetric: bool = False
@@ -126,7 +138,7 @@ class _NamedSource(Section):
 
     @model_validator(mode="after")
     def _columns_belong_to_their_format(self) -> "_NamedSource":
-        if self.format != "columns" and "columns" in self.model_fields_set:
+        if self.format != "columns" and self.columns != Columns():
             raise ValueError(f"format '{self.format}' brings its own columns; remove columns or use format: columns")
         return self
 
@@ -203,7 +215,7 @@ class PackRecipe(Section):
 
     output_dir: UserPath
     """Folder of the shards; must be new or an unfinished run of the same recipe."""
-    seed: NonNegativeInt
+    seed: Seed
     """Seed of the shuffles."""
     tokenizer: ModelPathText
     """Model folder, hub name or `.gguf` file whose tokenizer is used."""
@@ -238,6 +250,11 @@ class PackRecipe(Section):
                 f"batch.pack_tokens ({self.batch.pack_tokens}) is smaller than the longest pair, "
                 f"{2 + self.text.hard_negatives} segments x text.max_tokens ({self.text.max_tokens}) = {longest}; "
                 "raise pack_tokens or lower max_tokens"
+            )
+        if isinstance(self.template, SpecialTokensTemplate) and self.template.tokens >= self.text.max_tokens:
+            raise ValueError(
+                f"template.tokens ({self.template.tokens}) leaves no room for a text in text.max_tokens "
+                f"({self.text.max_tokens}); raise max_tokens"
             )
         if self.batch.pairs % self.batch.pack_multiple:
             raise ValueError(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import ModelPathText, NonNegativeInt, PositiveInt, Section, UserPath
+from anchor.config.fields import ModelPathText, NonNegativeInt, PositiveInt, Section, Seed, UserPath
 from anchor.config.objectives import (
     ContrastiveObjective,
     LanguageModelObjective,
@@ -34,7 +34,10 @@ class LoraTraining(Section):
     """The adapter's output is multiplied by alpha / r."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     """Dropout on the adapter's input."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
     """Names of the linear layers that get an adapter; each must exist."""
 
 
@@ -134,7 +137,7 @@ class TrainRecipe(Section):
 
     output_dir: UserPath
     """Folder of run.yaml, metrics.jsonl, checkpoints/ and export/."""
-    seed: NonNegativeInt
+    seed: Seed
     """Seed of the batch order, of dropout and of new parameters."""
     data: DataSection
     """What to train on."""

@@ -16,7 +16,7 @@ _PROBES = (
     "\u241f" + "another, longer Text: \u00c9t\u00e9 \u6f22\u5b57 " * 200 + "\u241f",
 )
 """Texts that show what a template does to its user's: upper case, escapes, cuts, lines joined."""
-_SECONDS = 20.0
+_SECONDS = 10.0
 # A template's own mistakes come as jinja's errors and as those of the expressions in it.
 _FAILURES = (
     *(TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError),

@@ -11,6 +11,8 @@ from anchor.errors import DataError, did_you_mean
 QUERY, POSITIVE, FIRST_NEGATIVE = 0, 1, 2
 """Roles of segments: 0 query, 1 positive, 2... hard negatives."""
 
+MAX_TEXT_CHARACTERS = 1 << 22
+"""Of a text: tokenising a longer one takes minutes, of which a model then sees the first page."""
 _SKIP = "; remove the row or use on_bad_row: skip"
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 """Unicode categories of control and formatting characters and of spaces."""
@@ -124,6 +126,10 @@ def _checked(value: Any, column: str, where: str, mend: str) -> str:
         raise DataError(f"{where}: field '{column}' is {type(value).__name__}, expected text")
     if value is None or not value.strip():
         raise DataError(f"{where}: field '{column}' is empty{mend}")
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise DataError(
+            f"{where}: field '{column}' has {len(value):,} characters, expected at most {MAX_TEXT_CHARACTERS:,}; cut it"
+        )
     try:
         value.encode()  # JSON can spell half a surrogate pair, which is no character
     except UnicodeEncodeError as error:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -18,7 +19,10 @@ _LFS_SUFFIXES = (".json", ".safetensors", ".model", ".gguf")
 _RARE = "\u241f"
 """A character that few vocabularies have: encoding it fails where the token for unknown characters is missing."""
 # Foreign files make transformers fail in many ways: a missing key, a wrong type, endless nesting.
-_FAILURES = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RecursionError)
+_FAILURES = (
+    *(OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RecursionError),
+    StrictDataclassError,
+)
 
 
 def load_tokenizer(path: str) -> Any:

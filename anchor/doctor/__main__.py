@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from anchor import log
-from anchor.errors import ConfigError, exit_on_user_error, first_line
+from anchor.arguments import positive
+from anchor.errors import ConfigError, exit_on_user_error, first_line, shortened
 
 _EXAMPLE = """examples:
   python -m anchor.doctor
@@ -59,9 +60,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _size(word: str) -> int:
-    if not word.isdecimal() or int(word) == 0:
-        raise ConfigError(f"--sizes: expected whole numbers of MiB separated by commas, got '{word}'")
-    return int(word)
+    try:
+        return positive(word)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(
+            f"--sizes: expected whole numbers of MiB separated by commas, got {shortened(word)}"
+        ) from error
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from anchor.data.shards import read_index
 from anchor.doctor.facts import GIB, ROOT, Facts, gather_facts, interface_towards, resolve
 from anchor.doctor.judge import blocking, differences, skew
 from anchor.engine.dry_run import Options, dry_run
-from anchor.errors import AnchorError, ConfigError, ModelError
+from anchor.errors import AnchorError, ConfigError, ModelError, shortened
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _TIMEOUT_SECONDS = 120.0
@@ -75,13 +75,18 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such hostfile; write one line `HOST slots=GPUS` per host")
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: byte {error.start + 1} is 0x{error.object[error.start]:02x}") from error
+    for number, line in enumerate(lines, 1):
         text = line.split("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots\s*=\s*([1-9]\d*)", text)
+        # A host that begins with a dash would be an option of ssh.
+        match = re.fullmatch(r"([^\s-]\S*)\s+slots\s*=\s*([1-9]\d{0,5})", text)
         if match is None:
-            raise ConfigError(f"{path}:{number}: expected `HOST slots=GPUS`, got '{text}'")
+            raise ConfigError(f"{path}:{number}: expected `HOST slots=GPUS`, got {shortened(text)}")
         if match[1] in hosts:
             raise ConfigError(f"{path}:{number}: host '{match[1]}' is given twice; keep one line")
         hosts[match[1]] = int(match[2])

@@ -20,6 +20,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from anchor import dist
@@ -27,7 +29,7 @@ from anchor.config.schema import OptimSection, TrainRecipe
 from anchor.dist import Ranks
 from anchor.engine.extensions import one_at_a_time, unlink_shared_buffer
 from anchor.engine.optim import parameter_groups
-from anchor.errors import ConfigError, first_line
+from anchor.errors import ConfigError, did_you_mean, first_line, shortened
 
 _FROM_THE_RECIPE = {
     "train_batch_size": "batch.pairs of the pack recipe",
@@ -77,12 +79,32 @@ def _refuse_auto(node: Any, where: str, name: str) -> None:
             _refuse_auto(value, where, f"{name}.{key}" if name else key)
 
 
+def _refuse_unknown_zero(zero: Any, path: Path) -> None:
+    """Let DeepSpeed's own schema judge the section now: it would do so after the model is loaded, in many lines."""
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{path}: zero_optimization is {shortened(zero)}, expected an object")
+    if isinstance(zero.get("stage"), bool):
+        raise ConfigError(f"{path}: zero_optimization.stage is {zero['stage']}, expected 0, 1, 2 or 3")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            known = DeepSpeedZeroConfig.model_fields
+            raise ConfigError(f"{path}: unknown key zero_optimization.{name}{did_you_mean(name, known)}") from error
+        raise ConfigError(
+            f"{path}: zero_optimization.{name} is {shortened(problem['input'])}: {problem['msg']}"
+        ) from error
+
+
 def complete_ds_config(config: dict[str, Any], recipe: TrainRecipe, world_size: int) -> dict[str, Any]:
     """The JSON with what the recipe says, as DeepSpeed wants it.
 
     Raises:
-        ConfigError: bf16 under ZeRO-0 or ZeRO-1.
+        ConfigError: a section that DeepSpeed does not understand; bf16 under ZeRO-0 or ZeRO-1.
     """
+    _refuse_unknown_zero(config["zero_optimization"], recipe.engine.deepspeed)
     stage = config["zero_optimization"].get("stage", 0)
     if recipe.engine.dtype == "bf16" and stage < 2:
         # Stage 0: "unsupported mix" of bf16 parameters and fp32 sums. Stage 1: DeepSpeed's BF16_Optimizer, which

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anchor.config.load import load_recipe
+from anchor.config.load import load_recipe, validate
 from anchor.config.schema import FrozenTraining, LoraTraining, PackRecipe, TrainRecipe
 from anchor.data.batches import check_ranks
 from anchor.data.positions import check_positions
@@ -82,7 +82,7 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     """
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu: got {options.mfu}, expected a share of the peak above 0 and at most 1, such as 0.4")
-    if options.adapter_bytes_per_second <= 0:
+    if not 0 < options.adapter_bytes_per_second < math.inf:
         raise ConfigError(f"--network: got {options.adapter_bytes_per_second / 1e9:g}, expected GB/s above 0")
     gpu = find_gpu(options.gpu, options.num_ranks)
     ds_config = read_ds_config(recipe.engine.deepspeed)
@@ -90,7 +90,7 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     # The data first: a missing model must not hide that the ranks do not fit.
     if options.pack_recipe is None:
         reader = _plan_reader(recipe, recipe_path, options)
-        packing = PackRecipe.model_validate(reader.index.recipe)
+        packing = validate(reader.index.recipe, PackRecipe, f"{recipe.data.shards}/index.json: recipe")
     else:
         reader, packing = None, load_recipe(options.pack_recipe, PackRecipe)
         check_ranks(packing.batch.pack_multiple, options.num_ranks, Path(options.pack_recipe), recipe_path)

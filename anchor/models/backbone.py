@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import xxhash
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from torch import nn
@@ -155,11 +156,28 @@ def read_config(path: str) -> PretrainedConfig:
     _refuse_special_tokens_alone(Path(location.name))
     try:
         config = AutoConfig.from_pretrained(location.name, trust_remote_code=False, **location.kwargs())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path}: no model configuration could be read: {first_line(error)}") from error
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError),
+        StrictDataclassError,
+    ) as error:
+        raise ModelError(f"{path}: no model configuration could be read: {_in_one_line(error)}") from error
     if config.model_type not in SUPPORTED:
         raise ModelError(f"{path}: model_type is '{config.model_type}', supported are {', '.join(SUPPORTED)}")
+    _refuse_impossible_sizes(path, config)
     return config
+
+
+def _refuse_impossible_sizes(path: str, config: PretrainedConfig) -> None:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = {name: getattr(config, name, 1) for name in (*names, "vocab_size")}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ModelError(f"{path}: config.json: {name} is {size}, expected at least 1")
+    if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        raise ModelError(
+            f"{path}: config.json: num_attention_heads ({sizes['num_attention_heads']}) is no multiple of "
+            f"num_key_value_heads ({sizes['num_key_value_heads']})"
+        )
 
 
 def _refuse_special_tokens_alone(folder: Path) -> None:

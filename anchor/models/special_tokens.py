@@ -10,7 +10,6 @@ A model folder holds these parameters alone, in ``special_tokens.safetensors`` u
 and says in ``anchor.json`` which base they belong to; the base is recognised by :func:`base_fingerprint`.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 
 from anchor.data.batches import PackTensors
 from anchor.errors import ModelError
+from anchor.json_files import load_json
 from anchor.models.embedder import Embedder, unit_vectors
 
 WEIGHTS_NAME = "special_tokens.safetensors"
@@ -233,7 +233,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ModelError: it is missing, malformed or no object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file)
     except OSError as error:
         raise ModelError(f"{file}: not readable: {error.strerror}") from error
     except ValueError as error:

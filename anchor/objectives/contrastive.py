@@ -21,7 +21,7 @@ from anchor.errors import ConfigError
 from anchor.models.embedder import Embedder
 from anchor.objectives.base import PooledObjective, Shares
 from anchor.objectives.info_nce import RowTerms, Softmax, chunked_info_nce
-from anchor.objectives.pool import KnownMatches, PoolLayout, pool_layout
+from anchor.objectives.pool import KnownMatches, OwnTexts, PoolLayout, pool_layout
 
 _POSITIVE_FIRST: tuple[Similarity, ...] = (
     "query_to_document",
@@ -57,7 +57,10 @@ class ContrastiveTerm:
     ) -> tuple[Float[Tensor, ""], Shares]:
         """This rank's share of the loss, and of the metrics at full dimension; see :class:`PooledObjective`."""
         layout = pool_layout(batch, rank, world_size)
-        known = KnownMatches(layout, embeddings.device, self.section.negatives)
+        if self.section.mask_known_matches:
+            masks = KnownMatches(layout, embeddings.device, self.section.negatives)
+        else:
+            masks = OwnTexts(layout, embeddings.device)
         rows, columns = self._gathered(embeddings, layout)
         losses: list[Tensor] = []
         shares: Shares = {}
@@ -67,7 +70,7 @@ class ContrastiveTerm:
                     rows,
                     columns,
                     softmax,
-                    known.keep,
+                    masks.keep,
                     temperature=self.section.temperature,
                     margin=self.section.false_negative_margin,
                     dimension=dimension,

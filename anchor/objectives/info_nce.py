@@ -10,11 +10,12 @@ For pair i with query q_i, positive d_i and temperature tau (van den Oord et al.
    al. 2023, arXiv:2308.03281, eq. 4-6), but for the positive, which GTE counts in both directions.
 2. Softmax ``per_side``: ``L_i`` is the mean of two, ``Z`` of the query over ``query_to_*`` and ``Z`` of the document
    over ``document_to_*`` (the symmetric loss of CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3).
-3. Texts that are known to match by identity are left out (:class:`anchor.objectives.pool.KnownMatches`), and so is
-   every column whose cosine exceeds ``q_i . d_i + margin``: the mask of Qwen3-Embedding (Zhang et al. 2025,
-   arXiv:2506.05176, section 3.1, margin 0.1). GISTEmbed (Solatorio 2024, arXiv:2402.16829) is margin 0 with another
-   model as judge; NV-Retriever's TopK-MarginPos (Moreira et al. 2024, arXiv:2407.15831) is a margin below zero, and
-   with another model when mining. The judge here is the model itself at full dimension, without gradient.
+3. Texts that are known to match by identity are left out (:class:`anchor.objectives.pool.KnownMatches`), unless
+   ``mask_known_matches`` is false. So is every column whose cosine exceeds ``q_i . d_i + margin``: the mask of
+   Qwen3-Embedding (Zhang et al. 2025, arXiv:2506.05176, section 3.1, margin 0.1). GISTEmbed (Solatorio 2024,
+   arXiv:2402.16829) is margin 0 with another model as judge; NV-Retriever's TopK-MarginPos (Moreira et al. 2024,
+   arXiv:2407.15831) is a margin below zero, and with another model when mining. The judge here is the model itself at
+   full dimension, without gradient.
 4. Matryoshka (Kusupati et al. 2022, arXiv:2205.13147, eq. 1): the mean of L over the leading ``dimensions`` of all
    vectors, scaled to length 1 again, and over the whole vectors.
 

@@ -137,6 +137,27 @@ class KnownMatches:
         return keep
 
 
+class OwnTexts:
+    """Masks of a pair's own two texts alone: every other text is a negative, copies included.
+
+    Args:
+        layout: the pool.
+        device: where masks are made.
+    """
+
+    def __init__(self, layout: PoolLayout, device: torch.device) -> None:
+        own = {"query": np.arange(layout.local.start, layout.local.stop), "document": layout.local_target}
+        self._own = {side: torch.from_numpy(columns).to(device) for side, columns in own.items()}
+        self._width = {"query": layout.num_queries, "document": len(layout.document_text)}
+
+    def keep(self, similarity: Similarity, rows: slice) -> Bool[Tensor, "R N"]:
+        """False at the column of the pair's own text, True everywhere else; see :meth:`KnownMatches.keep`."""
+        side = similarity.partition("_to_")[2]
+        own = self._own[side][rows]
+        keep = torch.ones(len(own), self._width[side], dtype=torch.bool, device=own.device)
+        return keep.scatter_(1, own[:, None], value=False)
+
+
 def _known_sides(similarity: Similarity) -> tuple[str, ...]:
     """Which of a pair's known texts are no columns of a similarity: its documents, its queries or both."""
     side, _, other = similarity.partition("_to_")

@@ -1,13 +1,15 @@
 """``python -m launch.study SCALE``: run a study, list what is missing, or draw its tables and plots."""
 
 import argparse
+import math
 import sys
 
 from rich.console import Console
 
 from anchor import log
+from anchor.arguments import count
 from anchor.config.load import load_recipe
-from anchor.errors import ConfigError, exit_on_user_error
+from anchor.errors import ConfigError, exit_on_user_error, shortened
 from launch.study.plan import StudyPlan
 from launch.study.prepare import StudyData, prepare
 from launch.study.recipe import StudyRecipe, chosen_arms, load_arms
@@ -50,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         arms = load_arms(study)
         names = chosen_arms(arms, arguments.only)
         seeds = study.seeds if arguments.seeds is None else _seeds(arguments.seeds)
+        rates = [] if arguments.tune is None else _rates(arguments.tune, names)
         console = Console(soft_wrap=True, markup=False, highlight=False)
         if arguments.tables:
             path = write_tables(study.results_dir, arms)
@@ -67,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
             plan = tuned(plan, names, run=False)
         if arguments.list or arguments.commands:
             console.print((_listed if arguments.list else _commands)(plan, names, seeds))
-        elif arguments.tune is not None:
-            _tune(plan, names, arguments.tune, console)
+        elif rates:
+            console.print(tune(plan, names[0], rates))
         else:
             run_study(tuned(plan, names), names, seeds)
             console.print((study.results_dir / "tables.md").read_text(encoding="utf-8"))
@@ -76,9 +79,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _seeds(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
-    if not all(number.isdigit() for number in numbers):
-        raise ConfigError(f"--seeds: got '{text}', expected numbers separated by commas, such as 0,1,2")
-    return tuple(map(int, numbers))
+    try:
+        return tuple(count(number) for number in numbers)
+    except argparse.ArgumentTypeError as error:
+        message = f"--seeds: got {shortened(text)}, expected numbers separated by commas, such as 0,1,2"
+        raise ConfigError(message) from error
 
 
 def _listed(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
@@ -103,14 +108,16 @@ def _commands(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
     return "\n".join([*lines, *waiting])
 
 
-def _tune(plan: StudyPlan, names: list[str], rates: str, console: Console) -> None:
+def _rates(text: str, names: list[str]) -> list[float]:
     try:
-        numbers = [float(rate) for rate in rates.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--tune: got '{rates}', expected learning rates such as 1e-4,2e-4") from error
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 < rate < math.inf for rate in rates):
+        raise ConfigError(f"--tune: got {shortened(text)}, expected learning rates such as 1e-4,2e-4")
     if len(names) != 1:
         raise ConfigError("--tune: needs --only with the one arm whose learning rate it is")
-    console.print(tune(plan, names[0], numbers))
+    return rates
 
 
 if __name__ == "__main__":

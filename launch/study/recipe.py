@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import FileStem, Fraction, ModelPathText, NonNegativeInt, PositiveInt, Section, UserPath
+from anchor.config.fields import FileStem, Fraction, ModelPathText, NonNegativeInt, PositiveInt, Section, Seed, UserPath
 from anchor.config.load import load_recipe
 from anchor.errors import ConfigError, did_you_mean
 
@@ -98,7 +98,7 @@ class StudyRecipe(Section):
     """Folder of data, runs and logs; may be deleted when the results are there."""
     results_dir: UserPath
     """Folder of the cells' JSON, tables and plots."""
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     """What the seeds of batch order, dropout and adapters follow from, another one for each stage."""
     ranks: PositiveInt
     """Processes of a training run on this machine; several are started by DeepSpeed's launcher."""

@@ -1,24 +1,36 @@
 """Tables and plots of a study, from the JSON of its cells alone: Markdown, SVG and PNG beside them."""
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from anchor.errors import ConfigError
+from anchor.errors import ConfigError, DataError
+from anchor.json_files import load_json, refuse_other_shape
 from launch.study.plots import Curve, draw_curves
 from launch.study.recipe import ArmsRecipe
 
 Result = dict[str, Any]
 MEAN = "mean"
+_RESULT = {
+    **{"arm": str, "label": str, "seed": int, "step": int, "final": bool, "curve": bool},
+    **{"scores": {str: (int, float)}, "own": dict, "with_before": dict},
+}
 _LONGEST = 160
 
 
 def read_results(folder: Path) -> list[Result]:
     """All cells of a folder, in the order of their names."""
-    files = sorted(folder.glob("*-seed*-step*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [_read_result(file) for file in sorted(folder.glob("*-seed*-step*.json"))]
+
+
+def _read_result(file: Path) -> Result:
+    try:
+        result = load_json(file)
+        refuse_other_shape(result, _RESULT)
+    except ValueError as error:
+        raise DataError(f"{file}: not a result of a study ({error}); delete it, and run the study again") from error
+    return result
 
 
 def spread(values: Sequence[float]) -> str:

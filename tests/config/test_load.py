@@ -87,7 +87,7 @@ def test_an_unknown_key_inside_a_list_of_unions_is_named_by_its_path(tmp_path: P
             "x.yaml: key 'lr' is given twice, in lines 6 and 6; keep one",
         ),
         ("seed: 0", "seed: [0", "x.yaml:3: did not find expected ',' or ']'"),
-        ("seed: 0", "? [a]\n: 0", "x.yaml:2: a key must be a word"),
+        ("seed: 0", "? [a]\n: 0", "x.yaml:2: a key must be text, got ['a']; put it in quotes"),
     ],
 )
 def test_malformed_yaml_and_duplicate_keys_are_refused(recipe: Path, old: str, new: str, expected: str) -> None:

@@ -104,6 +104,11 @@ def test_a_recipe_cannot_be_changed() -> None:
             "(and 1 more)",
         ),
         (
+            {"sources": [{"kind": "e5", "path": "p", "symmetric": ["a", "b"], "symmetric_documents": "bare"}]},
+            "x.yaml: sources.0: symmetric_documents is bare, so symmetric (a, b) has no effect; remove one "
+            "(and 1 more)",
+        ),
+        (
             {"sources": []},
             "x.yaml: sources: got [], tuple should have at least 1 item after validation, not 0",
         ),

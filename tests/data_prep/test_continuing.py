@@ -185,6 +185,21 @@ def test_an_input_that_changed_is_not_continued(tmp_path: Path, make_recipe: Mak
     assert len(packed(recipe)) == 1
 
 
+def test_a_folder_of_a_version_with_fewer_fields_is_finished(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Every new field of the recipe had made the folders of the version before it those of another recipe."""
+    rows = [{"query": q, "pos": [p], "neg": [n]} for q, p, n in (("a b c", f"d {i}", f"e {i}") for i in range(16))]
+    source = {"kind": "files", "name": "x", "format": "flag_embedding", "instructions": []}
+    recipe = make_recipe([source | {"path": str(write_jsonl(tmp_path / "x.jsonl", rows))}])
+    folder = packed(recipe).folder
+    index = json.loads((folder / "index.json").read_text())
+    del index["recipe"]["epochs"], index["recipe"]["sources"][0]["positives"]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert (pack(str(recipe), []) or pytest.fail("no index")).num_batches == 1
+    index["recipe"]["epochs"] = 2
+    (folder / "index.json").write_text(json.dumps(index))
+    assert "already holds shards of another recipe" in refusal(recipe)
+
+
 def test_a_finished_folder_is_left_alone(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -176,6 +176,22 @@ def test_e5_folders_bring_their_own_instructions_and_split_files(tmp_path: Path,
     assert [source["name"] for source in only.index.sources] == ["squad"]
 
 
+def test_documents_of_symmetric_sources_are_bare_where_the_recipe_says_so(
+    tmp_path: Path, make_recipe: MakeRecipe
+) -> None:
+    write_jsonl(tmp_path / "allnli.jsonl", [row | {"negative": row["negative"][0]} for row in english_pairs(20)])
+    starts: dict[str, dict[int, set[int]]] = {}
+    for way in ("instruction", "bare"):
+        source = {"kind": "e5", "path": str(tmp_path), "symmetric_documents": way}
+        reader = packed(make_recipe([source], text__max_tokens=120))
+        assert [one["symmetric"] for one in reader.index.sources] == [way == "instruction"]
+        packs = [one for number in range(len(reader)) for one in reader.read(number).packs]
+        starts[way] = {role: {int(s) for p in packs for s in p.body_starts[p.roles == role]} for role in (0, 1, 2)}
+    assert starts["instruction"][0] == starts["bare"][0] == starts["instruction"][1] == starts["instruction"][2]
+    assert starts["bare"][1] == starts["bare"][2]
+    assert max(starts["bare"][1]) < min(starts["bare"][0])
+
+
 def test_the_e5_preset_knows_the_public_portion() -> None:
     public = {
         *("allnli", "dureader", "eli5_question_answer", "fever", "hotpot_qa", "miracl", "mrtydi", "msmarco_passage"),

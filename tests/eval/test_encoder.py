@@ -142,7 +142,7 @@ def test_an_unreadable_or_incomplete_description_is_named(export_dir, tmp_path):
     (folder / "anchor.json").write_text('{"prompts": {}}')
     with pytest.raises(ModelError) as error:
         open_encoder(folder, dtype="fp32")
-    assert str(error.value) == f"{folder / 'anchor.json'}: no max_tokens; export again"
+    assert str(error.value) == f"{folder / 'anchor.json'}: not readable: max_tokens is missing; export again"
 
 
 def test_a_base_is_only_for_folders_that_have_none(export_dir):

@@ -50,6 +50,9 @@ def test_the_recipes_hold_the_papers_numbers(model: str) -> None:
     recipes = {stage: load_recipe(RECIPES / model / f"{stage}.yaml", TrainRecipe) for stage in STAGES}
     packs = {stage: load_recipe(pack_recipe_of(one, RECIPES / model), PackRecipe) for stage, one in recipes.items()}
     assert {pack.text.max_tokens for pack in packs.values()} == {512}
+    for (source,) in (pack.sources for pack in packs.values()):
+        assert source.kind == "e5"
+        assert "symmetric_documents" in source.model_fields_set  # the recipe says which of the two ways it takes
     assert {pack.batch.pack_multiple for pack in packs.values()} == {32}
     assert {stage: pack.batch.pairs for stage, pack in packs.items()} == {
         "stage1": STAGE1_PAIRS[model],
@@ -71,6 +74,8 @@ def test_the_recipes_hold_the_papers_numbers(model: str) -> None:
             *(0.02, 2e-4),
             *(300, 1000),
         )
+        # The released runs stop at 1,000 steps of a schedule of 3 epochs: the rate never comes near zero.
+        assert one.optim.decay_steps == round(3 * 1_500_000 / 1024)
         adapter = one.backbone.trained
         assert (adapter.r, adapter.alpha, adapter.dropout, len(adapter.targets)) == (16, 32, 0.05, 7)
         assert packs["stage2"].text.hard_negatives == 1

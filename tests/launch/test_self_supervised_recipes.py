@@ -25,7 +25,8 @@ README = (RECIPES / "README.md").read_text(encoding="utf-8")
 # Method of arXiv:2603.10913: learning rate by family.
 RATES = {
     **dict.fromkeys(("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"), 3e-4),
-    **dict.fromkeys(("llama3.2-1b", "llama3.2-3b"), 5e-4),
+    **dict.fromkeys(("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"), 5e-4),
+    **dict.fromkeys(("llama3.2-1b", "llama3.2-3b", "llama3.1-8b"), 5e-4),
 }
 
 

@@ -16,7 +16,7 @@ from anchor.data.shards import Pack, make_batch
 from anchor.errors import ConfigError
 from anchor.objectives.contrastive import ContrastiveTerm
 from anchor.objectives.info_nce import info_nce
-from anchor.objectives.pool import KnownMatches, _partners, pool_layout
+from anchor.objectives.pool import KnownMatches, OwnTexts, _partners, pool_layout
 
 
 def test_info_nce_equals_a_hand_computed_case():
@@ -112,6 +112,17 @@ def test_positives_of_the_same_query_are_not_pushed_apart():
     assert kept(pairs, "document_to_query") == expected
 
 
+def test_without_masks_every_text_but_the_own_is_a_negative():
+    """Copies included: what the released code of the paper does, and what sentence-transformers does."""
+    pairs = [(1, 11, 11), (1, 12, 1), (2, 11, 8)]
+    layout = pool_layout(make_batch([make_pack(pairs)], "x"), 0, 1)
+    own = OwnTexts(layout, torch.device("cpu"))
+    assert own.keep("query_to_document", slice(0, 3)).logical_not().nonzero().tolist() == [[0, 0], [1, 2], [2, 4]]
+    for similarity in ("query_to_query", "document_to_query"):
+        assert own.keep(similarity, slice(1, 3)).logical_not().nonzero().tolist() == [[0, 1], [1, 2]]
+    assert torch.equal(own.keep("document_to_document", slice(0, 3)), own.keep("query_to_document", slice(0, 3)))
+
+
 def test_masks_of_a_run_of_rows_equal_those_of_all():
     layout = pool_layout(make_batch([make_pack([(1, 11, 9), (1, 12, 3), (2, 11, 8), (3, 13, 7)])], "x"), 0, 1)
     known = KnownMatches(layout, torch.device("cpu"), ALL)
@@ -158,6 +169,8 @@ OPTIONS = {
     "symmetric": {"negatives": ("query_to_document", "document_to_query"), "softmax": "per_side"},
     "per side, all": {"negatives": ALL, "softmax": "per_side", "false_negative_margin": 0.2},
     "same side only": {"negatives": ("query_to_document", "document_to_document")},
+    "no masks": {"mask_known_matches": False},
+    "no masks, all": {"mask_known_matches": False, "negatives": ALL, "softmax": "per_side"},
     "Matryoshka": {"matryoshka_dimensions": (2, 5)},
     "everything": {"negatives": ALL, "false_negative_margin": 0.3, "matryoshka_dimensions": (3,)},
 }

@@ -1,0 +1,76 @@
+"""JSON files that a disk, an editor or another program may have damaged: parse them, and compare their shape."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from anchor.errors import shortened
+
+Shape = type | tuple[type, ...] | dict[Any, Any] | list[Any]
+"""A type; a list with the shape of its items; a dict of keys and their shapes, ``{str: shape}`` for any keys."""
+
+
+def load_json(file: Path) -> Any:
+    """Parse a file.
+
+    Raises:
+        ValueError: not readable, not UTF-8, malformed, a number of thousands of digits, or nested too deep; without the
+            file's name.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def refuse_other_shape(value: Any, shape: Shape, name: str = "it") -> None:
+    """Refuse a parsed value of another shape than a reader needs; further keys are allowed.
+
+    Args:
+        value: of :func:`load_json`.
+        shape: what is needed.
+        name: of the value in the message.
+
+    Raises:
+        ValueError: the first part that is missing or of another type.
+    """
+    if isinstance(shape, dict):
+        _refuse_type(value, (dict,), name)
+        for key, part in shape.items():
+            if key is str:
+                for found, one in value.items():
+                    refuse_other_shape(one, part, _joined(name, found))
+            elif key not in value:
+                raise ValueError(f"{_joined(name, key)} is missing")
+            else:
+                refuse_other_shape(value[key], part, _joined(name, key))
+    elif isinstance(shape, list):
+        _refuse_type(value, (list,), name)
+        for number, one in enumerate(value):
+            refuse_other_shape(one, shape[0], _joined(name, str(number)))
+    else:
+        _refuse_type(value, shape if isinstance(shape, tuple) else (shape,), name)
+
+
+def _joined(name: str, key: str) -> str:
+    return key if name == "it" else f"{name}.{key}"
+
+
+def _refuse_type(value: Any, types: tuple[type, ...], name: str) -> None:
+    # To Python, a truth value is a whole number too.
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        expected = " or ".join(_WORDS[one] for one in types)
+        raise ValueError(f"{name} is {shortened(value)}, expected {expected}")
+
+
+_WORDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
