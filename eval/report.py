@@ -28,6 +28,20 @@ _CURVES = (
     ("optim/grad_norm", "Gradient norm", "gradient norm", True),
     (None, "Throughput", "tokens per second", False),
     ("memory/peak_gib", "Peak memory", "peak memory (GiB)", False),
+    ("held_out/loss_total_nats", "Held-out loss", "held-out loss (nats)", False),
+    ("held_out/ndcg_at_10", "Held-out retrieval", "held-out nDCG@10", False),
+    (
+        "held_out/dependence_document_to_query_nats",
+        "Use of the document's embedding",
+        "cost of a wrong document (nats per token of the query)",
+        False,
+    ),
+    (
+        "held_out/dependence_query_to_document_nats",
+        "Use of the query's embedding",
+        "cost of a wrong query (nats per token of the document)",
+        False,
+    ),
 )
 
 

@@ -35,6 +35,7 @@ class Run:
         label: shown.
         folder: where it is.
         metrics: rows of ``metrics.jsonl``.
+        held_out: rows of ``held_out.jsonl``.
         provenance: ``run.yaml`` as text, or None.
         scores: main score of each task, 0 to 1.
         results: folder of the scores, or None.
@@ -43,13 +44,14 @@ class Run:
     label: str
     folder: Path
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
     provenance: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
     results: Path | None = None
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it is given."""
-        rows = [row for row in self.metrics if _is_number(row.get(name))]
+        rows = [row for row in (*self.metrics, *self.held_out) if _is_number(row.get(name))]
         return [row["step"] for row in rows], [float(row[name]) for row in rows]
 
     def throughput(self) -> tuple[list[float], list[float]]:
@@ -83,6 +85,7 @@ def read_run(item: str) -> Run:
         label=label if equals else _label(folder),
         folder=folder,
         metrics=rows,
+        held_out=_metrics(folder / "held_out.jsonl"),
         provenance=_text(run_yaml) if run_yaml.is_file() else None,
         scores=main_scores(results) if results is not None else {},
         results=results,

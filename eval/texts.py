@@ -14,8 +14,8 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anchor.data.row_files import kind_of, open_input, parsed, refuse_wide_text, stream_rows
 from anchor.data.records import MAX_TEXT_CHARACTERS
+from anchor.data.row_files import kind_of, open_input, parsed, refuse_wide_text, stream_rows
 from anchor.errors import ConfigError, DataError, did_you_mean, first_line
 
 FORMATS = ("jsonl", "csv", "tsv", "parquet", "txt")

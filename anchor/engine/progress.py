@@ -20,6 +20,10 @@ _SUMMED = (
     *("time/step_seconds", "time/data_wait_seconds", "data/tokens", "data/pairs", "memory/peak_gib"),
     "loss/total_nats",
 )
+_DEPENDENCE = {
+    "document": "held_out/dependence_document_to_query_nats",
+    "query": "held_out/dependence_query_to_document_nats",
+}
 _HELD_OUT = ("step", "held_out/loss_total_nats", "held_out/ndcg_at_10")
 
 
@@ -110,8 +114,14 @@ def _held_out_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     first, last = rows[0], rows[-1]
+    dependence = [
+        f"a wrong {partner} costs {last[name]:+.3f} nats per token"
+        for partner, name in _DEPENDENCE.items()
+        if _has(last, name)
+    ]
     return [
         f"held out, step {first['step']} -> {last['step']}: loss {first['held_out/loss_total_nats']:.4f} -> "
         f"{last['held_out/loss_total_nats']:.4f} nats, nDCG@10 x 100 {100 * first['held_out/ndcg_at_10']:.2f} -> "
-        f"{100 * last['held_out/ndcg_at_10']:.2f}"
+        f"{100 * last['held_out/ndcg_at_10']:.2f}",
+        *(["held out: " + ", ".join(dependence)] if dependence else []),
     ]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from anchor.config.fields import FileStem, Fraction, ModelPathText, NonNegativeInt, PositiveInt, Section, Seed, UserPath
+from anchor.config.fields import FileStem, Fraction, ModelPathText, PositiveInt, Section, Seed, UserPath
 from anchor.config.load import load_recipe
 from anchor.errors import ConfigError, did_you_mean
 
