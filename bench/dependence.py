@@ -4,8 +4,8 @@
 
 1. Four real sources, split once: pairs to train on, and held-out pairs no text of which is trained on; 16 pairs of one
    source a step, texts of at most 40 tokens.
-2. ``python -m anchor.train`` for each arm: the same batches, seed and rate; only the decode pass differs. A finished arm
-   is not trained again, so the command may be stopped at any time.
+2. ``python -m anchor.train`` for each arm: the same batches, seed and rate; only the decode pass differs. A finished
+   arm is not trained again, so the command may be stopped at any time.
 3. With ``--stage2-steps``: as many contrastive steps (LoRA) on each export.
 4. A table of the held-out figures.
 """

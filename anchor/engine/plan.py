@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,8 +104,12 @@ def decode_prefix_of(recipe: TrainRecipe) -> tuple[int, ...]:
     Raises:
         ShardError: the recipe asks for the template's prefix, and the template has none.
     """
-    kind = getattr(recipe.objective, "decode_prefix", "none")
-    return decode_prefix_ids(kind, read_index(recipe.data.shards), recipe.data.shards) if kind != "none" else ()
+    section, shards = recipe.objective, recipe.data.shards
+    if not isinstance(section, schema.ReconstructionObjective | schema.SelfSupervisedObjective):
+        return ()
+    return (
+        decode_prefix_ids(section.decode_prefix, read_index(shards), shards) if section.decode_prefix != "none" else ()
+    )
 
 
 def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:
