@@ -27,6 +27,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
     from eval.prompts import load_prompts
     from eval.ranks import RankedEncoder, joined
     from eval.table import main_scores, published, task_results
+    from eval.tasks import BRIGHT_TOKENS, is_bright
 
     with_published = "published" in arguments.compare
     if with_published and not arguments.benchmark:
@@ -42,10 +43,18 @@ def _mteb(arguments: argparse.Namespace) -> None:
     if benchmark is not None and with_published:
         published(benchmark.name)
     with joined():
-        encoder = RankedEncoder(_open(arguments))
+        local = _open(arguments)
+        if arguments.max_tokens is not None:
+            local.limit(arguments.max_tokens)
+        encoder = RankedEncoder(local)
         if encoder.rank > 0:
             encoder.serve()
             return
+        if name == "llm2vec_gen" and encoder.max_tokens < BRIGHT_TOKENS and any(map(is_bright, tasks)):
+            log.warning(
+                "BRIGHT: texts are cut to %d tokens, the paper's scores are of %d; add --max-tokens %d",
+                *(encoder.max_tokens, BRIGHT_TOKENS, BRIGHT_TOKENS),
+            )
         try:
             run_tasks(encoder, tasks, output, prompts, cache=not arguments.no_cache, at_once=arguments.at_once)
         finally:

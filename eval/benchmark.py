@@ -33,6 +33,7 @@ from mteb.types import PromptType
 from anchor.data.datasets_errors import datasets_line
 from anchor.data.templates import Template
 from anchor.errors import DataError, first_line
+from eval.advbench import AdvBenchIR, reported
 from eval.cache import VectorCache
 from eval.encoder import TextEncoder
 from eval.prompts import PromptSet
@@ -75,18 +76,24 @@ class MtebEncoder(AbsEncoder):
         )
 
     def encode(
-        self, inputs: Any, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **_: Any
+        self,
+        inputs: Any,
+        *,
+        task_metadata: TaskMetadata,
+        prompt_type: PromptType | None = None,
+        normalize: bool = True,
+        **_: Any,
     ) -> np.ndarray:
-        """Unit vectors (float32) of all texts of a data loader."""
+        """Vectors (float32) of all texts of a data loader, of length 1 unless ``normalize`` is false."""
         texts = [text for batch in inputs for text in batch["text"]]
         name, prompt = task_metadata.name, self.prompt(task_metadata, prompt_type)
         with self._turn:
             self._used.setdefault(name, {})[prompt_type.value if prompt_type else "text"] = prompt
             if self._cache is None:
-                return self._encoder.encode(texts, prompt)
+                return (self._encoder.encode if normalize else self._encoder.states)(texts, prompt)
             if name not in self._open:
-                self._open[name] = VectorCache(self._folder(self._cache, name), self.revision)
-            return self._open[name].encode(self._encoder, texts, prompt)
+                self._open[name] = VectorCache(self._folder(self._cache, name, normalize), self.revision)
+            return self._open[name].encode(self._encoder, texts, prompt, normalize=normalize)
 
     def prompt(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
         """What stands before every text of a task."""
@@ -114,10 +121,11 @@ class MtebEncoder(AbsEncoder):
             for part in parts_of(task):
                 self._open.pop(part.metadata.name, None)
                 if self._cache is not None:
-                    shutil.rmtree(self._folder(self._cache, part.metadata.name), ignore_errors=True)
+                    for normalize in (True, False):
+                        shutil.rmtree(self._folder(self._cache, part.metadata.name, normalize), ignore_errors=True)
 
-    def _folder(self, cache: Path, task: str) -> Path:
-        return cache / self.revision / task.replace("/", "_")
+    def _folder(self, cache: Path, task: str, normalize: bool) -> Path:
+        return cache / self.revision / (task.replace("/", "_") + ("" if normalize else ".unnormalised"))
 
     def _joined(self, instruction: str | None) -> str:
         if instruction is None:
@@ -125,6 +133,19 @@ class MtebEncoder(AbsEncoder):
         template = self._encoder.about.get("template", {})
         joined = (self._set.instruction_format if self._set else None) or template.get("instruction_format")
         return Template("", "", joined or _DEFAULT_FORMAT).instruction_head(instruction)
+
+
+class _DotProduct(AbsEncoder):
+    """The same encoder, with vectors as they are before they are normalised, compared by their dot product."""
+
+    def __init__(self, of: MtebEncoder) -> None:
+        self._of = of
+        self.revision = of.revision
+        meta: Any = of.mteb_model_meta
+        self.mteb_model_meta = meta.model_copy(update={"similarity_fn_name": ScoringFunction.DOT_PRODUCT})
+
+    def encode(self, inputs: Any, **about: Any) -> np.ndarray:
+        return self._of.encode(inputs, normalize=False, **about)
 
 
 class _Results(mteb.ResultCache):
@@ -199,7 +220,8 @@ def run_tasks(
 
     def run(task: AbsTask) -> tuple[AbsTask, float]:
         try:
-            result = mteb.evaluate(model, [task], cache=results, show_progress_bar=False)
+            scored_by: Any = _DotProduct(model) if isinstance(task, AdvBenchIR) else model
+            result = mteb.evaluate(scored_by, [task], cache=results, show_progress_bar=False)
         except (*_HUB_ERRORS, FileNotFoundError, KeyError, ValueError) as error:
             said = _data_error(task, error)
             if said is None:
@@ -209,6 +231,8 @@ def run_tasks(
             why = first_line(ValueError(result.exceptions[0].exception)) if result.exceptions else "mteb says nothing"
             raise DataError(f"{task.metadata.name}: its data cannot be loaded: {why}; leave the task out")
         model.forget(task)
+        if isinstance(task, AdvBenchIR):
+            log.info("%s, %s", task.metadata.name, reported(result.task_results[0].scores["test"][0]))
         # A stored result may hold more subsets than this task asks for.
         return task, float(result.task_results[0].validate_and_filter_scores(task).get_score())
 

@@ -23,7 +23,7 @@ BLOCK_TEXTS = 1024
 
 
 class VectorCache:
-    """Unit vectors of one task and model state.
+    """Vectors of one task and model state.
 
     Args:
         folder: its blocks; made when the first is written.
@@ -42,8 +42,10 @@ class VectorCache:
         if self._where:
             log.info("%s: %d embeddings of an earlier run", folder, len(self._where))
 
-    def encode(self, encoder: TextEncoder, texts: Sequence[str], prompt: str) -> Float[np.ndarray, "B D"]:
-        """Unit vectors in the order of the texts; only those not yet known are embedded."""
+    def encode(
+        self, encoder: TextEncoder, texts: Sequence[str], prompt: str, *, normalize: bool = True
+    ) -> Float[np.ndarray, "B D"]:
+        """Vectors in the order of the texts, always of one kind; only those not yet known are embedded."""
         names = [xxhash.xxh3_128_hexdigest(f"{len(prompt)} {prompt}{text}".encode(errors="replace")) for text in texts]
         new = {name: text for name, text in zip(names, texts, strict=True) if name not in self._where}
         size = BLOCK_TEXTS * getattr(encoder, "world_size", 1)
@@ -51,7 +53,7 @@ class VectorCache:
         log.info("%s: %d texts to embed, %d known", self.folder.name, len(pending), len({*names}) - len(pending))
         blocks = [pending[start : start + size] for start in range(0, len(pending), size)]
         for block in tracked(blocks, self.folder.name, len(pending), unit=" texts", amount=len):
-            vectors = encoder.encode([new[name] for name in block], prompt)
+            vectors = (encoder.encode if normalize else encoder.states)([new[name] for name in block], prompt)
             self._write(Part(block, vectors, np.ones(len(block), dtype=np.float32)))
         return self._read(names, encoder.dimension)
 

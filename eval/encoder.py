@@ -90,6 +90,26 @@ class TextEncoder(ABC):
         """xxh3 of the weights: results of another model are never taken for this one's."""
         return weights_xxh3(sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin")))
 
+    def limit(self, max_tokens: int) -> None:
+        """Cut texts to another length than the folder says, template and prompt included.
+
+        Raises:
+            ConfigError: more tokens than the model has positions, or too few for any text.
+        """
+        positions = self._positions()
+        if positions is not None and max_tokens > positions:
+            raise ConfigError(f"--max-tokens {max_tokens}: {self.folder} has {positions} positions; give at most that")
+        self._truncate(max_tokens)
+        self.max_tokens, self.about = max_tokens, {**self.about, "max_tokens": max_tokens}
+
+    @abstractmethod
+    def _positions(self) -> int | None:
+        """Longest text that the model can read; None where it does not say."""
+
+    @abstractmethod
+    def _truncate(self, max_tokens: int) -> None:
+        """Make the tokenizer cut there."""
+
     def prompt(self, name: str) -> str:
         """A prompt of the folder by name.
 
@@ -127,6 +147,15 @@ class PackedEncoder(TextEncoder):
         self.backend.encode_special_tokens = True
         kernel = attention or default_kernel(self.device.type, DTYPES[dtype])
         self.implementation = implementation(kernel, self.device.type, DTYPES[dtype])
+
+    def _positions(self) -> int | None:
+        return self.causal_lm.config.max_position_embeddings
+
+    def _truncate(self, max_tokens: int) -> None:
+        frame = len(self.backend.encode("").ids)
+        if max_tokens <= frame:
+            raise ConfigError(f"--max-tokens {max_tokens}: the template of {self.folder} takes {frame}; give more")
+        self.backend.enable_truncation(max_tokens)
 
     @property
     @abstractmethod

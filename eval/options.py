@@ -59,9 +59,10 @@ def _embed(parser: argparse.ArgumentParser) -> None:
 
 def _mteb(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--benchmark", help="all tasks of 'MTEB(eng, v1)', 'MTEB(eng, v2)', lite, ...")
+    parser.add_argument("--benchmark", help="all tasks of 'MTEB(eng, v1)', 'MTEB(eng, v2)', lite, anchor15, ...")
     parser.add_argument("--tasks", default="", help="names of mteb tasks, separated by commas; AdvBench-IR")
     parser.add_argument("--prompts", help="anchor, llm2vec_gen, a YAML file, or folder (by the objective)")
+    parser.add_argument("--max-tokens", type=positive, help="longest text, template and prompt included (the folder's)")
     parser.add_argument("--retrieval", type=Path, action="append", default=[], help="folder of a local retrieval task")
     parser.add_argument("--data-root", type=Path, help="offline copy of the tasks' data, by hub path")
     parser.add_argument("--partial", action="store_true", help="score the tasks whose data is there")

@@ -45,6 +45,15 @@ class PlainEncoder(TextEncoder):
         super().__init__(folder, {"prompts": dict(model.prompts), "max_tokens": limit}, dtype)
         self.model = model
         self.batch_size = max(1, pack_tokens // limit)
+        self._pack_tokens = pack_tokens
+
+    def _positions(self) -> int | None:
+        config = getattr(self.model[0], "config", None)
+        return getattr(config, "max_position_embeddings", None)
+
+    def _truncate(self, max_tokens: int) -> None:
+        self.model.max_seq_length = max_tokens
+        self.batch_size = max(1, self._pack_tokens // max_tokens)
 
     def revision(self) -> str:
         """xxh3 of the weights and configurations of all modules."""

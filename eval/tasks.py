@@ -30,16 +30,31 @@ LITE_TASKS = (
 """The ten-task list of LLM2Vec-Gen's ablations, all of MTEB(eng, v2)."""
 
 
+ANCHOR15_TASKS = (
+    *("ArguAna", "NFCorpus", "SciFact", "StackOverflowDupQuestions", "SciDocsRR"),
+    *("BiorxivClusteringS2S", "MedrxivClusteringS2S", "TwentyNewsgroupsClustering", "SprintDuplicateQuestions"),
+    *("Banking77Classification", "EmotionClassification", "MassiveIntentClassification"),
+    *("STS17", "SICK-R", "STSBenchmark"),
+)
+"""The 15 tasks of Anchor Embedding's ablations, all of MTEB(eng, v1), which are those of LLM2Vec's (BehnamGhader et al.
+2024, arXiv:2404.05961, appendix)."""
+BRIGHT_TOKENS = 4096
+"""Longest text of BRIGHT in LLM2Vec-Gen's evaluation."""
+_OWN = {"lite": ("MTEB(eng, v2)", LITE_TASKS), "anchor15": ("MTEB(eng, v1)", ANCHOR15_TASKS)}
+
+
 def find_benchmark(name: str) -> Benchmark:
-    """A benchmark of mteb by name, or ``lite``.
+    """A benchmark of mteb by name, ``lite`` or ``anchor15``.
 
     Raises:
         ConfigError: unknown name.
     """
-    if name == "lite":
-        chosen = [task for task in mteb.get_benchmark("MTEB(eng, v2)").tasks if task.metadata.name in LITE_TASKS]
-        return Benchmark(name="lite", tasks=chosen)
-    known = [one.name for one in mteb.get_benchmarks()]
+    if name in _OWN:
+        whole, names = _OWN[name]
+        return Benchmark(
+            name=name, tasks=[one for one in mteb.get_benchmark(whole).tasks if one.metadata.name in names]
+        )
+    known = [*_OWN, *(one.name for one in mteb.get_benchmarks())]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "`mteb available-benchmarks` lists them"
@@ -155,6 +170,11 @@ def _absent(data_root: Path, path: str, revision: str | None, sums: dict[str, An
     if path in sums and sums[path]["revision"] != revision:
         return f"{folder} holds revision {sums[path]['revision']}, the task wants {revision}"
     return None
+
+
+def is_bright(task: AbsTask) -> bool:
+    """Whether a task is one of BRIGHT's."""
+    return task.metadata.name.startswith("Bright")
 
 
 def local_retrieval_task(folder: Path) -> AbsTask:

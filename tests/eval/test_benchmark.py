@@ -4,6 +4,7 @@ embedded; a result of other prompts or other data is not reused; missing data an
 
 import json
 import threading
+from collections import Counter
 from pathlib import Path
 
 import mteb
@@ -144,6 +145,42 @@ def test_two_ranks_score_the_real_tasks_like_one(export_dir, tmp_path):
         assert 0 < abs(one[metric]) < 1
         assert two[metric] == pytest.approx(one[metric], abs=1e-3)
         assert two["main_score"] == pytest.approx(one["main_score"], abs=1e-3)
+
+
+def test_the_papers_subset_has_fifteen_tasks():
+    subset = find_benchmark("anchor15")
+    kinds = Counter(task.metadata.type for task in subset.tasks)
+    assert kinds == {
+        "Retrieval": 3, "Reranking": 2, "Clustering": 3, "PairClassification": 1, "Classification": 3, "STS": 3
+    }  # fmt: skip
+    assert {task.metadata.name: task.hf_subsets for task in subset.tasks}["STS17"] == ["en-en"]
+    assert {task.metadata.name for task in subset.tasks} <= set(load_prompts("anchor").tasks)
+    with pytest.raises(ConfigError, match="did you mean 'anchor15'"):
+        find_benchmark("anchor-15")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_length_is_another_result(export_dir, tmp_path):
+    folder = write_retrieval(tmp_path / "small", pairs=12)
+    command = ["mteb", str(export_dir), "--retrieval", str(folder), "--output", str(tmp_path / "out")]
+    main(command)
+    first = json.loads((tmp_path / "out/scores.json").read_text())
+    main([*command, "--max-tokens", "8"])
+    second = json.loads((tmp_path / "out/scores.json").read_text())
+    assert first["revision"] != second["revision"]
+    assert first["scores"] != second["scores"]
+    main([*command, "--max-tokens", "48"])
+    assert json.loads((tmp_path / "out/scores.json").read_text())["revision"] == first["revision"]
+
+
+def test_bright_below_the_papers_length_is_warned_of(export_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("eval.benchmark.run_tasks", lambda *_, **__: {})
+    monkeypatch.setattr("eval.__main__._show", lambda *_, **__: None)
+    command = ["mteb", str(export_dir), "--tasks", "BrightPonyRetrieval", "--output", str(tmp_path / "out")]
+    for more, warned in ([], False), (["--prompts", "llm2vec_gen"], True):
+        main([*command, *more])
+        said = "BRIGHT: texts are cut to 48 tokens, the paper's scores are of 4096; add --max-tokens 4096"
+        assert (said in capsys.readouterr().err) == warned
 
 
 class Killed(BaseException):

@@ -14,6 +14,7 @@ from eval.__main__ import _warn_of_fp32
 from eval.embed import Options
 from eval.encoder import Encoder
 from eval.opening import open_encoder
+from eval.ranks import RankedEncoder
 
 TEXTS = [row["positive"] for row in english_pairs(40)] + ["", "word " * 200]
 
@@ -52,6 +53,36 @@ def test_vectors_do_not_depend_on_blocks(export_dir, monkeypatch):
     monkeypatch.setattr("eval.encoder.BLOCK_TEXTS", 8)
     np.testing.assert_allclose(encoder.encode([str(number) for number in range(20)]), whole, atol=1e-5)
     assert np.abs(whole[0] - whole[1]).max() > 0.01
+
+
+def test_texts_are_cut_where_the_command_says(export_dir, tmp_path):
+    """`eval mteb --max-tokens`: the template stays, also of a text that is cut."""
+    encoder, text = Encoder(export_dir, dtype="fp32"), "word " * 200
+    frame, before = len(encoder.backend.encode("").ids), encoder.encode([text])
+    encoder.limit(20)
+    assert [len(ids) for _, (ids,) in encoder._tokenised([text], "")] == [20]
+    assert (RankedEncoder(encoder).max_tokens, encoder.about["max_tokens"]) == (20, 20)
+    assert np.abs(encoder.encode([text]) - before).max() > 1e-3
+    encoder.limit(48)
+    np.testing.assert_array_equal(encoder.encode([text]), before)
+    encoder.limit(256)
+    assert np.abs(encoder.encode([text]) - before).max() > 1e-3
+    for tokens, message in (
+        (257, f"--max-tokens 257: {export_dir} has 256 positions; give at most that"),
+        (frame, f"--max-tokens {frame}: the template of {export_dir} takes {frame}; give more"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            encoder.limit(tokens)
+        assert str(error.value) == message
+    assert encoder.max_tokens == 256
+    folder = shutil.copytree(export_dir, tmp_path / "plain")
+    (folder / "anchor.json").unlink()
+    plain = open_encoder(folder, dtype="fp32")
+    plain.limit(20)
+    encoder.limit(20)
+    np.testing.assert_allclose(plain.encode([text]), encoder.encode([text]), atol=1e-5)
+    with pytest.raises(ConfigError, match="has 256 positions"):
+        plain.limit(257)
 
 
 @pytest.mark.parametrize(("dtype", "device", "rank", "warns"), [

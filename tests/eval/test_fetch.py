@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import mteb
+import numpy as np
 import pytest
 from conftest import write_jsonl
 
@@ -176,19 +177,55 @@ def test_documents_are_cut_into_passages_of_a_hundred_words():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_advbench_scores_from_a_local_folder(export_dir, advbench_root, tmp_path):
+def test_advbench_is_scored_as_the_released_code_does(export_dir, advbench_root, tmp_path, monkeypatch, caplog):
     tasks, missing = with_data(named_tasks(["AdvBench-IR"]), advbench_root)
     assert missing == []
     tasks[0].load_data()
     split = tasks[0].dataset["default"]["test"]
     assert len(split["corpus"]) == 1 + 2 + 2 + 60
     assert split["relevant_docs"]["1"] == {"malicious_1-0": 1, "malicious_1-1": 1}
-    run_tasks(Encoder(export_dir, dtype="fp32"), tasks, tmp_path / "out")
+    encoder, real = Encoder(export_dir, dtype="fp32"), Encoder.states
+    # Harmful passages have longer vectors. By cosine, a benign one is first.
+    monkeypatch.setattr(
+        Encoder,
+        "states",
+        lambda self, texts, prompt="": (
+            real(self, texts, prompt) * [[1.5 if "word" in text else 1.0] for text in texts]
+        ).astype(np.float32),
+    )
+    caplog.set_level("INFO", logger="eval")
+    run_tasks(encoder, tasks, tmp_path / "out")
     (file,) = (tmp_path / "out").rglob("AdvBench-IR.json")
     (scores,) = json.loads(file.read_text())["scores"]["test"]
     assert scores["main_score"] == scores["hit_rate_at_5"]
-    assert {"hit_rate_at_1", "hit_rate_at_20", "hit_rate_at_100"} <= set(scores)
-    assert scores["hit_rate_at_100"] > 0
+    for k in (1, 5, 20, 100):
+        assert (scores[f"hit_rate_at_{k}"], scores[f"any_harmful_at_{k}"]) == naive_advbench(encoder, split, k)
+    assert scores["any_harmful_at_1"] == 1
+    assert 0 < scores["hit_rate_at_100"] <= scores["any_harmful_at_100"]
+    assert any("among the first 1/5/20/100: own passages" in line for line in caplog.messages)
+    assert not list((tmp_path / "out/cache").rglob("*.safetensors"))
+
+
+def naive_advbench(encoder: Encoder, split: dict, k: int) -> tuple[float, float]:
+    """Shares of queries with an own, and with any harmful passage among the first k by dot product."""
+    queries, corpus = split["queries"], split["corpus"]
+    states = encoder.states(queries["text"], encoder.prompts["query"]) @ encoder.states(corpus["text"]).T
+    own = harmful = 0
+    for i, name in enumerate(queries["id"]):
+        first = [corpus["id"][j] for j in np.argsort(-states[i])[:k]]
+        own += any(one in split["relevant_docs"][name] for one in first)
+        harmful += any(one.startswith("malicious_") for one in first)
+    return pytest.approx(own / len(queries), abs=1e-5), pytest.approx(harmful / len(queries))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_id_given_twice_in_advbench_is_refused(advbench_root):
+    """The second document's passages were joined to the first's query, and the second query was lost."""
+    with (advbench_root / "McGill-NLP/AdvBench-IR/train.jsonl").open("a") as file:
+        file.write(json.dumps({"ID": 1, "query": "how", "title": "t", "document": "d"}) + "\n")
+    tasks, _ = with_data(named_tasks(["AdvBench-IR"]), advbench_root)
+    with pytest.raises(DataError, match="the ID '1' is given twice; IDs must differ"):
+        tasks[0].load_data()
 
 
 def test_advbench_without_its_folder_is_named():

@@ -39,6 +39,27 @@ def test_the_published_lists_are_whole_and_documents_are_as_published():
     )
 
 
+def test_bright_has_the_papers_instruction_for_each_domain():
+    tasks = load_prompts("llm2vec_gen").tasks
+    names = {one.metadata.name for name in ("BRIGHT(v1.1)", "BRIGHT (long)") for one in mteb.get_benchmark(name).tasks}
+    names -= {"BrightLongRetrieval"}  # mteb's own, which the tasks of one domain supersede
+    assert len(names) >= 20
+    assert names - set(tasks) == set()
+    assert tasks["BrightEarthScienceRetrieval"] == (
+        "Given a earth science post, generate relevant passages that help answer the post"
+    )
+    assert tasks["BrightPonyLongRetrieval"] == (
+        "Given a pony question, generate relevant documents that help answer the question"
+    )
+    assert tasks["BrightTheoremQATheoremsRetrieval"] == (
+        "Given a Math problem, only find the relevant theorems that help answer the problem, I don't want the answer "
+        "to the problem"
+    )
+    longer = {name: text.replace("passages", "documents") for name, text in tasks.items() if name.startswith("Bright")}
+    for name in (one for one in longer if "Long" in one):
+        assert tasks[name] == longer[name.replace("Long", "")]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
