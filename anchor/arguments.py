@@ -1,4 +1,4 @@
-"""What the command lines share: types of arguments, and a parser's description with an example."""
+"""Shared parts of the command lines: argument types, and a parser description with an example."""
 
 import argparse
 
@@ -8,25 +8,25 @@ _MOST = (1 << 31) - 1
 
 
 def describe(parser: argparse.ArgumentParser, description: str, example: str) -> argparse.ArgumentParser:
-    """The parser, with what the command does and one call of it."""
+    """Add a description and an example call to a parser, and return it."""
     parser.description, parser.epilog = description, f"example: {example}"
-    # argparse would wrap the example in the middle of the command.
+    # The default formatter would wrap the example command.
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
 
 
 def positive(text: str) -> int:
-    """A number, at least 1."""
+    """Parse a whole number of at least 1."""
     return _number(text, 1)
 
 
 def count(text: str) -> int:
-    """A number, at least 0."""
+    """Parse a whole number of at least 0."""
     return _number(text, 0)
 
 
 def part(text: str) -> tuple[int, int]:
-    """``I/N``: part I, from 0, of N."""
+    """Parse ``I/N``: part I of N, counted from 0."""
     index, _, number = (_read(word) for word in text.partition("/"))
     if index is None or number is None or index >= number:
         raise argparse.ArgumentTypeError(f"expected a part such as 0/4, from 0/4 to 3/4, got {shortened(text)}")
@@ -44,5 +44,5 @@ def _number(text: str, least: int) -> int:
 
 
 def _read(text: str) -> int | None:
-    """A number that no run overflows at; None for a larger one, and for what is no number."""
+    """Parse digits; return None for other text and for a number so large that a run could overflow."""
     return int(text) if text.isdecimal() and len(text) <= len(str(_MOST)) and int(text) <= _MOST else None

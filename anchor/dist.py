@@ -1,7 +1,7 @@
-"""Ranks: rendezvous from whatever started us, and the two collectives that the objectives need.
+"""Ranks: rendezvous under any launcher, and the collectives that the objectives need.
 
-The rendezvous variables come from the DeepSpeed launcher or torchrun (``RANK``, ``WORLD_SIZE``, ...), from SLURM
-(``srun python``), or from nowhere, which is one process.
+The rendezvous variables come from the DeepSpeed launcher or torchrun (``RANK``, ``WORLD_SIZE``, ...) or from SLURM
+(``srun python``). Without them, the run is a single process.
 """
 
 import logging
@@ -24,13 +24,13 @@ from anchor.errors import ConfigError, first_line
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among all.
+    """Position of this process in the run.
 
     Attributes:
         rank: 0 ... world_size - 1.
         world_size: number of processes.
-        local_rank: ordinal on this host, of the GPUs that this process sees.
-        device: where this rank computes.
+        local_rank: index of this process's GPU among the GPUs that it sees on this host.
+        device: device that this rank computes on.
     """
 
     rank: int
@@ -40,10 +40,12 @@ class Ranks:
 
 
 def set_rendezvous() -> None:
-    """Complete ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment.
+    """Fill in missing rendezvous variables in the environment.
+
+    They are ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``.
 
     Raises:
-        ConfigError: started by SLURM as several tasks without ``MASTER_ADDR``; a variable is missing or makes no sense.
+        ConfigError: SLURM started several tasks without ``MASTER_ADDR``, or a variable is missing or invalid.
     """
     env = os.environ
     if "RANK" not in env and env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
@@ -76,7 +78,7 @@ def _number(name: str, least: int, most: int | None = None, default: str | None 
     text = os.environ.get(name, default)
     if text is None:
         raise ConfigError(f"environment: RANK is set but {name} is not; start through a launcher, or unset RANK")
-    # A number of more digits than Python reads is no rank either.
+    # Python refuses to convert very long numbers, and no valid value has that many digits.
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else -1
     if number < least or (most is not None and number > most):
         expected = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -87,7 +89,7 @@ def _number(name: str, least: int, most: int | None = None, default: str | None 
 
 
 def on_cuda() -> bool:
-    """Whether this process computes on a GPU: there is one, and DeepSpeed is not told to use CPUs."""
+    """Return True if this process has a GPU and ``DS_ACCELERATOR`` does not select another device."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
@@ -95,17 +97,16 @@ def init(init_method: str = "env://", timeout: timedelta | None = None) -> Ranks
     """Join the process group: NCCL on CUDA, gloo elsewhere.
 
     Args:
-        init_method: torch's rendezvous; tests use a ``file://``.
-        timeout: how long to wait for other ranks, here and in every collective; torch's own when absent.
+        init_method: torch's rendezvous URL; tests use ``file://``.
+        timeout: how long to wait for other ranks, here and in every collective; None for torch's default.
 
     Raises:
-        ConfigError: a variable of the launcher makes no sense, the port of the rendezvous is in use, or other ranks
-            did not come.
+        ConfigError: a launcher variable is invalid, the rendezvous port is in use, or other ranks did not join.
     """
     set_rendezvous()
     cuda = on_cuda()
     if cuda and torch.cuda.device_count() == 1:
-        os.environ["LOCAL_RANK"] = "0"  # a scheduler may show every task its own GPU alone
+        os.environ["LOCAL_RANK"] = "0"  # some schedulers show each task only its own GPU
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -129,7 +130,7 @@ def _cannot_join(rank: int, why: str) -> str:
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """Give every process group of this process a time-out, also those that were made with torch's own, by DeepSpeed."""
+    """Set the timeout of all process groups, including those that DeepSpeed made with torch's default."""
     for group in tuple(c10d._world.pg_map):
         if dist.get_rank(group) >= 0:
             c10d._set_pg_timeout(timeout, group)
@@ -148,11 +149,11 @@ def shutdown() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once with ``code``, after :func:`shutdown`.
+    """Exit this process at once with ``code``, after :func:`shutdown`.
 
-    DeepSpeed keeps the process group, and with it gloo's threads, past ``destroy_process_group``. A thread that wants
-    the interpreter while Python takes it down aborts the process, so that a finished run would look like a failed one;
-    so nothing is taken down.
+    DeepSpeed keeps the process group, and with it gloo's threads, alive after ``destroy_process_group``. A thread that
+    needs the interpreter while Python shuts down aborts the process, and a finished run would look failed. Skipping the
+    interpreter's shutdown avoids this.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -161,7 +162,7 @@ def leave(code: int) -> NoReturn:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -170,7 +171,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value on every rank, in rank order."""
+    """Return all ranks' values on every rank, in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -179,14 +180,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over ranks, in place, without gradient."""
+    """Sum a tensor over ranks, in place and without gradient."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks, rank-major; backward sums the gradient over ranks and keeps the own rows."""
+    """Gather the rows of all ranks, rank-major; backward sums gradients over ranks and keeps this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -207,7 +208,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def all_gather_with_grad(rows: Float[Tensor, "B D"], counts: Sequence[int]) -> Float[Tensor, "N D"]:
-    """Rows of all ranks in rank order, with a backward that sums over ranks.
+    """Gather the rows of all ranks in rank order, with a backward that sums over ranks.
 
     Each rank then computes the loss of its own queries against all columns. The sum of the ranks' losses has the
     gradient of one process that holds the whole batch; the caller multiplies by the world size when the engine
@@ -215,7 +216,7 @@ def all_gather_with_grad(rows: Float[Tensor, "B D"], counts: Sequence[int]) -> F
 
     Args:
         rows: this rank's rows.
-        counts: rows of every rank; ``counts[rank] == B``, ``sum(counts) == N``.
+        counts: number of rows of each rank; ``counts[rank] == B``, ``sum(counts) == N``.
     """
     if len(counts) == 1:
         return rows
@@ -223,5 +224,5 @@ def all_gather_with_grad(rows: Float[Tensor, "B D"], counts: Sequence[int]) -> F
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes what only one may write."""
+    """Return True on the rank that writes shared output: rank 0, or a single process."""
     return not dist.is_initialized() or dist.get_rank() == 0

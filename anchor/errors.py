@@ -1,8 +1,8 @@
-"""What a user did wrong, as opposed to a bug.
+"""User errors, as opposed to bugs.
 
-A user's error derives from :class:`AnchorError`; its message is one line that says where, what, got,
-expected and what to do. Entry points wrap their work in :func:`exit_on_user_error`, which prints the
-message and exits with code 2. Bugs raise built-in exceptions and keep their traceback.
+User errors derive from :class:`AnchorError`. The message is one line that says where, what, got, expected and what to
+do. Entry points wrap their work in :func:`exit_on_user_error`, which prints the message and exits with code 2. Bugs
+raise built-in exceptions and keep their traceback.
 """
 
 import difflib
@@ -19,10 +19,10 @@ from typing import NoReturn, TextIO
 
 EXIT_USER_ERROR = 2
 _EXIT_PIPE = 141
-"""As a shell reports a program that SIGPIPE has ended."""
+"""Exit code that a shell reports for a program killed by SIGPIPE."""
 
 _HALF_MESSAGE = 1000
-"""Characters that are shown of the beginning and of the end of a longer message."""
+"""Characters kept from each end of a long message."""
 
 _DISK_ADVICE = {
     errno.EACCES: "check who may write there, or choose another place",
@@ -41,13 +41,13 @@ _DISK_ADVICE = {
     errno.EMFILE: "raise the limit of open files (`ulimit -n`) and start again",
     errno.ENFILE: "too many files are open on this machine; start again when there are fewer",
 }
-"""What a user does about a file that cannot be written or read; other errors of the operating system are bugs."""
+"""Advice per errno for a file that cannot be read or written. Other operating system errors count as bugs."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 class AnchorError(Exception):
-    """Root of all errors that a user can mend."""
+    """Root of all errors that a user can fix."""
 
 
 class ConfigError(AnchorError):
@@ -55,7 +55,7 @@ class ConfigError(AnchorError):
 
 
 class DataError(AnchorError):
-    """Input data cannot be used: malformed row, missing field, empty text, no pair left."""
+    """Input data is unusable: malformed row, missing field, empty text, no pair left."""
 
 
 class ShardError(AnchorError):
@@ -63,15 +63,15 @@ class ShardError(AnchorError):
 
 
 class ModelError(AnchorError):
-    """A model folder is missing, incomplete or of a kind that is not supported."""
+    """A model folder is missing, incomplete or of an unsupported kind."""
 
 
 class TrainingError(AnchorError):
-    """Training must stop: non-finite loss, checkpoint that does not belong to the run."""
+    """Training must stop: non-finite loss, or a checkpoint from another run."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known name, or the list of known names."""
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, or else list the known names."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
@@ -80,22 +80,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value as a message shows it: its ``repr``, cut in the middle where it is long."""
+    """Return a value's ``repr`` for a message, with the middle cut out if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:100]} … {text[-80:]}"
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, cut to one line; its name where it says nothing."""
+    """Return the first line of a library error's message, or its class name if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def disk_refusal(error: Exception) -> str | None:
-    """Return one line on a disk that refused a file, however the library words it; None for any other error.
+    """Return one line that explains a file error of the operating system; None for any other error.
 
-    Not all libraries pass the error of the operating system on: ``shutil.copytree`` lists texts, safetensors and torch
-    raise classes of their own, and numpy counts what it could not write.
+    Some libraries hide the operating system's error. ``shutil.copytree`` lists messages, safetensors and torch raise
+    their own classes, and numpy reports how much it wrote.
     """
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
         _, where, why = error.args[0][0]
@@ -113,11 +113,11 @@ def disk_refusal(error: Exception) -> str | None:
 
 
 UNSAFE_PICKLE = (pickle.UnpicklingError, EOFError)
-"""Errors of ``torch.load`` on a damaged pickle, and on one that would run code."""
+"""Errors of ``torch.load`` for a damaged pickle, and for a pickle that would run code."""
 
 
 def weights_line(error: Exception) -> str:
-    """Return in one line why weights cannot be loaded; of pickles torch would say how to run them all the same."""
+    """Return one line that says why weights cannot be loaded. torch's text would explain how to load unsafe pickles."""
     if isinstance(error, UNSAFE_PICKLE):
         return "its weights are a pickle (.bin) that is damaged or asks for more than tensors; save them as safetensors"
     return first_line(error)
@@ -125,9 +125,9 @@ def weights_line(error: Exception) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print an :class:`AnchorError`, or a disk's refusal, as one line on stderr and exit with code 2.
+    """Print an :class:`AnchorError` or a file error as one line on stderr, and exit with code 2.
 
-    A reader of the output that has gone (``| head``) is no error of the program; it ends without a word.
+    If the reader of stdout has gone (``| head``), exit silently: that is not an error of the program.
     """
     try:
         yield
@@ -137,7 +137,7 @@ def exit_on_user_error() -> Iterator[None]:
     except BrokenPipeError:
         if not _is_abandoned(sys.stdout):
             raise
-        # The interpreter flushes once more at its end.
+        # The interpreter flushes stdout again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_EXIT_PIPE)
     except Exception as error:
@@ -148,7 +148,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _is_abandoned(stream: TextIO) -> bool:
-    """Whether a stream is a pipe that nobody reads any more."""
+    """Return True if a stream is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
@@ -160,7 +160,7 @@ def _exit(message: str) -> NoReturn:
 
 
 def _printable(message: str) -> str:
-    """One line of bounded length: line ends and control characters of a user's input are written as escapes."""
+    """Return a message as one line of bounded length, with line ends and control characters escaped."""
     if len(message) > 2 * _HALF_MESSAGE:
         message = f"{message[:_HALF_MESSAGE]} … {message[-_HALF_MESSAGE:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)

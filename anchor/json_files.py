@@ -1,4 +1,4 @@
-"""JSON files that a disk, an editor or another program may have damaged: parse them, and compare their shape."""
+"""Read JSON files that may be damaged, and check their shape."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 from anchor.errors import shortened
 
 Shape = type | tuple[type, ...] | dict[Any, Any] | list[Any]
-"""A type; a list with the shape of its items; a dict of keys and their shapes, ``{str: shape}`` for any keys."""
+"""A type, a list with the shape of its items, or a dict from keys to shapes (``{str: shape}`` for any keys)."""
 
 
 def load_json(file: Path) -> Any:
-    """Parse a file.
+    """Parse a JSON file.
 
     Raises:
-        ValueError: not readable, not UTF-8, malformed, a number of thousands of digits, or nested too deep; without the
-            file's name.
+        ValueError: the file is not readable, not UTF-8, malformed, nested too deep, or has a number with thousands of
+            digits. The message does not name the file.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -26,15 +26,15 @@ def load_json(file: Path) -> Any:
 
 
 def refuse_other_shape(value: Any, shape: Shape, name: str = "it") -> None:
-    """Refuse a parsed value of another shape than a reader needs; further keys are allowed.
+    """Refuse a parsed value that does not have the expected shape; extra keys are allowed.
 
     Args:
-        value: of :func:`load_json`.
-        shape: what is needed.
-        name: of the value in the message.
+        value: result of :func:`load_json`.
+        shape: expected shape.
+        name: name of the value in the message.
 
     Raises:
-        ValueError: the first part that is missing or of another type.
+        ValueError: a part is missing or has another type. The message names the first one.
     """
     if isinstance(shape, dict):
         _refuse_type(value, (dict,), name)
@@ -59,7 +59,7 @@ def _joined(name: str, key: str) -> str:
 
 
 def _refuse_type(value: Any, types: tuple[type, ...], name: str) -> None:
-    # To Python, a truth value is a whole number too.
+    # In Python, a bool is an int too.
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         expected = " or ".join(_WORDS[one] for one in types)
         raise ValueError(f"{name} is {shortened(value)}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Locks that end with their process, however it ends."""
+"""File locks that the system releases when their process ends, even by a crash."""
 
 import errno
 import fcntl
@@ -17,9 +17,9 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
 def take(lock: IO[str], file: Path) -> bool:
-    """Lock an open file; whether this process has it now, under its path.
+    """Lock an open file; return True if this process now holds the lock and the path still names this file.
 
-    A file system without locks is warned of: there the user sees to it that no two processes write the same.
+    On a file system without locks, warn and return True. The user must then keep other processes from writing there.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,14 +31,14 @@ def take(lock: IO[str], file: Path) -> bool:
         log.warning("%s: the file system has no locks; let no other process write here", file)
         return True
     try:
-        # Who had it before may have renamed or removed it in between.
+        # The previous holder may have renamed or removed the file in the meantime.
         return os.path.samestat(os.fstat(lock.fileno()), file.stat())
     except FileNotFoundError:
         return False
 
 
 def wait_for(lock: IO[str], file: Path, waiting: str) -> None:
-    """Lock an open file; log ``waiting`` where another process holds it, and wait until that ends."""
+    """Lock an open file. If another process holds the lock, log ``waiting`` and wait for it."""
     if take(lock, file):
         return
     log.info("%s: %s", file, waiting)
@@ -47,10 +47,10 @@ def wait_for(lock: IO[str], file: Path, waiting: str) -> None:
 
 @contextmanager
 def locked(file: Path, busy: str) -> Iterator[None]:
-    """Hold the lock of this path; the file is removed at the end.
+    """Hold the lock of a path for the length of the context, then remove the file.
 
     Raises:
-        DataError: another process holds it: ``busy``.
+        DataError: another process holds the lock; ``busy`` is the message.
     """
     with file.open("a") as lock:
         if not take(lock, file):

@@ -1,4 +1,4 @@
-"""Logging for entry points: one line per event, rank in brackets, nothing configured on import."""
+"""Logging for entry points: one line per event, with the rank in brackets. Importing configures nothing."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ class _RankFilter(logging.Filter):
 
 
 class _Stderr(logging.StreamHandler):
-    """Whatever standard error is at the time of the line: a progress bar may have put itself in front of it."""
+    """Handler that looks up ``sys.stderr`` for each line, because a progress bar may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -32,13 +32,13 @@ def _formatter() -> logging.Formatter:
 
 
 def setup(level: int = logging.INFO) -> None:
-    """Send log lines to stderr; ranks other than 0 speak from WARNING up.
+    """Send log lines to stderr; ranks other than 0 log only WARNING and above.
 
-    Only entry points call this. Third-party loggers are kept at WARNING.
+    Only entry points call this. Third-party loggers stay at WARNING.
     """
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would fill a log file
-    # DeepSpeed calls collectives by names that torch has renamed; users can do nothing about it.
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of other libraries would fill a log file
+    # DeepSpeed uses collective names that torch has deprecated; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     handler = _Stderr()
     handler.addFilter(_RankFilter())
@@ -52,7 +52,7 @@ def setup(level: int = logging.INFO) -> None:
 
 
 class _RankFile(logging.FileHandler):
-    """A rank's log; on a full disk it says so once and the run goes on without it."""
+    """Log file of a rank. If it cannot be written (full disk), warn once and let the run continue."""
 
     _refused = False
 
@@ -70,14 +70,14 @@ def _file_handler(path: Path) -> logging.FileHandler:
 
 
 def rank_file(folder: Path) -> Path:
-    """This rank's log file in a folder of logs, which is made."""
+    """Return the path of this rank's log file in ``folder``, and create the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"rank-{int(os.environ.get('RANK', '0')):05d}.log"
 
 
 @contextmanager
 def kept_in(path: Path) -> Iterator[TextIOBase]:
-    """Meanwhile append this rank's lines, of every level, to a file too; yields its stream."""
+    """Also append this rank's log lines to a file, within the context; yield the file's stream."""
     handler = _file_handler(path)
     logging.getLogger().addHandler(handler)
     try:
@@ -88,18 +88,18 @@ def kept_in(path: Path) -> Iterator[TextIOBase]:
 
 
 def crash_reporter(path: Path | None) -> Callable[[type[BaseException], BaseException, TracebackType | None], None]:
-    """A ``sys.excepthook``: the traceback with rank and host, on the console and in the rank's log.
+    """Return a ``sys.excepthook`` that logs the traceback with rank and host, on the console and in the rank's log.
 
-    The process then ends with code 1 and runs no exit handlers: those of a process group whose peers are gone can
-    wait for them for ever.
+    The hook then exits with code 1 and skips exit handlers. Those of a process group whose peers have died can hang
+    forever.
     """
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             os.write(2, b"interrupted\n")
             os._exit(130)
-        # torch's init_process_group puts a hook of its own around this one, and a buffer in place of standard error,
-        # which it prints afterwards: there is no afterwards.
+        # torch's init_process_group wraps this hook and replaces standard error by a buffer that it prints afterwards.
+        # This hook exits the process, so the buffer would never be printed.
         sys.stderr = sys.__stderr__ or sys.stderr
         try:
             if path is not None:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, one plain line now and then in a log file; rate and remaining time."""
+"""Progress of long work, with rate and remaining time: a bar on a terminal, occasional plain lines in a log file."""
 
 import logging
 import time
@@ -24,14 +24,14 @@ def tracked(
     unit: str = "",
     amount: Callable[[Item], float] | None = None,
 ) -> Iterator[Item]:
-    """The items, with how much of them is done shown on stderr while they pass.
+    """Yield the items and show the progress on stderr.
 
     Args:
-        items: what is worked on.
-        description: what is being done.
-        total: sum of the amounts, or None when it is not known beforehand.
-        unit: of the amounts, behind a space.
-        amount: of an item; 1 when absent.
+        items: items to process.
+        description: name of the work.
+        total: sum of the amounts; None if unknown.
+        unit: unit of the amounts, with a leading space.
+        amount: returns the amount of an item; None counts every item as 1.
     """
     console = Console(stderr=True)
     amount = amount or (lambda _: 1)

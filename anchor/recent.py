@@ -1,4 +1,4 @@
-"""What is held open, and no more of it than a system allows a process."""
+"""Bounded LRU cache for open files and memory maps."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
@@ -8,22 +8,22 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """At most ``limit`` values; for another one, that which was used longest ago goes.
+    """LRU cache of at most ``limit`` values; a new value evicts the least recently used one.
 
     Args:
-        limit: values held; 1,024 open files are all that many systems allow a process.
-        drop: what is done to a value that goes; without it, it is only forgotten.
+        limit: most values held. Many systems allow a process only 1,024 open files.
+        drop: called with each evicted value; None only forgets it.
     """
 
     def __init__(self, limit: int, drop: Callable[[Value], object] | None = None) -> None:
         self._limit, self._drop = limit, drop
-        self._held: dict[Key, Value] = {}  # the one used last is the last
+        self._held: dict[Key, Value] = {}  # least recently used first
 
     def __len__(self) -> int:
         return len(self._held)
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of a key; where it is not held, a new one."""
+        """Return the value of a key; call ``make`` if it is not held."""
         if key in self._held:
             value = self._held.pop(key)
         else:
@@ -34,11 +34,11 @@ class Recent(Generic[Key, Value]):
         return value
 
     def values(self) -> Iterable[Value]:
-        """All values held."""
+        """Return all held values."""
         return self._held.values()
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Drop all values."""
         for key in list(self._held):
             self._forget(key)
 

@@ -1,8 +1,8 @@
 """``python -m anchor.train RECIPE [section.key=value ...]``: train an embedder and export it.
 
-Exit codes: 0 finished; 2 a user's error; 85 stopped by SIGTERM or SIGUSR1 with a checkpoint, start it again; anything
-else is a failure. Under a launcher (``deepspeed --module anchor.train ...``, ``srun python -m anchor.train ...``) every
-process is a rank; without one it is a single process.
+Exit codes: 0 finished; 2 user error; 85 stopped by SIGTERM or SIGUSR1 with a checkpoint (run the same command again to
+resume); any other code is a failure. Under a launcher (``deepspeed --module anchor.train ...``,
+``srun python -m anchor.train ...``) every process is a rank. Without a launcher, training runs in one process.
 """
 
 import argparse
@@ -68,14 +68,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command line."""
     arguments = _arguments(argv)
     if arguments.dry_run:
         log.setup()
         with exit_on_user_error():
             _dry_run(_recipe(arguments), arguments)
         return
-    # Before anything slow is imported: a signal would end a process that does not listen as if it had failed.
+    # Listen before any slow import: without a handler, a signal would end the process as if it had failed.
     with StopRequest().listening() as stop:
         stop.nothing_to_lose = True
         end_with_parent(os.environ.get(PARENT_VARIABLE))
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> "TrainRecipe":
-    """Read the recipe, before torch is imported: a mistake in it is answered at once."""
+    """Read the recipe before torch is imported, so that a mistake is reported at once."""
     from anchor.config.load import load_recipe
     from anchor.config.schema import TrainRecipe
 
@@ -101,7 +101,7 @@ def _recipe(arguments: argparse.Namespace) -> "TrainRecipe":
 
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
-    """On a user error, exit without tearing down the process group: with NCCL that may wait for the other ranks."""
+    """On a user error, exit without tearing down the process group: NCCL could block on the other ranks."""
     try:
         yield
     except SystemExit as stop:
@@ -132,7 +132,7 @@ def _train(recipe: "TrainRecipe", recipe_path: str, stop: StopRequest, *, resume
     """Train as one rank of the run.
 
     Returns:
-        Whether the run is finished; False when a signal stopped it, and the same command goes on.
+        True if the run is finished; False if a signal stopped it and the same command would resume it.
     """
     from anchor import dist
     from anchor.engine.loop import train
@@ -148,7 +148,7 @@ def _train(recipe: "TrainRecipe", recipe_path: str, stop: StopRequest, *, resume
         sys.excepthook = log.crash_reporter(path)
         with log.kept_in(path) as stacks:
             finished = train(plan, ranks, stop, resume=resume, stacks=stacks)
-        dist.barrier()  # nobody leaves before all have decided: a launcher kills the others when one exits
+        dist.barrier()  # no rank exits before all have decided: a launcher kills the others when one exits
     if finished and dist.is_first_rank():
         prove_finished(os.environ.get(PROOF_VARIABLE))
     dist.shutdown()

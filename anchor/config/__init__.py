@@ -1,1 +1,1 @@
-"""Recipes: the schema of every knob, and the loader that refuses what it does not know."""
+"""Recipe schemas, and a loader that refuses unknown keys."""

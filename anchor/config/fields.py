@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: frozen models that forbid unknown keys, and types of numbers."""
+"""Building blocks of recipe sections: a frozen model that forbids unknown keys, and constrained field types."""
 
 import os
 import re
@@ -10,14 +10,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 class Section(BaseModel):
-    """A part of a recipe; field descriptions are the strings below the fields."""
+    """Base class of recipe sections. The string below a field is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _a_truth_value_is_no_number(cls, values: Any) -> Any:
-        # YAML reads yes and on as true, and pydantic would take that for 1.
+        # YAML reads yes and on as true, and pydantic would coerce true to 1.
         for name, value in values.items() if isinstance(values, Mapping) else ():
             field = cls.model_fields.get(name) if isinstance(value, bool) else None
             if field is not None and bool not in (field.annotation, *get_args(field.annotation)):
@@ -55,18 +55,18 @@ def _expanded_text(path: str) -> str:
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 UserPath = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
-"""A path; ``~`` at its beginning is the user's home, ``$NAME`` and ``${NAME}`` are environment variables."""
+"""A path. A leading ``~`` expands to the user's home, ``$NAME`` and ``${NAME}`` to environment variables."""
 ModelPathText = Annotated[str, AfterValidator(_with_variables)]
-"""A folder, file or hub name; as in ``UserPath``, but ``~`` stays and is expanded where the model is read."""
+"""A folder, file or hub name. Variables expand as in ``UserPath``; ``~`` expands when the model is read."""
 DatasetPathText = Annotated[str, AfterValidator(_expanded_text)]
-"""A folder or hub name; ``~`` and variables as in ``UserPath``."""
+"""A folder or hub name. ``~`` and variables expand as in ``UserPath``."""
 
 MAX_COUNT = (1 << 31) - 1
-"""Above any number of steps, tokens or seconds that a run can have; larger ones overflow somewhere in the middle."""
+"""Upper limit for counts of steps, tokens or seconds. No run reaches it, and larger values overflow mid-run."""
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FileStem = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""A name that can stand in a file name."""
+"""A name that is safe to use in a file name."""
 Weight = Annotated[float, Field(gt=0.0, le=1e3)]

@@ -1,8 +1,8 @@
-"""YAML recipe -> validated schema, strictly and without torch.
+"""Load a YAML recipe into its validated schema, strictly and without torch.
 
-1. Parse YAML with two mends: a key given twice is refused, and ``2e-5`` is a number.
+1. Parse YAML with two fixes: refuse duplicate keys, and read ``2e-5`` as a number.
 2. Apply ``section.key=value`` overrides from the command line.
-3. Validate against the pydantic schema; the first error becomes one line with a "did you mean".
+3. Validate against the pydantic schema. Report one error, on one line; an unknown key comes with a "did you mean".
 """
 
 import re
@@ -18,11 +18,11 @@ from anchor.errors import ConfigError, did_you_mean, shortened
 Schema = TypeVar("Schema", bound=BaseModel)
 
 _MAX_CHARACTERS = 1 << 18
-"""Of a file: PyYAML takes seconds for so many, and minutes for a megabyte of commas."""
+"""Longest YAML text. PyYAML takes seconds to parse this much, and minutes for a megabyte of commas."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads ``2e-5`` as a float."""
+    """SafeLoader that refuses duplicate and non-text keys and reads ``2e-5`` as a float."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[str, int] = {}
@@ -51,8 +51,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML strictly.
 
     Raises:
-        ConfigError: too long, nested too deep, malformed YAML, an impossible date, a duplicate key or one that is no
-            text, as one line that begins with ``where``.
+        ConfigError: the text is too long, nested too deep or malformed, or it has an impossible date, a duplicate key
+            or a key that is not text. The message is one line that begins with ``where``.
     """
     if len(text) > _MAX_CHARACTERS:
         raise ConfigError(f"{where}: has {len(text):,} characters, expected at most {_MAX_CHARACTERS:,}; is it YAML?")
@@ -65,7 +65,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: {' '.join(str(problem).split())}") from error
     except RecursionError as error:
         raise ConfigError(f"{where}: is nested too deep; is it YAML?") from error
-    except ValueError as error:  # what YAML takes for a date or a number, and is none
+    except ValueError as error:  # looks like a date or a number to YAML, but is invalid
         raise ConfigError(f"{where}: {error}; put text in quotes") from error
 
 
@@ -75,10 +75,10 @@ def load_recipe(path: str | Path, schema: type[Schema], overrides: Sequence[str]
     Args:
         path: YAML file.
         schema: the pydantic model of the whole recipe.
-        overrides: ``section.key=value``; the value is read as YAML, the section must exist or be new.
+        overrides: ``section.key=value``. The value is parsed as YAML, and a missing section is created.
 
     Raises:
-        ConfigError: missing file, malformed YAML, unknown or duplicate key, wrong type, missing value.
+        ConfigError: missing file, malformed YAML or override, unknown or duplicate key, wrong type, missing value.
     """
     file = Path(path)
     if not str(path) or not file.is_file():
@@ -96,7 +96,7 @@ def load_recipe(path: str | Path, schema: type[Schema], overrides: Sequence[str]
 
 
 def validate(raw: dict[str, Any], schema: type[Schema], where: str) -> Schema:
-    """Validate a parsed mapping; the first problem becomes one :class:`ConfigError` line."""
+    """Validate a parsed mapping, and report one problem as a one-line :class:`ConfigError`."""
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -121,7 +121,7 @@ def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     unknown = [p for p in problems if p["type"] == "extra_forbidden"]
     problem = (unknown or problems)[0]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    # The location of a tagged union holds the tag as one element; it is no key of the file.
+    # pydantic's location includes the tag of a tagged union, which is not a key of the file.
     path, model = _walk(schema, problem["loc"])
     name = ".".join(path)
     kind = problem["type"]
@@ -143,7 +143,7 @@ def _plain(message: str) -> str:
 
 
 def _walk(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
-    """The key path of a pydantic location, without union tags, and the model that holds its last key."""
+    """Return the key path of a pydantic location, without union tags, and the model that holds its last key."""
     path: list[str] = []
     holder: type[BaseModel] | None = schema
     candidates: list[type[BaseModel]] = [schema]
@@ -151,7 +151,7 @@ def _walk(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str
         if isinstance(element, int):
             path.append(str(element))
             continue
-        if len(candidates) > 1:  # a tagged union was entered: this element is the tag
+        if len(candidates) > 1:  # inside a tagged union, this element is the tag
             chosen = [m for m in candidates if element in _tags(m)]
             if chosen:
                 candidates = chosen

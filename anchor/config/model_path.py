@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a `.gguf` file or a name on the hub. One rule for every command."""
+"""Model paths: a folder, a `.gguf` file or a hub name. All commands share this rule."""
 
 import os
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from anchor.errors import ModelError
 
 _TRUE = ("1", "ON", "YES", "TRUE")
-"""What huggingface_hub reads as yes."""
+"""Values that huggingface_hub treats as true."""
 _WHOLE = ("config.json",)
 
 
@@ -28,18 +28,18 @@ class ModelPath:
 
 
 def resolve_model_path(path: str, files: tuple[str, ...] = _WHOLE) -> ModelPath:
-    """Tell a folder, a GGUF file and a hub name apart.
+    """Resolve a path to a folder, a GGUF file or a hub name.
 
-    A path that exists is local. ``owner/name`` that does not exist is a hub name: without a network
-    (``HF_HUB_OFFLINE``) one that the hub's cache holds. Everything else is missing.
+    A path that exists is local. ``owner/name`` that does not exist is a hub name. With ``HF_HUB_OFFLINE`` set, the
+    hub's cache must hold it. Any other path is an error.
 
     Args:
-        path: as the recipe or the command line gives it.
-        files: a folder must hold one of these; a tokenizer alone has no config.json.
+        path: path from the recipe or the command line.
+        files: a folder must hold one of these. A folder with only a tokenizer has no config.json.
 
     Raises:
-        ModelError: no such folder or file, a folder with none of ``files``, or an adapter where a model is wanted:
-            transformers would load its base with the adapter unmerged.
+        ModelError: the folder or file does not exist, or the folder has none of ``files``. An adapter in place of a
+            whole model is refused too: transformers would load its base with the adapter unmerged.
     """
     try:
         local = Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Every knob of the objectives, each with its source."""
+"""Settings of the objectives, each with its source."""
 
 from typing import Annotated, Literal
 
@@ -7,32 +7,33 @@ from pydantic import Field, model_validator
 from anchor.config.fields import Fraction, PositiveInt, Section
 
 DecodePrefix = Literal["none", "bos", "template"]
-"""What stands before the prefix vectors of a decode row; ids in `anchor/data/decode_prefix.py`."""
+"""Tokens before the prefix vectors of a decode row; `anchor/data/decode_prefix.py` finds their ids."""
 
 Similarity = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
-"""Of which side of a pair to which side of all pairs."""
+"""One side of a pair, compared with one side of all pairs."""
 
 
 class ContrastiveTerm(Section):
     """InfoNCE over the batch's documents and hard negatives; equations in `anchor/objectives/info_nce.py`."""
 
     temperature: Annotated[float, Field(gt=0.0)]
-    """Divides cosine similarities (dimensionless). The paper: 0.02."""
+    """Divides cosine similarities (dimensionless). The paper uses 0.02."""
     false_negative_margin: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
-    """A text whose cosine exceeds the pair's own by more than this (cosine units) is no negative of it; off when
-    absent. Qwen3-Embedding: 0.1; below zero it is NV-Retriever's TopK-MarginPos."""
+    """Drop a negative whose cosine exceeds the pair's own by more than this (cosine units); off when absent.
+    Qwen3-Embedding uses 0.1. A value below zero is NV-Retriever's TopK-MarginPos."""
     mask_known_matches: bool = True
-    """Leave texts that the batch itself knows to match out of a pair's negatives: copies of its query or positive, and
-    the partners of those copies. `false` counts every other text as a negative, as most trainers do (the paper's too);
-    for comparisons."""
+    """Exclude known matches from a pair's negatives: copies of its query or positive in the batch, and the partners of
+    those copies. `false` counts every other text as a negative, as most trainers and the paper do. Use it for
+    comparisons."""
     negatives: tuple[Similarity, ...] = ("query_to_document",)
-    """Similarities in a pair's denominator: of its query and of its document to all other documents and queries.
-    GTE: all four."""
+    """Similarities in a pair's denominator: its query and its document against all other documents and queries.
+    GTE uses all four."""
     softmax: Literal["joint", "per_side"] = "joint"
-    """One softmax per pair over all of `negatives`, or the mean of two: that of its query and that of its document."""
+    """`joint`: one softmax per pair over all of `negatives`. `per_side`: the mean of two losses, one with the query's
+    softmax and one with the document's."""
     matryoshka_dimensions: tuple[PositiveInt, ...] = ()
-    """Leading dimensions that must serve as embeddings by themselves, ascending, below the hidden size: the loss is
-    the mean over them and the whole embedding. None when empty."""
+    """Leading dimensions that must also work as embeddings, ascending and below the hidden size. The loss is the mean
+    over these and the full embedding. Off when empty."""
 
     @model_validator(mode="after")
     def _terms_fit(self) -> "ContrastiveTerm":
@@ -52,11 +53,11 @@ class ContrastiveTerm(Section):
 
 
 class JointContrastive(ContrastiveTerm):
-    """A contrastive term beside an objective's own, over the same embeddings."""
+    """Contrastive term added to another objective, over the same embeddings."""
 
     weight: Annotated[float, Field(gt=0.0)]
-    """Multiplies the contrastive loss (dimensionless); beside it reconstruction weighs 1, self-supervision what its own
-    weights say."""
+    """Multiplies the contrastive loss (dimensionless). Reconstruction has weight 1; self-supervision has its own
+    weights."""
 
 
 class ReconstructionObjective(Section):
@@ -64,21 +65,22 @@ class ReconstructionObjective(Section):
 
     kind: Literal["reconstruction"]
     alpha: Fraction
-    """Weight of query-to-document; document-to-query weighs 1 - alpha. The paper: 0.2. With 0 or 1 the other direction
+    """Weight of query-to-document; document-to-query has weight 1 - alpha. The paper uses 0.2. A direction of weight 0
     is not computed."""
     target: Literal["body", "instruction_and_body"] = "body"
-    """Targets: the bare text, or the text with the instruction that it carries; the anchor token ends both."""
+    """Text to reconstruct: the bare text, or the text with its instruction. The anchor token ends both."""
     decode_prefix: DecodePrefix = "none"
     """Tokens before the anchor vector in every decode row: none (the paper), the BOS token, or the template's prefix.
-    Behind a prefix the anchor vector is not the attention sink."""
+    With a prefix, the anchor vector is not the attention sink."""
     input_dropout: Fraction = 0.0
-    """Share of the decode inputs replaced by the zero vector while training (0 to 1). With 0 (the paper) the decoder
-    sees every word before a target; with 1 it predicts from the anchor vector and the position alone."""
+    """Share of the decode inputs that training replaces with the zero vector (0 to 1). At 0 (the paper) the decoder
+    sees every word before a target. At 1 it predicts from the anchor vector and the position alone."""
     anchor_vector: Literal["raw", "centred"] = "raw"
-    """What stands for a text in the decode pass: its anchor state as it is (the paper), or minus the mean state of its
-    frame (template and instruction) and scaled to RMS 1; `anchor/models/centres.py`. The embedding is the raw one."""
+    """Vector that represents a text in the decode pass. `raw` (the paper) is its anchor state. `centred` subtracts the
+    mean state of its frame (template and instruction) and scales to RMS 1; see `anchor/models/centres.py`. The
+    embedding is always the raw state."""
     contrastive: JointContrastive | None = None
-    """A contrastive term added to the loss, over the same encode pass; hard negatives are then encoded too."""
+    """Contrastive term added to the loss, over the same encode pass. Hard negatives are then encoded too."""
 
 
 class ContrastiveObjective(ContrastiveTerm):
@@ -88,25 +90,25 @@ class ContrastiveObjective(ContrastiveTerm):
 
 
 class LanguageModelObjective(Section):
-    """Next-token training on the bare texts of the pairs: the control that tells reconstruction from more text."""
+    """Next-token training on the bare texts of the pairs. This control shows how much of a gain is due to more text."""
 
     kind: Literal["language_model"]
 
 
 class SelfSupervisedObjective(Section):
-    """LLM2Vec-Gen (arXiv:2603.10913): trained special tokens of a frozen LLM represent its own answer to a query."""
+    """LLM2Vec-Gen (arXiv:2603.10913): trained special tokens of a frozen LLM represent its answer to a query."""
 
     kind: Literal["self_supervised"]
     alignment_weight: Annotated[float, Field(ge=0.0)]
-    """Weight of the mean squared distance between a query's embedding and the teacher's of its answer (squared
-    coordinates of the teacher). The paper: 1."""
+    """Weight of the mean squared distance between a query's embedding and the teacher's embedding of its answer
+    (squared coordinates of the teacher). The paper uses 1."""
     reconstruction_weight: Annotated[float, Field(ge=0.0)]
-    """Weight of the answer's negative log-likelihood (nats per token) behind the query's soft prompts. The paper: 1.
-    With 0 there is no decode pass."""
+    """Weight of the answer's negative log-likelihood (nats per token) after the query's soft prompts. The paper uses 1.
+    At 0 there is no decode pass."""
     decode_prefix: DecodePrefix = "none"
     """Tokens before the soft prompts in every decode row: none (the paper), the BOS token, or the template's prefix."""
     contrastive: JointContrastive | None = None
-    """A contrastive term added to the loss, over the embeddings of queries, positives and hard negatives, all of which
+    """Contrastive term added to the loss, over the embeddings of queries, positives and hard negatives. All of them
     are then encoded."""
 
     @model_validator(mode="after")

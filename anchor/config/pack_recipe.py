@@ -1,4 +1,4 @@
-"""Every knob of packing data: :class:`PackRecipe`."""
+"""Recipe for packing data: :class:`PackRecipe`."""
 
 from typing import Annotated, Literal
 
@@ -19,13 +19,13 @@ from anchor.config.fields import (
 
 
 class PresetTemplate(Section):
-    """A template that ships with the project, by family."""
+    """Built-in template of a model family."""
 
     kind: Literal["preset"]
     name: str
     """`chatml` (Qwen, SmolLM), `llama3`, `mistral` or `plain` (beginning of text, text, end of text)."""
     instruction_format: str = "{instruction}: {text}"
-    """How an instruction is joined to a text; must end in `{text}`."""
+    """Format that joins an instruction and a text; must end in `{text}`."""
 
 
 class ChatTemplate(Section):
@@ -33,7 +33,7 @@ class ChatTemplate(Section):
 
     kind: Literal["chat"]
     instruction_format: str = "{instruction}: {text}"
-    """How an instruction is joined to a text; must end in `{text}`."""
+    """Format that joins an instruction and a text; must end in `{text}`."""
 
 
 class CustomTemplate(Section):
@@ -45,23 +45,23 @@ class CustomTemplate(Section):
     suffix: str
     """Text after every segment; its last token is the anchor token."""
     instruction_format: str = "{instruction}: {text}"
-    """How an instruction is joined to a text; must end in `{text}`."""
+    """Format that joins an instruction and a text; must end in `{text}`."""
 
 
 class SpecialTokensTemplate(Section):
-    """Trained special tokens behind every text; they are added to the tokenizer (LLM2Vec-Gen, arXiv:2603.10913)."""
+    """Trained special tokens after every text; they are added to the tokenizer (LLM2Vec-Gen, arXiv:2603.10913)."""
 
     kind: Literal["special_tokens"]
     tokens: PositiveInt
-    """Special tokens behind every segment (P); their trained states are what represents a text. The paper: 10."""
+    """Special tokens at the end of every segment (P); their states represent the text. The paper uses 10."""
     prefix: str = ""
     """Text before every segment; special tokens by name."""
     suffix: str = ""
-    """Text between every text and its special tokens; none in the paper."""
+    """Text between every text and its special tokens; empty in the paper."""
     end: str | None = None
-    """Token, by name, that ends a decoded answer; the tokenizer's end-of-text token when absent."""
+    """Name of the token that ends a decoded answer; the tokenizer's end-of-text token when absent."""
     instruction_format: str = "{instruction}: {text}"
-    """How an instruction is joined to a text; must end in `{text}`."""
+    """Format that joins an instruction and a text; must end in `{text}`."""
 
 
 TemplateSection = Annotated[
@@ -70,7 +70,7 @@ TemplateSection = Annotated[
 
 
 class Columns(Section):
-    """Which columns of a table hold the sides of a pair."""
+    """Columns of a table that hold the sides of a pair."""
 
     query: str = "query"
     """Column of the query text."""
@@ -87,20 +87,20 @@ class E5Source(Section):
     path: UserPath
     """Folder of `NAME.jsonl`, `NAME.jsonl.gz` or `NAME.jsonl.zst`, or one such file."""
     only: tuple[str, ...] | None = None
-    """Names of the sources to take; all files of the folder when absent."""
+    """Names of the sources to use; all files of the folder when absent."""
     instructions: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Instructions of sources that the shipped preset does not know, or other ones; two alternate by row."""
+    """Instructions by source, for sources that the built-in preset lacks or to override it; two alternate by row."""
     symmetric: tuple[str, ...] = ()
-    """Further symmetric sources: both sides are the same kind of text (allnli and quora are by the preset)."""
+    """More symmetric sources: both sides are the same kind of text. The preset already marks allnli and quora."""
     symmetric_documents: Literal["instruction", "bare"] = "instruction"
-    """Give documents of symmetric sources the query's instruction, as echo embeddings and the STS evaluation do, or
-    leave them bare, as the released code of arXiv:2509.03020 does."""
+    """`instruction` gives documents of symmetric sources the query's instruction, as echo embeddings and the STS
+    evaluation do. `bare` leaves it out, as the released code of arXiv:2509.03020 does."""
     max_rows: PositiveInt | None = None
-    """Rows read of each source, the first ones; all when absent."""
+    """Read only this many rows from the start of each source; all when absent."""
     weights: dict[str, Weight] = Field(default_factory=dict)
-    """Weights of sources in the mixture; 1 when absent."""
+    """Mixture weights by source; 1 when absent."""
     languages: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Languages (ISO 639-1) of sources that the shipped preset does not know, or other ones."""
+    """Languages (ISO 639-1) by source, for sources that the built-in preset lacks or to override it."""
 
     @model_validator(mode="after")
     def _symmetric_has_an_effect(self) -> "E5Source":
@@ -112,7 +112,7 @@ class E5Source(Section):
 
 
 class _NamedSource(Section):
-    """What sources with a name of their own have in common."""
+    """Common fields of sources that the recipe names."""
 
     name: FileStem
     """Name of the source in the index and in the metrics."""
@@ -121,20 +121,21 @@ class _NamedSource(Section):
     `flag_embedding` (query, pos[], neg[]); `tevatron` (query, positive_passages[], negative_passages[], each with
     title and text)."""
     columns: Columns = Columns()
-    """Column names of the format `columns`; the other formats bring their own."""
+    """Column names of the format `columns`; the other formats define their own."""
     positives: Literal["first", "each"] = "first"
-    """Use the first of several positives of a row and count the others as `unused_positives`, or make each a pair of
-    its own. Two pairs of one query in one batch then mask each other's positive (`objective.mask_known_matches`)."""
+    """`first` uses the first positive of a row and counts the others as `unused_positives`. `each` makes one pair per
+    positive. Pairs with the same query in one batch then mask each other's positive (`objective.mask_known_matches`).
+    """
     instructions: tuple[str, ...]
-    """Instruction of the queries; two alternate by row; an empty list means none."""
+    """Instructions of the queries. Two alternate by row; an empty list means no instruction."""
     symmetric: bool = False
-    """Whether documents carry the instruction too."""
+    """Add the instruction to documents too."""
     max_rows: PositiveInt | None = None
-    """Rows read, the first ones; all when absent."""
+    """Read only this many rows from the start; all when absent."""
     weight: Weight = 1.0
-    """Multiplies the source's share of the mixture: 2 is two passes over it per epoch, 0.5 half a pass."""
+    """Multiplies the source's share of the mixture: 2 means two passes per epoch, 0.5 half a pass."""
     languages: tuple[str, ...] = ()
-    """Languages (ISO 639-1) of the texts; kept in the index and shown by `inspect`."""
+    """Languages (ISO 639-1) of the texts. The index stores them and `inspect` shows them."""
 
     @model_validator(mode="after")
     def _columns_belong_to_their_format(self) -> "_NamedSource":
@@ -152,7 +153,7 @@ class FilesSource(_NamedSource):
 
 
 class HubSource(_NamedSource):
-    """A dataset of the Hugging Face hub, or a local copy of one, through `datasets`."""
+    """A Hugging Face hub dataset, or a local copy, read with `datasets`."""
 
     kind: Literal["hub"]
     dataset: DatasetPathText
@@ -160,7 +161,7 @@ class HubSource(_NamedSource):
     config: str | None = None
     """Configuration of the dataset."""
     revision: str | None = None
-    """Branch, tag or commit of a hub dataset; only a commit stays the same while parts are packed and run again."""
+    """Branch, tag or commit of a hub dataset. Only a commit is sure to stay the same between packing runs."""
     split: str
     """Split of the dataset."""
 
@@ -170,7 +171,7 @@ SourceSection = Annotated[E5Source | FilesSource | HubSource, Field(discriminato
 
 class TextLimits(Section):
     max_tokens: PositiveInt
-    """Longest segment, template and instruction included; longer texts are cut and keep the anchor token."""
+    """Longest segment, including template and instruction. Longer texts are cut and keep the anchor token."""
     hard_negatives: NonNegativeInt
     """Hard negatives kept per pair; rows with fewer are refused (see `on_bad_row`)."""
 
@@ -181,7 +182,7 @@ class BatchShape(Section):
     pack_tokens: PositiveInt
     """Token budget of one pack: one forward pass of one rank."""
     pack_multiple: PositiveInt
-    """Packs per batch are a multiple of it; training works on every number of ranks that divides it."""
+    """The number of packs per batch is a multiple of this. Training can use any number of ranks that divides it."""
 
 
 class ProportionalMixture(Section):
@@ -191,56 +192,60 @@ class ProportionalMixture(Section):
 
 
 class CappedMixture(Section):
-    """Every pair once per epoch, but of no source more than so many; the next epoch goes on where this one stopped."""
+    """Every pair once per epoch, up to a cap per source. The next epoch continues where this one stopped."""
 
     kind: Literal["capped"]
     max_pairs: PositiveInt
-    """Pairs of one source in an epoch, at most; at least `batch.pairs`."""
+    """Most pairs of one source in an epoch. Must be at least `batch.pairs`."""
 
 
 class TemperatureMixture(Section):
-    """As many batches as the sources have, shared out as `pairs ** exponent`: small sources repeat, large ones take
-    several epochs (Conneau et al. 2020, arXiv:1911.02116, section 3.1, whose alpha is `exponent`)."""
+    """Batches shared among the sources in proportion to `pairs ** exponent`, with their total number unchanged.
+
+    Small sources repeat, and large ones take several epochs. Conneau et al. 2020 (arXiv:1911.02116, section 3.1) call
+    the exponent alpha.
+    """
 
     kind: Literal["temperature"]
     exponent: Fraction
-    """1 is proportional, 0 gives every source as many batches."""
+    """1 is proportional; 0 gives every source the same number of batches."""
 
 
 Mixture = Annotated[ProportionalMixture | CappedMixture | TemperatureMixture, Field(discriminator="kind")]
 
 
 class PackRecipe(Section):
-    """What `python -m data_prep pack` does."""
+    """Recipe of `python -m data_prep pack`."""
 
     output_dir: UserPath
-    """Folder of the shards; must be new or an unfinished run of the same recipe."""
+    """Folder for the shards. It must be new or hold an unfinished run of the same recipe."""
     seed: Seed
     """Seed of the shuffles."""
     tokenizer: ModelPathText
-    """Model folder, hub name or `.gguf` file whose tokenizer is used."""
+    """Model folder, hub name or `.gguf` file that has the tokenizer."""
     template: TemplateSection
-    """What surrounds every text."""
+    """Template around every text."""
     sources: tuple[SourceSection, ...] = Field(min_length=1)
-    """Where pairs come from."""
+    """Sources of the pairs."""
     text: TextLimits
     """Limits per text."""
     batch: BatchShape
     """Size of a batch and of its packs."""
     mixture: Mixture = ProportionalMixture(kind="proportional")
-    """How many batches of each source an epoch has."""
+    """Rule for the number of batches of each source in an epoch."""
     epochs: PositiveInt = 1
-    """Epochs written, each with pairs put into batches anew; training walks through them in turn."""
+    """Epochs to write, each with the pairs batched anew. Training uses them in turn."""
     prompts: dict[str, str] = Field(default_factory=dict)
-    """Instructions of the exported model's prompts by name: `query`, or an mteb task or task type such as `STS`;
-    `query` is the largest source's instruction when absent."""
+    """Instructions of the exported model's prompts, by name: `query`, an mteb task, or a task type such as `STS`.
+    Without `query`, that prompt is the largest source's instruction."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """Stop at the first row that cannot be used, or put it into `quarantine-SOURCE.jsonl` and count it. Such a row is
-    malformed, no UTF-8, lacks a field or negatives, or has a text that is empty, holds only control characters, a NUL
-    character or half a surrogate pair. Other rows are no mistake and never stop a run, they are dropped and counted:
-    pairs whose query equals the positive, and all but the first of equal pairs (query and positive) of a source."""
+    """`fail` stops at the first unusable row. `skip` moves it to `quarantine-SOURCE.jsonl` and counts it. A row is
+    unusable if it is malformed, is not UTF-8, or lacks a field or negatives. A row is also unusable if one of its texts
+    is empty, has only control characters, or has a NUL character or half a surrogate pair. Two kinds of pairs are not
+    errors; both settings drop and count them: pairs whose query equals the positive, and repeats of an earlier pair
+    (query and positive) of the source."""
     max_skipped_fraction: Fraction = 0.05
-    """Under `on_bad_row: skip`, the largest share of a source's rows that may be skipped; more is an error."""
+    """With `on_bad_row: skip`, the largest share of a source's rows that may be skipped. More is an error."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "PackRecipe":

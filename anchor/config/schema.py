@@ -1,7 +1,7 @@
-"""Every knob of the two recipes: packing data (:class:`PackRecipe`) and training (:class:`TrainRecipe`).
+"""Schemas of the two recipes: packing data (:class:`PackRecipe`) and training (:class:`TrainRecipe`).
 
-All models are frozen and forbid unknown keys. A field has a default only where it is right for
-everybody; coefficients from a paper have none. Units are in the field names or in the description.
+All models are frozen and forbid unknown keys. A field has a default only if the default suits everyone; coefficients
+from a paper have none. The field name or its description states the unit.
 """
 
 from anchor.config.objectives import (

@@ -1,4 +1,4 @@
-"""Every knob of training: :class:`TrainRecipe`."""
+"""Recipe for training: :class:`TrainRecipe`."""
 
 from typing import Annotated, Literal
 
@@ -19,13 +19,13 @@ class DataSection(Section):
 
 
 class FullTraining(Section):
-    """All parameters are trained."""
+    """Train all parameters."""
 
     kind: Literal["full"]
 
 
 class LoraTraining(Section):
-    """Low-rank adapters on the linear layers are trained (Hu et al. 2021, arXiv:2106.09685)."""
+    """Train low-rank adapters on the linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
     kind: Literal["lora"]
     r: PositiveInt
@@ -42,7 +42,7 @@ class LoraTraining(Section):
 
 
 class FrozenTraining(Section):
-    """Nothing of the backbone is trained, only the objective's own parameters; for `self_supervised`."""
+    """Freeze the backbone and train only the objective's own parameters; for `self_supervised`."""
 
     kind: Literal["frozen"]
 
@@ -51,21 +51,21 @@ class BackboneSection(Section):
     path: ModelPathText
     """Model folder, hub name or `.gguf` file of a Llama-, Qwen2-, Qwen3- or Mistral-type causal LM."""
     trained: Annotated[FullTraining | LoraTraining | FrozenTraining, Field(discriminator="kind")]
-    """Which parameters are trained."""
+    """Parameters of the backbone to train."""
     attention: Literal["flash", "varlen", "segments"]
-    """Packed attention: the flash-attn package, torch's own varlen kernel (CUDA), or one SDPA per segment."""
+    """Packed attention kernel: the flash-attn package, torch's varlen kernel (CUDA), or one SDPA call per segment."""
     direction: Literal["causal", "bidirectional"] = "causal"
-    """Whether a token attends to the tokens after it too (LLM2Vec, BehnamGhader et al. 2024, arXiv:2404.05961); the
-    exported `config.json` then says `"is_causal": false`, which transformers >= 5.2 obeys. Contrastive only."""
+    """With `bidirectional`, a token also attends to later tokens (LLM2Vec, BehnamGhader et al. 2024, arXiv:2404.05961).
+    The exported `config.json` then has `"is_causal": false`, which transformers >= 5.2 obeys. Contrastive only."""
     gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    """Recompute each layer in the backward pass. This saves memory and takes about a third more time."""
 
 
 class OptimSection(Section):
     """AdamW with linear warm-up and linear decay to zero."""
 
     lr: Annotated[float, Field(gt=0.0)]
-    """Highest learning rate."""
+    """Peak learning rate."""
     warmup_steps: NonNegativeInt
     """Steps of linear warm-up."""
     total_steps: NonNegativeInt
@@ -86,44 +86,45 @@ class OptimSection(Section):
 
 class EngineSection(Section):
     deepspeed: UserPath
-    """A file of ds_configs/: ZeRO and communication only."""
+    """DeepSpeed configuration, a file of ds_configs/: ZeRO and communication settings only."""
     dtype: Literal["bf16", "fp32"]
     """Compute and export dtype; master weights and optimiser state are always fp32."""
     log_every_steps: PositiveInt = 10
-    """One log line per so many steps; `metrics.jsonl` has every step."""
+    """Steps between log lines; `metrics.jsonl` has every step."""
     checkpoint_every_steps: PositiveInt | None = None
-    """A checkpoint every so many steps; one is always written at the end."""
+    """Steps between checkpoints. The end of the run always writes one."""
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of recent checkpoints to keep."""
     keep_every_steps: PositiveInt | None = None
-    """Checkpoints at multiples of so many steps are kept too, for good."""
+    """Also keep every checkpoint whose step is a multiple of this."""
     timeout_seconds: PositiveInt = 1800
-    """Longest that a step, a checkpoint or the export may take; then the run ends and names the step.
-    Collectives have a minute more."""
+    """Time limit for a step, a checkpoint or the export. A run that exceeds it ends and names the step. Collectives get
+    a minute more."""
 
 
 class EvaluationSection(Section):
-    """Loss and retrieval on pairs that are not trained on, while training."""
+    """Loss and retrieval on held-out pairs during training."""
 
     shards: UserPath
     """Held-out shards, packed with the same tokenizer and template."""
     every_steps: PositiveInt
-    """Evaluate every so many steps, and before the first and after the last."""
+    """Steps between evaluations. The run also evaluates before the first step and after the last."""
     max_batches: PositiveInt = 8
-    """The first so many batches are used; their documents are one pool."""
+    """Number of batches to use, from the first. Their documents form one pool."""
 
 
 class TelemetrySection(Section):
-    """Where metrics go besides `metrics.jsonl`."""
+    """Destinations of metrics besides `metrics.jsonl`."""
 
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """TensorBoard files in `output_dir/tensorboard`; Weights & Biases. One that cannot start stops the run."""
+    """TensorBoard (files in `output_dir/tensorboard`) and Weights & Biases. A logger that cannot start stops the run.
+    """
     wandb_project: str | None = None
-    """Project at Weights & Biases; required by its logger."""
+    """Weights & Biases project; required with the `wandb` logger."""
     wandb_mode: Literal["online", "offline"] = "online"
-    """`offline` writes to `output_dir/wandb`, for `wandb sync` later."""
+    """`offline` writes to `output_dir/wandb`; run `wandb sync` later."""
     peak_tflops: Annotated[float, Field(gt=0.0)] | None = None
-    """Peak bf16 TFLOP/s of one device, for model FLOP/s utilisation; by the GPU's name when absent."""
+    """Peak bf16 TFLOP/s of one device, for model FLOP/s utilisation. When absent, it is looked up by GPU name."""
 
     @model_validator(mode="after")
     def _wandb_has_a_project(self) -> "TelemetrySection":
@@ -133,29 +134,29 @@ class TelemetrySection(Section):
 
 
 class TrainRecipe(Section):
-    """What `python -m anchor.train` does."""
+    """Recipe of `python -m anchor.train`."""
 
     output_dir: UserPath
-    """Folder of run.yaml, metrics.jsonl, checkpoints/ and export/."""
+    """Folder for run.yaml, metrics.jsonl, checkpoints/ and export/."""
     seed: Seed
-    """Seed of the batch order, of dropout and of new parameters."""
+    """Seed of the batch order, dropout and new parameters."""
     data: DataSection
-    """What to train on."""
+    """Training data."""
     backbone: BackboneSection
-    """What is trained."""
+    """Model to train."""
     objective: Annotated[
         ReconstructionObjective | ContrastiveObjective | LanguageModelObjective | SelfSupervisedObjective,
         Field(discriminator="kind"),
     ]
-    """What is minimised."""
+    """Loss to minimise."""
     optim: OptimSection
-    """How it is minimised."""
+    """Optimiser settings."""
     engine: EngineSection
-    """How it is run."""
+    """Runtime settings."""
     evaluation: EvaluationSection | None = None
-    """Held-out evaluation while training; none when absent."""
+    """Held-out evaluation during training; off when absent."""
     telemetry: TelemetrySection = TelemetrySection()
-    """Further loggers."""
+    """Extra loggers."""
 
     @model_validator(mode="after")
     def _kernel_has_the_dtype(self) -> "TrainRecipe":

@@ -1,1 +1,1 @@
-"""Pairs, templates, packing and the on-disk format; everything but `batches` works without torch."""
+"""Pairs, templates, packing and the on-disk format. Only `batches` needs torch."""

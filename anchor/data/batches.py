@@ -1,10 +1,10 @@
 """Training order and this rank's packs.
 
-1. The batches of epoch e stand in the order ``permutation(seed, e)``; step s is position ``s mod N`` of epoch
-   ``s div N``. So a step number is all that resuming needs. Shards that hold several epochs (each pair in new
-   company) are walked through in turn: epoch e reads the e-th of them, and after the last the first again.
-2. Of a batch's K packs rank r of W takes packs ``r K/W ... (r+1) K/W``: every rank makes K/W forward calls.
-3. A thread reads and checks the next batches while the present one is trained on.
+1. Epoch e takes its N batches in the order ``permutation(seed, e)``. Step s is position ``s mod N`` of epoch
+   ``s div N``, so resuming needs only the step number. Shards may hold several epochs, which batch the pairs
+   differently. Epoch e of training then reads stored epoch e, and starts over after the last one.
+2. Rank r of W takes packs ``r K/W ... (r+1) K/W`` of a batch's K packs, so every rank makes K/W forward calls.
+3. A thread reads and checks the next batches while the current one trains.
 """
 
 from collections import deque
@@ -24,18 +24,18 @@ from anchor.errors import ShardError
 
 
 def batch_order(num_batches: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of an epoch's batches, int64; a pure function of its arguments."""
+    """Return the permutation of an epoch's batches, int64; a pure function of its arguments."""
     return np.random.default_rng([seed, epoch]).permutation(num_batches)
 
 
 def batch_of_step(index: Index, seed: int, step: int, orders: dict[int, np.ndarray]) -> int:
-    """Number of the batch that a step trains on; a pure function of the other arguments.
+    """Return the number of the batch that a step trains on; a pure function of ``index``, ``seed`` and ``step``.
 
     Args:
-        index: of the shards.
+        index: index of the shards.
         seed: seed of the order.
-        step: from 0.
-        orders: keeps the order of the epoch at hand.
+        step: step number, from 0.
+        orders: cache for the order of the current epoch.
     """
     size = index.batches_per_epoch
     epoch, position = divmod(step, size)
@@ -46,7 +46,7 @@ def batch_of_step(index: Index, seed: int, step: int, orders: dict[int, np.ndarr
 
 
 def rank_packs(num_packs: int, rank: int, world_size: int) -> range:
-    """Indices of a rank's packs.
+    """Return the indices of a rank's packs.
 
     Raises:
         ValueError: ``world_size`` does not divide ``num_packs``.
@@ -61,7 +61,7 @@ def check_ranks(pack_multiple: int, world_size: int, shards: Path, where: str) -
     """Refuse a number of ranks that does not divide ``pack_multiple``.
 
     Raises:
-        ShardError: with the numbers of ranks that would do.
+        ShardError: ``world_size`` does not divide ``pack_multiple``. The message lists the numbers of ranks that do.
     """
     if pack_multiple % world_size:
         divisors = [str(d) for d in range(1, pack_multiple + 1) if pack_multiple % d == 0]
@@ -74,16 +74,16 @@ def check_ranks(pack_multiple: int, world_size: int, shards: Path, where: str) -
 
 @dataclass(frozen=True, slots=True)
 class PackTensors:
-    """A pack as the models take it.
+    """Pack in the form that the models take.
 
     Attributes:
-        input_ids: tokens.
+        input_ids: token ids.
         position_ids: position of each token in its segment.
         cu_seqlens: segment boundaries.
         max_length: tokens of the longest segment.
-        pack: the numpy arrays it was made of.
-        teacher: float32, the teacher's embedding of each pair's positive, in the order of the queries; None where the
-            shards have none.
+        pack: the numpy arrays that the tensors were made from.
+        teacher: float32, the teacher's embedding of each pair's positive, in the order of the queries. None if the
+            shards have no teacher.
     """
 
     input_ids: Int[Tensor, " T"]
@@ -110,14 +110,14 @@ def to_tensors(pack: Pack, device: torch.device) -> PackTensors:
 def batch_stream(
     reader: ShardReader, seed: int, first_step: int, last_step: int, ahead: int = 2
 ) -> Iterator[tuple[int, Batch]]:
-    """``(step, batch)`` from a given step on, read ahead by a thread.
+    """Yield ``(step, batch)`` from a given step on; a thread reads ahead.
 
     Args:
         reader: the shards.
         seed: seed of the order.
-        first_step: step to begin with, from 0.
+        first_step: first step, from 0.
         last_step: step to stop before.
-        ahead: batches read in advance; no more are ever held.
+        ahead: most batches that the thread reads in advance.
     """
     orders: dict[int, np.ndarray] = {}
 

@@ -1,7 +1,7 @@
-"""A model's own chat template, rendered around a user's turn: prefix and suffix, or the reason why it gives none.
+"""Prefix and suffix of a model's chat template, rendered around a user's turn.
 
-A chat template is a program of the model's authors. It may leave out, repeat or alter the text, fail in any way, or run
-without end; all of these are refused.
+A chat template is a program by the model's authors. It may leave out, repeat or alter the text, fail, or never end. No
+template that does so is used.
 """
 
 import threading
@@ -15,9 +15,9 @@ _PROBES = (
     "\u241fText <b>&amp; \"1\" 'Two'\n- Three.\u241f",
     "\u241f" + "another, longer Text: \u00c9t\u00e9 \u6f22\u5b57 " * 200 + "\u241f",
 )
-"""Texts that show what a template does to its user's: upper case, escapes, cuts, lines joined."""
+"""Texts that reveal how a template alters the user's text: changed case, escapes, cuts, joined lines."""
 _SECONDS = 10.0
-# A template's own mistakes come as jinja's errors and as those of the expressions in it.
+# A faulty template raises jinja's errors or those of the expressions in it.
 _FAILURES = (
     *(TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError),
     *(MemoryError, ImportError),
@@ -25,14 +25,14 @@ _FAILURES = (
 
 
 def chat_frame(tokenizer: Any, **variables: Any) -> tuple[str, str] | None:
-    """Return the text that a tokenizer's chat template puts before and behind a user's text.
+    """Return the text that a tokenizer's chat template puts before and after a user's text.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        variables: of the template, such as ``add_generation_prompt``.
+        variables: template variables, such as ``add_generation_prompt``.
 
     Returns:
-        Text with special tokens by name, or None where the template leaves out or changes the user's text.
+        Prefix and suffix, with special tokens by name. None if the template leaves out or changes the user's text.
 
     Raises:
         ConfigError: the template fails, does not end, repeats the text, or frames two texts differently.
@@ -57,11 +57,11 @@ def chat_frame(tokenizer: Any, **variables: Any) -> tuple[str, str] | None:
 
 
 def ends_a_turn(tokenizer: Any, token: str) -> bool:
-    """Return whether a token ends texts, or an assistant's turn within a conversation, of a chat template.
+    """Return True if a token is the end-of-text token, or ends an assistant's turn in the chat template.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        token: by name.
+        token: name of the token.
     """
     if token == tokenizer.eos_token:
         return True
@@ -69,7 +69,7 @@ def ends_a_turn(tokenizer: Any, token: str) -> bool:
     turns = [("user", "A question."), ("assistant", answer), ("user", "Another question.")]
     try:
         rendered = _rendered(tokenizer, [{"role": role, "content": text} for role, text in turns], {})
-    except ConfigError:  # a template for one turn only
+    except ConfigError:  # the template supports only one turn
         return False
     return rendered.partition(answer)[2].lstrip().startswith(token)
 
@@ -83,7 +83,7 @@ def _rendered(tokenizer: Any, turns: list[dict[str, str]], variables: dict[str, 
         except _FAILURES as error:
             outcome.append(error)
 
-    # A thread, since a loop inside jinja cannot be interrupted; as a daemon it does not keep the program alive.
+    # A loop inside jinja cannot be interrupted, so render in a thread. A daemon does not keep the program alive.
     thread = threading.Thread(target=render, daemon=True, name="chat template")
     thread.start()
     thread.join(_SECONDS)

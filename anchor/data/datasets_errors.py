@@ -1,10 +1,10 @@
-"""Errors of the `datasets` library in one line that says what is wrong."""
+"""One-line messages for errors of the `datasets` library."""
 
 from anchor.errors import first_line
 
 
 def differing_columns(error: Exception) -> str | None:
-    """Name the columns that differ between the files of a dataset, where that is the error.
+    """Describe the columns that differ between the files of a dataset; return None for any other error.
 
     The library's own text begins with "Couldn't cast" and shows two schemas, or only announces types in its first line.
     """
@@ -21,7 +21,7 @@ def differing_columns(error: Exception) -> str | None:
 
 
 def datasets_line(error: Exception) -> str:
-    """Return what an error of `datasets` means, in one line."""
+    """Return one line that explains an error of `datasets`."""
     cause = error.__cause__
     return differing_columns(error) or (isinstance(cause, Exception) and differing_columns(cause)) or first_line(error)
 

@@ -1,7 +1,7 @@
-"""The tokens that may stand before the prefix vectors of a decode row.
+"""Optional tokens before the prefix vectors of a decode row.
 
-A language model makes the vector at position 0 its attention sink, whatever stands there. With tokens before it, the
-anchor vector (or the soft prompts) can carry what it has to say.
+A language model uses whatever vector is at position 0 as its attention sink. With tokens before them, the anchor vector
+or the soft prompts are free to carry information instead.
 """
 
 import json
@@ -14,10 +14,10 @@ from anchor.errors import ShardError
 
 
 def template_prefix_ids(shards: Path) -> list[int]:
-    """Return the ids of the template's prefix, with which every segment of the shards begins.
+    """Return the ids of the template's prefix, which begins every segment of the shards.
 
-    They come from the tokenizer's post-processor: a LlamaTokenizer, loaded again, may cut the prefix's text otherwise
-    than the one that the shards were packed with.
+    They come from the tokenizer's post-processor. A reloaded LlamaTokenizer may tokenize the prefix's text differently
+    from the tokenizer that packed the shards.
     """
     stored = read_tokenizer(shards / "tokenizer" / "tokenizer.json").encode("a")
     return stored.ids[: stored.special_tokens_mask.index(0)]
@@ -27,13 +27,13 @@ def decode_prefix_ids(kind: DecodePrefix, index: Index, shards: Path) -> tuple[i
     """Return the ids of a decode prefix.
 
     Args:
-        kind: ``none``; ``bos``: the tokenizer's BOS token, or, where it has none, the first token of the template's
-            prefix, or, where that is empty, the token that ends decoded texts; ``template``: the template's prefix.
-        index: of the shards.
-        shards: their folder.
+        kind: ``none``, ``bos`` or ``template`` (the template's prefix). ``bos`` is the tokenizer's BOS token. Without
+            one it is the first token of the template's prefix, or, if that is empty, the token that ends decoded texts.
+        index: index of the shards.
+        shards: folder of the shards.
 
     Raises:
-        ShardError: ``template``, but the template has no prefix.
+        ShardError: ``kind`` is ``template``, but the template has no prefix.
     """
     if kind == "none":
         return ()

@@ -1,4 +1,4 @@
-"""``index.json`` of a folder of shards: what it says, written last and atomically."""
+"""``index.json`` of a folder of shards. It is written last and atomically."""
 
 import hashlib
 import json
@@ -12,26 +12,27 @@ from anchor.errors import ShardError
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
 TEACHER_VERSION = 2
-"""Format version of shards with a teacher column; all others are of version 1."""
+"""Format version of shards with a teacher column; all other shards have version 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What ``index.json`` says.
+    """Contents of ``index.json``.
 
     Attributes:
         version: format version.
         tokenizer_sha256: fingerprint of ``tokenizer/tokenizer.json``.
         anchor_token_id: id of the last token of every segment.
-        template: prefix, suffix, instruction format; with trained special tokens their number and the end token.
+        template: prefix, suffix and instruction format. With trained special tokens, also their number and the end
+            token.
         recipe: the resolved recipe.
-        sources: per source: rows read, kept, dropped by reason, unused positives, batches, remainder, truncated,
-            tokens, traits.
+        sources: for each source, rows read, kept and dropped by reason, unused positives, batches, remainder,
+            truncated, tokens, traits.
         prompts: prompts of an exported model: ``query``, ``document`` and those that the recipe names.
-        shards: per file: file, bytes, sha256, batches, packs, tokens.
+        shards: for each file, file, bytes, sha256, batches, packs, tokens.
         end_token_id: id of the token that ends a decoded text; only with trained special tokens.
-        teacher: of the teacher column: model, dimension, prompt, normalized, and what else tells the model; None where
-            the shards have none.
+        teacher: model, dimension, prompt, normalized and other data that identifies the teacher. None if the shards
+            have no teacher column.
     """
 
     version: int
@@ -51,8 +52,8 @@ class Index:
 
     @property
     def num_epochs(self) -> int:
-        """Epochs that the folder holds, one after another, each of as many batches."""
-        return self.recipe.get("epochs", 1)  # absent where the program that packed knew only one
+        """Number of epochs in the folder. They follow one another and have the same number of batches."""
+        return self.recipe.get("epochs", 1)  # absent in shards from versions that packed only one epoch
 
     @property
     def batches_per_epoch(self) -> int:
@@ -63,7 +64,7 @@ class Index:
         return self.recipe["batch"]["pack_multiple"]
 
     def write(self, folder: Path) -> None:
-        """Write atomically: beside, then renamed. What the shards do not have is left out."""
+        """Write the index atomically: to a temporary file, then rename. Leave out fields that are None."""
         stored = {key: value for key, value in asdict(self).items() if value is not None}
         beside = folder / (INDEX_NAME + ".tmp")
         beside.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -74,7 +75,7 @@ def read_index(folder: Path) -> Index:
     """Read and check ``index.json``.
 
     Raises:
-        ShardError: no such folder, unfinished, unreadable or of another format version.
+        ShardError: the folder is missing or unfinished, or the index is unreadable or has another format version.
     """
     file = folder / INDEX_NAME
     if not folder.is_dir():
@@ -99,10 +100,10 @@ def read_index(folder: Path) -> Index:
 
 
 def _check(index: Index) -> None:
-    """Check the kinds of values that readers rely on: a damaged index may still be JSON.
+    """Check the types of the values that readers rely on: a damaged index may still be valid JSON.
 
     Raises:
-        ValueError: a value of another kind.
+        ValueError: a value has the wrong type, a count is below 1, or the index lists no shards.
         KeyError: a value is missing.
     """
     expected: dict[str, tuple[Any, type]] = {
@@ -131,5 +132,5 @@ def _check_kinds(values: dict[str, tuple[Any, type]]) -> None:
 
 
 def index_hash(folder: Path) -> str:
-    """sha256 (hex) of index.json: identifies the data of a run."""
+    """Return the sha256 (hex) of index.json, which identifies the data of a run."""
     return hashlib.sha256((folder / INDEX_NAME).read_bytes()).hexdigest()

@@ -2,7 +2,7 @@
 
 1. :func:`plan_packs`: longest-processing-time partition of a batch's pairs into the smallest multiple of
    ``pack_multiple`` packs that all fit the token budget.
-2. :func:`cu_seqlens`, :func:`position_ids`: what packed attention and RoPE need.
+2. :func:`cu_seqlens`, :func:`position_ids`: inputs of packed attention and RoPE.
 3. :func:`decode_plan`, :func:`answer_decode_plan`: indices that turn prefix vectors (anchor states, or soft prompts)
    and input embeddings into one packed decode pass.
 """
@@ -17,10 +17,10 @@ from anchor.data.records import POSITIVE, QUERY
 
 
 def partition_longest_first(lengths: Sequence[int], num_packs: int) -> list[list[int]]:
-    """Longest-processing-time partition (Graham 1969): each length, longest first, into the emptiest pack.
+    """Put each length, longest first, into the emptiest pack (longest-processing-time partition, Graham 1969).
 
-    The heaviest pack is at most 4/3 - 1/(3 num_packs) of the best possible. Ties go to the lower index, so the
-    result is a pure function of its arguments. Members of a pack are in ascending order.
+    The heaviest pack is at most 4/3 - 1/(3 num_packs) times the best possible. Ties go to the lower index, so the
+    result is a pure function of the arguments. Members of a pack are in ascending order.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     heap = [(0, pack) for pack in range(num_packs)]
@@ -33,15 +33,15 @@ def partition_longest_first(lengths: Sequence[int], num_packs: int) -> list[list
 
 
 def plan_packs(pair_tokens: Sequence[int], pack_tokens: int, pack_multiple: int) -> list[list[int]]:
-    """Cut a batch into the fewest packs, a multiple of ``pack_multiple``, none above ``pack_tokens``.
+    """Cut a batch into as few packs as fit ``pack_tokens``, in a multiple of ``pack_multiple``.
 
     Args:
-        pair_tokens: tokens of each pair, all its segments together.
-        pack_tokens: budget of a pack.
-        pack_multiple: the number of packs is a multiple of it; must divide the number of pairs.
+        pair_tokens: tokens of each pair, summed over its segments.
+        pack_tokens: token budget of a pack.
+        pack_multiple: the number of packs is a multiple of this; it must divide the number of pairs.
 
     Returns:
-        For each pack the indices of its pairs; none is empty.
+        The indices of each pack's pairs. No pack is empty.
 
     Raises:
         ValueError: a pair exceeds the budget, or ``pack_multiple`` does not divide the number of pairs.
@@ -50,7 +50,7 @@ def plan_packs(pair_tokens: Sequence[int], pack_tokens: int, pack_multiple: int)
         raise ValueError(f"{len(pair_tokens)} pairs cannot be cut into multiples of {pack_multiple} packs")
     if max(pair_tokens) > pack_tokens:
         raise ValueError(f"a pair of {max(pair_tokens)} tokens exceeds the pack's {pack_tokens}")
-    # No fewer can do: by their tokens, by those of which no two fit together, by how many of the shortest fit.
+    # Lower bounds: by total tokens, by pairs that cannot share a pack, by how many of the shortest pairs fit in one.
     least = max(
         -(-sum(pair_tokens) // pack_tokens),
         sum(2 * tokens > pack_tokens for tokens in pair_tokens),
@@ -65,36 +65,36 @@ def plan_packs(pair_tokens: Sequence[int], pack_tokens: int, pack_multiple: int)
 
 
 def cu_seqlens(lengths: np.ndarray) -> np.ndarray:
-    """Cumulative lengths with a leading zero, int32, as FlashAttention takes them."""
+    """Return cumulative lengths with a leading zero, int32, as FlashAttention takes them."""
     out = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=out[1:])
     return out
 
 
 def position_ids(lengths: np.ndarray) -> np.ndarray:
-    """Position of each token in its own segment, int64."""
+    """Return the position of each token in its segment, int64."""
     starts = np.repeat(cu_seqlens(lengths)[:-1], lengths)
     return np.arange(int(lengths.sum()), dtype=np.int64) - starts
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """One packed decode pass over all target segments.
+    """Index plan of one packed decode pass over all target segments.
 
     The row of a target segment is C decode prefix tokens, P prefix vectors and then the input embeddings of its body.
-    Its last body + 1 positions (the last prefix vector and the body) predict the body and then one token that ends it;
-    the positions before them predict nothing.
+    Its last body + 1 positions (the last prefix vector and the body) predict the body and then one end token. Earlier
+    positions predict nothing.
 
     Attributes:
         gather: int64 ``R``; index into ``cat([prefix vectors, input embeddings (T), decode prefix embeddings (C)])``
             for each decode token.
         lengths: int64 ``G``; decode tokens per target segment, C + P + body.
-        body_rows: int64; the decode tokens, of the ``R``, that are input embeddings of a body.
-        target_rows: int64 ``N``; the decode tokens that predict something (all of them where C is 0 and P is 1): only
-            their states go to the head.
-        targets: int64 ``N``; what each of them predicts.
+        body_rows: int64; indices of the ``R`` decode tokens that are input embeddings of a body.
+        target_rows: int64 ``N``; indices of the decode tokens that predict a token (all of them if C is 0 and P is 1).
+            Only their states go to the head.
+        targets: int64 ``N``; the token that each of them predicts.
         target_roles: int8 ``N``; role of the segment that each target belongs to.
-        target_pairs: int64 ``G``; ordinal of the pair in the pack of each target segment.
+        target_pairs: int64 ``G``; each target segment's pair, by its number in the pack.
     """
 
     gather: np.ndarray
@@ -117,22 +117,22 @@ def decode_plan(
     num_decode_prefix: int = 0,
     partner_of: np.ndarray | None = None,
 ) -> DecodePlan:
-    """Index plan of the decode pass: queries from their positives' anchors, positives from their queries'.
+    """Plan the decode pass of reconstruction: each side of a pair is decoded from the other side's anchor state.
 
-    Row of target segment s with partner p: ``[decode prefix, anchor(p), x[body(s)]]``, whose last body + 1 positions
-    predict ``[ids[body(s)], anchor token]``; the prefix vectors are the ``S`` anchor states of the pack's segments.
+    Row of target segment s with partner p: ``[decode prefix, anchor(p), x[body(s)]]``. Its last body + 1 positions
+    predict ``[ids[body(s)], anchor token]``. The prefix vectors are the ``S`` anchor states of the pack's segments.
 
     Args:
-        input_ids: tokens of the pack, ``T``.
+        input_ids: token ids of the pack, ``T``.
         segment_lengths, roles, body_starts, body_ends: per segment, ``S``; bodies are relative to the segment.
-            A pair's segments stand together, its query first, its positive second.
-        decoded_roles: which sides are targets; the other has no rows.
+            A pair's segments are adjacent: query, positive, hard negatives.
+        decoded_roles: roles of the targets; other segments have no rows.
         num_decode_prefix: C, tokens before the anchor state in every row.
-        partner_of: int64 ``S``; the segment whose anchor state a target is decoded from; by default the other side of
-            its own pair.
+        partner_of: int64 ``S``; the segment whose anchor state a target is decoded from. By default it is the other
+            side of the target's pair.
 
     Returns:
-        The plan; hard negatives are neither decoded nor decoded from.
+        The plan. Hard negatives are neither decoded nor decoded from.
     """
     targets_of = np.flatnonzero(np.isin(roles, decoded_roles))
     partners = (partners_of(roles) if partner_of is None else partner_of)[targets_of]
@@ -154,18 +154,18 @@ def decode_plan(
 def partners_of(roles: np.ndarray) -> np.ndarray:
     """Return the segment that holds the other side of each segment's pair, int64 ``S``.
 
-    A query's partner is the next segment, a positive's the one before; a hard negative has none (its entry is no
-    partner and must not be read).
+    A query's partner is the next segment, and a positive's is the previous one. A hard negative has no partner; do not
+    read its entry.
     """
     segments = np.arange(len(roles))
     return np.where(roles == QUERY, segments + 1, segments - 1)
 
 
 def wrong_partners_of(roles: np.ndarray, text_ids: np.ndarray) -> np.ndarray:
-    """Return, for each segment, the other side of another pair of the pack, int64 ``S``; -1 where there is none.
+    """Return, for each segment, the opposite side of another pair of the pack, int64 ``S``; -1 if no pair fits.
 
-    The other pair is the next one in the pack (cyclically) that shares neither text with the segment's own pair, so
-    that the partner is wrong indeed. Queries and positives only; the entries of hard negatives are -1.
+    The other pair is the next one in the pack (cyclically) that shares neither text with the segment's own pair. This
+    makes sure that the partner is wrong. Hard negatives have entry -1.
     """
     queries = np.flatnonzero(roles == QUERY)
     texts = text_ids[queries], text_ids[queries + 1]
@@ -190,21 +190,21 @@ def answer_decode_plan(
     end_token_id: int,
     num_decode_prefix: int = 0,
 ) -> DecodePlan:
-    """Index plan of the decode pass of self-supervision: each positive from its query's P soft prompts.
+    """Plan the decode pass of self-supervision: each positive is decoded from its query's P soft prompts.
 
-    Row of the positive of the q-th query: ``[decode prefix, p(q, 0) ... p(q, P-1), x[body]]``, whose last body + 1
+    Row of the positive of the q-th query: ``[decode prefix, p(q, 0) ... p(q, P-1), x[body]]``. Its last body + 1
     positions predict ``[ids[body], end token]``. The prefix vectors are the soft prompts of the pack's ``Q`` queries,
     in order and flat (``Q P`` rows).
 
     Args:
-        input_ids: tokens of the pack, ``T``; the indices into the input embeddings are into all of them.
+        input_ids: token ids of the whole pack, ``T``; indices into the input embeddings count all of them.
         segment_lengths, roles, body_starts, body_ends: per segment, ``S``; as in :func:`decode_plan`.
         num_prefix: P, soft prompts per query.
-        end_token_id: what follows the last token of a body.
+        end_token_id: id of the token that follows a body.
         num_decode_prefix: C, tokens before the soft prompts in every row.
 
     Returns:
-        The plan, one row per pair in the order of the queries; hard negatives are not decoded.
+        The plan, one row per pair in the order of the queries. Hard negatives are not decoded.
     """
     targets_of = np.flatnonzero(roles == POSITIVE)
     queries = (np.cumsum(roles == QUERY)[targets_of] - 1).astype(np.int64)
@@ -248,10 +248,10 @@ def _plan(
     decode_prefix = num_vectors + len(input_ids) + np.arange(num_decode_prefix)
     gather[(first[:, None] + np.arange(num_decode_prefix)).ravel()] = np.tile(decode_prefix, len(first))
     target_rows = np.flatnonzero(within >= num_prefix - 1)
-    # What a position predicts is the body token behind it; what the last one predicts is the end.
+    # Each position predicts the next body token; the last one predicts the end token.
     behind = np.repeat(body_first, sizes + 1) + position_ids(sizes + 1)
     ends = np.cumsum(sizes + 1) - 1
-    behind[ends] = body_first  # any token: replaced below
+    behind[ends] = body_first  # placeholder, replaced below
     targets = input_ids[behind].astype(np.int64)
     targets[ends] = end_ids
     return DecodePlan(

@@ -1,4 +1,4 @@
-"""The longest text that a model's position embeddings allow, by its ``config.json``."""
+"""Limit on text length from the position embeddings in a model's ``config.json``."""
 
 import json
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from typing import Any
 from anchor.errors import DataError
 
 _SHIFTING = ("dynamic", "longrope", "su")
-"""Kinds of scaled rotary embeddings whose frequencies depend on the longest text of a pack once it is long enough."""
+"""Kinds of scaled rotary embeddings whose frequencies depend on a pack's longest text once it is long enough."""
 
 
 def check_positions(config: Mapping[str, Any], model: str, max_tokens: int, where: str) -> None:
-    """Refuse texts that are longer than a model's positions, or long enough to change the other texts of their pack.
+    """Refuse texts that exceed a model's positions, or that are long enough to change other texts of their pack.
 
     Args:
-        config: the content of the model's ``config.json``.
-        model: where the model is, for the message.
+        config: parsed ``config.json`` of the model.
+        model: path or name of the model, for the message.
         max_tokens: longest text, template included.
-        where: beginning of the message; ends in the name of the limit.
+        where: beginning of the message; ends in the name of the setting.
 
     Raises:
         DataError: ``max_tokens`` is above the limit.
@@ -33,7 +33,7 @@ def check_positions(config: Mapping[str, Any], model: str, max_tokens: int, wher
         limit = min(filter(None, (positions, original)), default=None)
         reason = f"rope_type {kind}: beyond them the longest text of a pack changes the others"
     elif kind in ("yarn", "linear") and positions is not None and isinstance(factor := rope.get("factor"), int | float):
-        # Some models state the positions before scaling, others after.
+        # Some models state the number of positions before scaling, others after.
         limit, reason = max(positions, int(factor * (original or positions))), f"rope_type {kind}, factor {factor:g}"
     if limit is not None and max_tokens > limit:
         raise DataError(
@@ -42,7 +42,7 @@ def check_positions(config: Mapping[str, Any], model: str, max_tokens: int, wher
 
 
 def check_positions_of_folder(path: str, max_tokens: int, where: str) -> None:
-    """Do :func:`check_positions` where the path is a folder with a ``config.json``.
+    """Run :func:`check_positions` if the path is a folder with a ``config.json``; otherwise do nothing.
 
     Raises:
         DataError: ``max_tokens`` is above the limit, or the file is unreadable.

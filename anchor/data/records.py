@@ -1,4 +1,4 @@
-"""A pair as it comes from a source, and the checks that every pair passes once, at the boundary."""
+"""Pairs from a source, and the checks that every pair passes once, at the boundary."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -12,24 +12,24 @@ QUERY, POSITIVE, FIRST_NEGATIVE = 0, 1, 2
 """Roles of segments: 0 query, 1 positive, 2... hard negatives."""
 
 MAX_TEXT_CHARACTERS = 1 << 22
-"""Of a text: tokenising a longer one takes minutes, of which a model then sees the first page."""
+"""Longest text. Tokenising a longer one takes minutes, and the model then sees only its first page."""
 _SKIP = "; remove the row or use on_bad_row: skip"
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
-"""Unicode categories of control and formatting characters and of spaces."""
+"""Unicode categories of control characters, formatting characters and spaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A query, its document and mined negatives.
+    """A query, its document and its hard negatives.
 
     Attributes:
         query: bare text, without instruction.
-        positive: its document.
+        positive: document of the query.
         hard_negatives: mined negatives, as many as the recipe asks for.
         instruction: instruction of the query side, or None.
         source: name of the source.
         row: row number in the source, from 0.
-        symmetric: whether the documents carry the instruction too.
+        symmetric: True if the documents carry the instruction too.
     """
 
     query: str
@@ -41,7 +41,7 @@ class Pair:
     symmetric: bool
 
     def texts(self) -> tuple[str, ...]:
-        """Texts in order of role: query, positive, hard negatives."""
+        """Return the texts in order of role: query, positive, hard negatives."""
         return (self.query, self.positive, *self.hard_negatives)
 
 
@@ -56,20 +56,21 @@ def pair_from_row(
     symmetric: bool,
     hard_negatives: int,
 ) -> Pair:
-    """Check one row and make a :class:`Pair` of it.
+    """Check one row and build a :class:`Pair` from it.
 
     Args:
         row: the parsed row.
         where: ``file:line``, the beginning of every message.
-        number: row number in the source, from 0; alternates the instructions.
+        number: row number in the source, from 0; selects the instruction.
         source: name of the source.
         columns: names of the fields.
         instructions: none, one, or several that alternate by row.
-        symmetric: whether documents carry the instruction too.
-        hard_negatives: how many negatives are kept.
+        symmetric: True if documents carry the instruction too.
+        hard_negatives: number of negatives to keep.
 
     Raises:
-        DataError: not an object, missing field, wrong type, a text that is empty or no text, too few negatives.
+        DataError: the row is not an object, lacks a field, has an unusable text (see :func:`text_field`), or has too
+            few negatives.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
@@ -80,7 +81,7 @@ def pair_from_row(
         for column in columns.negatives:
             value = _field(row, column, where)
             texts = value if isinstance(value, list | tuple) else [value]
-            # A table has as many columns as its longest row has negatives, and nulls in the others.
+            # A table has a column for each negative of its longest row; shorter rows have nulls.
             negatives += [_checked(text, column, where, _SKIP) for text in texts if text is not None]
         if len(negatives) < hard_negatives:
             raise DataError(
@@ -98,22 +99,23 @@ def _field(row: Mapping[str, Any], column: str, where: str) -> Any:
 
 
 def text_field(row: Mapping[str, Any], column: str, where: str, mend: str = "") -> str:
-    """A field that holds a text that can be used.
+    """Return the text of a field, if it is usable.
 
     Args:
         row: the parsed row.
         column: name of the field.
         where: ``file:line``, the beginning of every message.
-        mend: what to do about an empty text, the end of such a message.
+        mend: advice at the end of a message about an empty text.
 
     Raises:
-        DataError: no such field, no text, an empty one, or one that is no UTF-8.
+        DataError: the field is missing or not a text. Or the text is empty or too long, holds only control characters,
+            or has a NUL character or half a surrogate pair.
     """
     return _checked(_field(row, column, where), column, where, mend)
 
 
 def is_usable(text: str) -> bool:
-    """Whether a side of a pair may be this text."""
+    """Return True if this text can be a side of a pair."""
     try:
         _checked(text, "", "", "")
     except DataError:
@@ -131,14 +133,14 @@ def _checked(value: Any, column: str, where: str, mend: str) -> str:
             f"{where}: field '{column}' has {len(value):,} characters, expected at most {MAX_TEXT_CHARACTERS:,}; cut it"
         )
     try:
-        value.encode()  # JSON can spell half a surrogate pair, which is no character
+        value.encode()  # JSON can encode half a surrogate pair, which is not a character
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: field '{column}' has half a surrogate pair at character {error.start + 1}"
         ) from error
     if "\0" in value:
         raise DataError(f"{where}: field '{column}' has a NUL character at character {value.index(chr(0)) + 1}")
-    # Stops at the first visible character, which is nearly always the first of all.
+    # This stops at the first visible character, which is nearly always the first character.
     if all(unicodedata.category(character) in _INVISIBLE for character in value):
         raise DataError(f"{where}: field '{column}' holds only control characters{mend}")
     return value

@@ -1,8 +1,8 @@
-"""The files of a retrieval task in MTEB's folder layout, and the README.md that tells `datasets` which is which."""
+"""Files of a retrieval task in MTEB's folder layout, and the README.md that describes them to `datasets`."""
 
 RETRIEVAL_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.jsonl")
 BEIR_JUDGEMENTS = "qrels/test.tsv"
-"""Where BEIR's own folders have their judgements, with the columns ``query-id``, ``corpus-id`` and ``score``."""
+"""Judgements file of BEIR's own folders, with the columns ``query-id``, ``corpus-id`` and ``score``."""
 RETRIEVAL_README = """---
 configs:
 - config_name: default

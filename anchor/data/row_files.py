@@ -1,9 +1,9 @@
-"""Files -> rows: JSON lines, CSV, TSV (each also as .gz or .zst) and Parquet, in constant memory.
+"""Read rows from JSON lines, CSV, TSV (each also as .gz or .zst) and Parquet files, in constant memory.
 
-Every row comes with its place. :func:`raw_rows` leaves JSON lines as bytes, so that whoever needs the row parses it, in
-another process perhaps. A row that cannot be parsed is passed on with its problem, so that the caller can put it aside;
-a file that cannot be read is a :class:`DataError`. So is a malformed CSV row of several lines: its quotes are wrong,
-and nobody knows how many rows it has swallowed.
+Every row comes with its place. :func:`raw_rows` leaves JSON lines as bytes, so that the caller can parse them later or
+in another process. A row that cannot be parsed is returned with its problem, so that the caller can quarantine it. A
+file that cannot be read is a :class:`DataError`. So is a malformed CSV row of several lines: its quotes are wrong, and
+it may have swallowed any number of rows.
 """
 
 import csv
@@ -29,12 +29,12 @@ _MAX_FIELD_CHARACTERS = 1 << 24
 
 
 class Place(NamedTuple):
-    """Where a row comes from; its text begins every message.
+    """Location of a row; its text begins every message about the row.
 
     Attributes:
         file: path, or name of a dataset.
         number: line from 1, or row from 0.
-        unit: what is counted, ``line`` or ``row``.
+        unit: ``line`` or ``row``.
     """
 
     file: str
@@ -49,10 +49,11 @@ class Row(NamedTuple):
     """One row.
 
     Attributes:
-        place: where it comes from.
-        value: the parsed row; the raw text when there is a problem; bytes of JSON that :func:`parsed` has yet to read.
-        problem: why it could not be parsed, or None.
-        unused_positives: positives of the row that the recipe leaves out.
+        place: location of the row.
+        value: the parsed row. JSON lines are bytes until :func:`parsed` reads them; a row with a problem keeps its raw
+            content, if there is any.
+        problem: reason why the row could not be parsed, or None.
+        unused_positives: number of the row's positives that the recipe leaves out.
     """
 
     place: Place
@@ -62,41 +63,41 @@ class Row(NamedTuple):
 
 
 class Meter:
-    """How many bytes of some files have been read, as they stand on disk, compressed or not."""
+    """Counter of the bytes read from files, as stored on disk (compressed or not)."""
 
     def __init__(self) -> None:
         self._finished_bytes = 0
-        self._tell: Callable[[], int] = int  # none
+        self._tell: Callable[[], int] = int  # int() is 0: no file is open
 
     @property
     def read_bytes(self) -> int:
         return self._finished_bytes + self._tell()
 
     def begin(self, tell: Callable[[], int]) -> None:
-        """A file is opened; ``tell`` gives the position in it."""
+        """Start counting a file; ``tell`` returns the position in it."""
         self._tell = tell
 
     def end(self, file: Path) -> None:
-        """The file is closed."""
+        """Count the whole file as read."""
         self._finished_bytes += file.stat().st_size
         self._tell = int
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """Rows of a file of :data:`TABLE_SUFFIXES`, in order.
+    """Yield the rows of a file with one of :data:`TABLE_SUFFIXES`, in order.
 
     Raises:
-        DataError: the file cannot be read or decompressed; a table has no usable header, or a malformed row of several
-            lines.
+        DataError: the file cannot be read or decompressed, or a table has no usable header or has a malformed row of
+            several lines.
     """
     return map(parsed, raw_rows(file, Meter()))
 
 
 def raw_rows(file: Path, meter: Meter) -> Iterator[Row]:
-    """Rows as :func:`read_rows` gives them, but JSON lines not yet parsed.
+    """Yield the rows of :func:`read_rows`, but leave JSON lines unparsed.
 
     Raises:
-        DataError: as there.
+        DataError: see :func:`read_rows`.
     """
     kind = kind_of(file)
     try:
@@ -112,24 +113,24 @@ def raw_rows(file: Path, meter: Meter) -> Iterator[Row]:
 
 
 def kind_of(file: Path) -> str:
-    """Return the last suffix of a file's name, without that of a compression."""
+    """Return the last suffix of a file's name, ignoring a compression suffix."""
     return file.name.removesuffix(file.suffix if file.suffix in _CODECS else "").rpartition(".")[2]
 
 
 def stream_rows(name: str, stream: io.BufferedReader, kind: str) -> Iterator[Row]:
-    """Rows of an open ``jsonl``, ``csv`` or ``tsv`` file as :func:`raw_rows` gives them.
+    """Yield the rows of an open ``jsonl``, ``csv`` or ``tsv`` file, as :func:`raw_rows` does.
 
     Raises:
-        DataError: a table has no usable header, or a malformed row of several lines.
+        DataError: a table has no usable header or has a malformed row of several lines.
     """
     return _lines(name, stream) if kind == "jsonl" else _csv_rows(name, stream, kind)
 
 
 def open_input(file: Path, meter: Meter | None = None) -> io.BufferedReader:
-    """The bytes of a text file, decompressed as its suffix says; a meter is told how far it is read.
+    """Open a text file for reading bytes, decompressed according to its suffix; a meter tracks the position.
 
     Raises:
-        DataError: a compressed file of 0 bytes; text in UTF-16 or UTF-32.
+        DataError: a compressed file has 0 bytes, or the text is UTF-16 or UTF-32.
         OSError: the file cannot be read or decompressed.
     """
     codec = _CODECS.get(file.suffix)
@@ -147,10 +148,10 @@ def open_input(file: Path, meter: Meter | None = None) -> io.BufferedReader:
 
 
 def refuse_zero_bytes(file: Path) -> None:
-    """Refuse a compressed file of 0 bytes: decompressors take it for an empty one, but no compressor writes it.
+    """Refuse a compressed file of 0 bytes: decompressors accept it as empty, but no compressor writes it.
 
     Raises:
-        DataError: there is nothing in it.
+        DataError: the file is compressed and has 0 bytes.
     """
     if file.suffix in _CODECS and file.stat().st_size == 0:
         raise DataError(
@@ -160,10 +161,10 @@ def refuse_zero_bytes(file: Path) -> None:
 
 
 def refuse_wide_text(name: str, stream: io.BufferedReader) -> None:
-    """Refuse text in UTF-16 or UTF-32, by its byte order mark or by every other byte being NUL.
+    """Refuse UTF-16 and UTF-32 text, detected by its byte order mark or by every other byte being NUL.
 
     Raises:
-        DataError: it is.
+        DataError: the text is UTF-16 or UTF-32.
     """
     head = stream.peek(4)[:4]
     found = next((encoding for mark, encoding in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
@@ -174,7 +175,7 @@ def refuse_wide_text(name: str, stream: io.BufferedReader) -> None:
 
 
 def open_output(file: Path) -> BinaryIO:
-    """A new file, compressed as its suffix says; equal contents give equal bytes."""
+    """Create a file for writing, compressed according to its suffix. Equal contents give equal bytes."""
     codec = _CODECS.get(file.suffix)
     if codec is None:
         return file.open("wb", buffering=_BUFFER_BYTES)
@@ -191,7 +192,7 @@ def _lines(name: str, lines: Iterable[bytes]) -> Iterator[Row]:
 
 
 def parsed(row: Row) -> Row:
-    """The row with its JSON parsed, or with the reason why it cannot be; other rows as they are."""
+    """Return a row with its JSON parsed, or with the reason why it cannot be parsed. Return other rows unchanged."""
     line, place = row.value, row.place
     if not isinstance(line, bytes):
         return row
@@ -212,9 +213,9 @@ def parsed(row: Row) -> Row:
 
 
 def _csv_rows(name: str, stream: io.BufferedReader, kind: str) -> Iterator[Row]:
-    """Rows by header. A CSV text may be quoted and then hold line ends; TSV knows no quotes (IANA's definition)."""
-    csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # the module's own 131,072 is less than a long document
-    # Bytes that are no UTF-8 become surrogates, to be refused row by row.
+    """Yield rows by header. A quoted CSV field may hold line ends; TSV has no quoting (IANA's definition)."""
+    csv.field_size_limit(_MAX_FIELD_CHARACTERS)  # the csv module's default of 131,072 is too short for long documents
+    # Bytes that are not UTF-8 become surrogates, so that they can be refused row by row.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         if kind == "tsv":
             yield from _table_rows(name, csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True), "TSV")
@@ -252,7 +253,7 @@ def _table_rows(name: str, reader: Any, kind: str) -> Iterator[Row]:
 
 
 def _refuse_lines(place: Place, last: int, problem: str) -> None:
-    """Refuse a malformed row that a quote has made of several lines, up to ``last``: they may have been good rows."""
+    """Refuse a malformed row that a quote has stretched over several lines, up to ``last``: they may hold good rows."""
     if last > place.number:
         raise DataError(
             f"{place}: {problem}; a quote makes one row of lines {place.number} to {last}: close it, or double it "
@@ -291,11 +292,11 @@ def _parquet_rows(file: Path, meter: Meter) -> Iterator[Row]:
 
 
 def _values(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows; in a batch with a time that Python has no number for, all times are numbers, as they are stored."""
+    """Return the rows of a batch. If Python cannot represent a time in it, return all its times as stored numbers."""
     try:
         return batch.to_pylist()
     except (OverflowError, ValueError):
-        # Times are no texts: no layout reads them, but they belong to a row that is put aside.
+        # No layout reads times, since they are not texts, but a quarantined row includes them.
         return batch.cast(pa.schema([field.with_type(_timeless(field.type)) for field in batch.schema])).to_pylist()
 
 

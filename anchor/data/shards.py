@@ -1,20 +1,20 @@
-"""The on-disk format, and its one owner: Arrow IPC files of packed batches, and ``index.json``.
+"""On-disk format of packed batches: Arrow IPC files and ``index.json``. This module owns the format.
 
 A folder of shards holds
 
 * ``NNNNN.arrow``: Arrow IPC files, read by memory map. **One Arrow record batch is one training batch, one row
-  is one pack.** Columns per row: ``input_ids: list<int32>`` (all segments of the pack, one after another),
+  is one pack.** Columns per row: ``input_ids: list<int32>`` (all segments of the pack, concatenated),
   ``segment_lengths``, ``body_starts``, ``body_ends: list<int32>`` (per segment; bodies relative to it),
   ``roles: list<int8>`` (0 query, 1 positive, 2... hard negatives), ``pair_ids: list<int64>`` (row in the source)
-  and ``text_ids: list<int64>`` (xxh3 of the text), both per segment. Shards that `data_prep teach` wrote (format
-  version 2) have one more, ``teacher: list<float16>``: the teacher's embedding of each pair's positive, one after
-  another in the order of the queries.
-* Each record batch's own metadata, key ``anchor``: JSON with ``source``, ``pairs``, ``query_target_tokens``,
+  and ``text_ids: list<int64>`` (xxh3 of the text), both per segment. Shards from `data_prep teach` (format version 2)
+  have one more column, ``teacher: list<float16>``: the teacher's embeddings of the pairs' positives, concatenated in
+  the order of the queries.
+* The custom metadata of each record batch, key ``anchor``: JSON with ``source``, ``pairs``, ``query_target_tokens``,
   ``document_target_tokens`` and ``xxh3`` (of the other four and of all columns; checked at every read).
 * ``tokenizer/``: the tokenizer with the template in its post-processor.
 * ``index.json`` (:mod:`anchor.data.index`), written last and atomically: a folder without it is unfinished.
 
-The writer cuts a new file every ``batches_per_shard`` batches.
+The writer starts a new file every ``batches_per_shard`` batches.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ __all__ = [
 BATCHES_PER_SHARD = 256
 _RESIDENT_BYTES = 1 << 24
 _MAX_OPEN = 256
-"""Files mapped at a time."""
+"""Most files mapped at a time."""
 _COLUMNS: dict[str, Any] = {
     "input_ids": np.int32,
     "segment_lengths": np.int32,
@@ -74,7 +74,7 @@ def _schema(columns: dict[str, Any]) -> pa.Schema:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One forward pass: segments of whole pairs, flat.
+    """One forward pass: the segments of whole pairs, flat.
 
     Attributes:
         input_ids: int32 ``T``.
@@ -83,8 +83,8 @@ class Pack:
         roles: int8 ``S``.
         pair_ids: int64 ``S``; row of the pair in its source.
         text_ids: int64 ``S``; equal for equal texts.
-        teacher: float16 ``N H_t``; the teacher's embedding of each pair's positive, in the order of the queries; None
-            where the shards have none.
+        teacher: float16 ``N H_t``; the teacher's embedding of each pair's positive, in the order of the queries. None
+            if the shards have no teacher.
     """
 
     input_ids: np.ndarray
@@ -105,7 +105,10 @@ class Pack:
         return int((self.roles == QUERY).sum())
 
     def select(self, keep: np.ndarray) -> "Pack":
-        """The pack with only the segments where ``keep`` (bool ``S``) is True; a teacher's row stays with its query."""
+        """Return the pack with only the segments where ``keep`` (bool ``S``) is True.
+
+        A teacher row is kept if its query is.
+        """
         if keep.all():
             return self
         tokens = np.repeat(keep, self.segment_lengths)
@@ -136,7 +139,7 @@ class Batch:
 
 
 def make_batch(packs: Sequence[Pack], source: str) -> Batch:
-    """A batch with its target-token counts."""
+    """Return a batch of ``packs`` with its target-token counts."""
     counts = {0: 0, 1: 0}
     for pack in packs:
         target = pack.body_ends - pack.body_starts + 1
@@ -155,13 +158,13 @@ def _checksum(meta: dict[str, Any], columns: dict[str, tuple[np.ndarray, np.ndar
 
 
 class ShardWriter:
-    """Writes batches into numbered files of a folder.
+    """Writer of batches to numbered files in a folder.
 
     Args:
-        folder: where the files go; must exist.
+        folder: folder for the files; must exist.
         batches_per_shard: batches per file.
-        first_shard: number of the first file, where several writers share a folder.
-        teacher: whether the batches have a teacher's embeddings.
+        first_shard: number of the first file, for several writers that share a folder.
+        teacher: True if the batches have a teacher's embeddings.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class ShardWriter:
         """Append one batch."""
         if self._writer is None:
             self._path = self.folder / f"{self.first_shard + len(self.shards):05d}.arrow"
-            # Beside, then renamed: a process that still maps an older file of this name keeps it.
+            # Write to a temporary file, then rename: a process that still maps an older file of this name keeps it.
             self._writer = pa.ipc.new_file(f"{self._path}.tmp", self._schema)
         arrays, columns = [], {}
         for name, dtype in self._columns.items():
@@ -209,7 +212,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Finish the file at hand."""
+        """Finish the current file."""
         if self._writer is None:
             return
         self._writer.close()
@@ -223,13 +226,13 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Random access to the batches of a folder, by memory map; files are opened when first needed.
+    """Random access to the batches of a folder by memory map. Files are opened on first use.
 
     Args:
-        folder: folder written by ``data_prep pack``.
+        folder: folder written by ``data_prep pack`` or ``data_prep teach``.
 
     Raises:
-        ShardError: unfinished folder, missing or altered file.
+        ShardError: the folder is missing or unfinished, or its index is not readable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -239,7 +242,7 @@ class ShardReader:
         self._schema = _schema(self._columns)
         self._program = f"`python -m data_prep {'pack' if self.index.teacher is None else 'teach'}`"
         self._first = np.cumsum([0] + [shard["batches"] for shard in self.index.shards])
-        # Batches that were read keep the memory map of a file that goes.
+        # Batches already read keep the memory map of an evicted file alive.
         self._files: Recent[int, tuple[pa.RecordBatchFileReader, mmap.mmap]] = Recent(_MAX_OPEN)
         self._resident_bytes = 0
 
@@ -247,7 +250,7 @@ class ShardReader:
         return int(self._first[-1])
 
     def where(self, batch: int) -> str:
-        """``FILE: batch N``, the beginning of every message about a batch."""
+        """Return ``FILE: batch N``, the beginning of every message about a batch."""
         return f"{self.folder / self.index.shards[self._shard_of(batch)]['file']}: batch {batch}"
 
     def read(self, batch: int) -> Batch:
@@ -262,14 +265,14 @@ class ShardReader:
         try:
             file, _ = self._files.get(shard, partial(self._open, shard))
             record, custom = file.get_batch_with_custom_metadata(local)
-            record.validate()  # lengths and buffers fit: else reading an altered file could leave the memory map
+            record.validate()  # check lengths and buffers: reading an altered file could leave the memory map
             meta = json.loads(custom[b"anchor"])
             stored = meta.pop("xxh3")
             columns = {name: _views(record.column(name)) for name in self._columns}
             intact = _checksum(meta, columns) == stored
             self._release(record.nbytes)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the system's refusal says nothing of the file
+            if isinstance(error, OSError) and error.errno is not None:  # a system error does not mean a bad file
                 raise ShardError(f"{where}: cannot be read: {error.strerror}; mend that and start again") from error
             raise ShardError(f"{where}: unreadable ({type(error).__name__}); {mend}") from error
         if not intact:
@@ -296,14 +299,14 @@ class ShardReader:
         with self._path(shard).open("rb") as opened:
             pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         file = pa.ipc.open_file(pa.py_buffer(pages))
-        if not file.schema.equals(self._schema):  # the checksum covers the bytes, not what they mean
+        if not file.schema.equals(self._schema):  # the checksum covers the bytes, not their types
             raise pa.ArrowInvalid("schema differs")
         return file, pages
 
     def _release(self, num_bytes: int) -> None:
-        """Hand pages that were read back to the page cache now and then; a view that still needs one reads it again.
+        """Return read pages to the page cache now and then; a view that still needs one reads it again.
 
-        Otherwise every page that was ever read counts as this process's memory.
+        Otherwise every page ever read counts as this process's memory.
         """
         self._resident_bytes += num_bytes
         if self._resident_bytes > _RESIDENT_BYTES:
@@ -324,7 +327,7 @@ class ShardReader:
         """Compare every file's sha256 with the index.
 
         Raises:
-            ShardError: the first file that differs, by name.
+            ShardError: a file differs. The message names the first one.
         """
         for number, shard in enumerate(self.index.shards):
             path = self._path(number)
@@ -334,10 +337,10 @@ class ShardReader:
 
 
 def _views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and values of a list column, without copying."""
+    """Return the offsets and values of a list column, without copying."""
     return column.offsets.to_numpy(), column.values.to_numpy()
 
 
 def text_id(text: str) -> int:
-    """Signed 64-bit xxh3 of a text."""
+    """Return the signed 64-bit xxh3 of a text."""
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) - (1 << 63)

@@ -1,8 +1,8 @@
-"""Templates: the prefix and suffix around every text, ending in the anchor token, and how instructions join.
+"""Templates: prefix and suffix of every text, ending in the anchor token, and the instruction format.
 
-A template is data. It comes from a preset, from the model's own chat template or from the recipe, is
-stored with shards and exported models, and lives in the tokenizer's post-processor, so that training
-and every later consumer produce the same ids.
+A template is data. It comes from a preset, from the model's own chat template or from the recipe. Shards and exported
+models store it. The tokenizer's post-processor holds it, so that training and every later consumer produce the same
+ids.
 """
 
 import logging
@@ -18,7 +18,7 @@ from anchor.errors import ConfigError, did_you_mean
 log = logging.getLogger(__name__)
 
 _SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+"""SentencePiece's character for a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class Template:
         prefix: text before every segment.
         suffix: text after every segment; its last token is the anchor token.
         instruction_format: format string that ends in ``{text}``.
-        special_tokens: trained special tokens that ``suffix`` ends in; 0 where the anchor token is the model's own.
+        special_tokens: number of trained special tokens at the end of ``suffix``; 0 if the anchor token is the model's
+            own.
         end: name of the token that ends a decoded text; only with special tokens.
     """
 
@@ -40,19 +41,19 @@ class Template:
     end: str | None = None
 
     def instructed(self, text: str, instruction: str | None) -> tuple[str, int]:
-        """The text with its instruction, and the character at which the bare text begins."""
+        """Return the text with its instruction, and the character index where the bare text begins."""
         if instruction is None:
             return text, 0
         head = self.instruction_head(instruction)
         return head + text, len(head)
 
     def instruction_head(self, instruction: str) -> str:
-        """What stands before a text that carries ``instruction``: the prompt of the exported model."""
+        """Return the text that ``instruction`` puts before a text: the prompt of the exported model."""
         head, _, _ = self.instruction_format.rpartition("{text}")
         return head.replace("{instruction}", instruction)
 
     def to_json(self) -> dict[str, Any]:
-        """What shards and exported models store; ``Template(**stored)`` reads it."""
+        """Return the dict that shards and exported models store; ``Template(**stored)`` reads it."""
         stored = {"prefix": self.prefix, "suffix": self.suffix, "instruction_format": self.instruction_format}
         if not self.special_tokens:
             return stored
@@ -60,7 +61,7 @@ class Template:
 
 
 def special_token_names(count: int) -> list[str]:
-    """Names of the trained special tokens, in order."""
+    """Return the names of the trained special tokens, in order."""
     return [f"<|anchor_{number}|>" for number in range(count)]
 
 
@@ -70,7 +71,7 @@ PRESETS: dict[str, tuple[str, str]] = {
     "mistral": ("<s>[INST] ", " [/INST]</s>"),
     "plain": ("{bos}", "{eos}"),
 }
-"""Prefix and suffix per family; ``{bos}`` and ``{eos}`` are the tokenizer's own (an absent bos is left out)."""
+"""Prefix and suffix per family; ``{bos}`` and ``{eos}`` are the tokenizer's own. A missing bos is left out."""
 
 
 def resolve_template(
@@ -78,15 +79,16 @@ def resolve_template(
     tokenizer: Any,
     where: str = "template",
 ) -> Template:
-    """Make the template that a recipe names.
+    """Build the template that a recipe selects.
 
     Args:
         section: the recipe's ``template`` section.
-        tokenizer: a transformers tokenizer; read for its chat template, bos and eos.
+        tokenizer: a transformers tokenizer with the chat template, bos and eos.
         where: beginning of error messages.
 
     Raises:
-        ConfigError: unknown preset, or a tokenizer without chat template or end-of-text token.
+        ConfigError: the preset is unknown, the tokenizer lacks a chat template or end-of-text token that the section
+            needs, or the chat template cannot be used.
     """
     if isinstance(section, CustomTemplate):
         return Template(section.prefix, section.suffix, section.instruction_format)
@@ -101,7 +103,7 @@ def resolve_template(
             raise ConfigError(f"{where}: unknown preset '{section.name}'{did_you_mean(section.name, PRESETS)}")
         prefix, suffix = PRESETS[section.name]
         if section.name == "mistral" and not puts_space_first(tokenizer.backend_tokenizer):
-            # Its tekken tokenizers put no space between [INST] and the text, and would make a token of one.
+            # Mistral's tekken tokenizers put no space between [INST] and the text; a space would become a token.
             prefix, suffix = prefix.rstrip(), suffix.lstrip()
         if "{eos}" in suffix and not tokenizer.eos_token:
             raise ConfigError(f"{where}: the tokenizer has no end-of-text token; use a template of kind custom")
@@ -120,7 +122,7 @@ def resolve_template(
 
 
 def _warn_of_other_ends(tokenizer: Any, suffix: str, where: str) -> None:
-    """Warn of a chat template whose user's turn ends in ``[/INST]`` or the assistant's header."""
+    """Warn if the chat template ends a user's turn in something other than an end token, such as ``[/INST]``."""
     ids = template_ids(tokenizer.backend_tokenizer, suffix)
     last = tokenizer.backend_tokenizer.id_to_token(ids[-1]) if ids else None
     if last is not None and not ends_a_turn(tokenizer, last):
@@ -135,13 +137,13 @@ def _warn_of_other_ends(tokenizer: Any, suffix: str, where: str) -> None:
 
 
 def puts_space_first(backend: Tokenizer) -> bool:
-    """Return whether a tokenizer puts a space before every text, as SentencePiece's do."""
+    """Return True if a tokenizer puts a space before every text, as SentencePiece tokenizers do."""
     alone = backend.encode("a", add_special_tokens=False).tokens
     return bool(alone) and alone[0].startswith(_SPACE)
 
 
 def template_ids(backend: Tokenizer, text: str) -> list[int]:
-    """Ids of template text, special tokens recognised by name."""
+    """Return the ids of template text, with special tokens recognised by name."""
     if not text:
         return []
     before = backend.encode_special_tokens

@@ -1,10 +1,9 @@
 """Texts + template -> segments: token ids and the span of the bare text among them.
 
-1. :func:`prepare_tokenizer` puts the template, with its trained special tokens where it has any, into the tokenizer's
-   own post-processor and makes special tokens inside texts ordinary text, so that a web page cannot forge an anchor
-   token or a turn.
-2. :class:`SegmentTokenizer` encodes texts in batches, cuts the text (never the template) to the limit, and
-   finds the body by character offsets: the first token that reaches past the instruction begins the body.
+1. :func:`prepare_tokenizer` puts the template, with any trained special tokens, into the tokenizer's post-processor.
+   It also makes special tokens inside texts ordinary text, so that a web page cannot forge an anchor token or a turn.
+2. :class:`SegmentTokenizer` encodes texts in batches and cuts the text (never the template) to the limit. It finds the
+   body by character offsets: the body begins at the first token that reaches past the instruction.
 """
 
 import re
@@ -31,7 +30,7 @@ __all__ = [
 ]
 
 _SPECIAL_NAME = re.compile(r"<[|｜][^\s<>|｜]+[|｜]>|</?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn)>")
-"""Names that model families give to special tokens. ``[INST]`` is missing: the first Mistral models have it as text."""
+"""Names that model families give to special tokens. ``[INST]`` is left out: it is text in the first Mistral models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,12 @@ class Segments:
     """Texts with their templates, flat: prefix + instruction + body + suffix, whose last id is the anchor token.
 
     Attributes:
-        input_ids: int32 ``T``, one segment after another.
-        lengths: int32 ``S``, tokens of each.
-        body_starts: int32 ``S``, index of the body's first token in its segment.
-        body_ends: int32 ``S``, index after the body's last token.
-        truncated: bool ``S``, whether the text was cut to the limit.
-        problems: why a text cannot be used, by its number; such a segment has no body.
+        input_ids: int32 ``T``; all segments, concatenated.
+        lengths: int32 ``S``; tokens of each segment.
+        body_starts: int32 ``S``; index of the body's first token in its segment.
+        body_ends: int32 ``S``; index after the body's last token.
+        truncated: bool ``S``; True if the text was cut to the limit.
+        problems: for each unusable text, by its number, the reason.
     """
 
     input_ids: np.ndarray
@@ -56,16 +55,16 @@ class Segments:
 
 
 def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
-    """Put the template into a transformers tokenizer's post-processor; changes and returns it.
+    """Put the template into a transformers tokenizer's post-processor; change the tokenizer in place and return it.
 
-    After this, ``tokenizer(text)`` gives prefix + text + suffix, truncation keeps both ends, and the name of a
-    special token inside a text is ordinary text. It is saved and loaded with the tokenizer. The template's trained
-    special tokens are new ones, with consecutive ids behind all others.
+    ``tokenizer(text)`` then gives prefix + text + suffix. Truncation keeps both ends, and the name of a special token
+    inside a text is ordinary text. The template is saved and loaded with the tokenizer. The template's trained special
+    tokens are added with consecutive ids after all others.
 
     Raises:
-        DataError: the template's anchor token, end token or a special name in it is not one token of this tokenizer,
-            the tokenizer has a token of the name of a trained special token, or makes a special token of its name
-            inside a text.
+        DataError: the template's anchor token, end token or a special name in it is not a single token of this
+            tokenizer. Or the tokenizer already has a trained special token's name, has gaps in its ids, or turns the
+            name of a template token inside a text into that token.
     """
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -83,9 +82,9 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
     _refuse_unknown_names(tokenizer, template, where)
     backend.encode_special_tokens = True
     framing = {i: added[i] for i in {*prefix_ids, *suffix_ids} & {*added}}
-    # "\n" is an added token in Gemma, and its vocabulary makes the same id of the text: an ordinary token after all.
+    # "\n" is an added token in Gemma, but the vocabulary gives the text the same id, so it is an ordinary token.
     ordinary = {i for i, one in framing.items() if not one.special and i in _vocabulary_ids(backend, one.content)}
-    # Any other template token that is not marked special would still be recognised inside texts.
+    # Mark all other template tokens special; unmarked ones would still be recognised inside texts.
     mark = [framing[i].content for i in sorted(framing.keys() - (ordinary - {suffix_ids[-1]}))]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in mark])
     for name in mark:
@@ -95,7 +94,7 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
                 "has it too, so any text could forge the template; choose a template without it"
             )
     backend.post_processor = template_processor(backend, prefix_ids, suffix_ids)
-    tokenizer.truncation_side = "right"  # as shards are cut; the suffix is kept all the same
+    tokenizer.truncation_side = "right"  # as for shards; the suffix is kept anyway
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
     for key in ("add_bos_token", "add_eos_token", "add_prefix_space_token"):
@@ -106,7 +105,7 @@ def prepare_tokenizer(tokenizer: Any, template: Template, where: str) -> Any:
 
 
 def _refuse_unknown_names(tokenizer: Any, template: Template, where: str) -> None:
-    """Refuse special names of another family, unless the model's own chat template writes them as text."""
+    """Refuse special names of another model family, unless the model's own chat template contains them as text."""
     backend: Tokenizer = tokenizer.backend_tokenizer
     for name in _SPECIAL_NAME.findall(template.prefix + template.suffix):
         ids = template_ids(backend, name)
@@ -122,7 +121,7 @@ def _text_ids(backend: Tokenizer, text: str) -> list[int]:
 
 
 def _vocabulary_ids(backend: Tokenizer, text: str) -> list[int]:
-    """Ids that the model's vocabulary alone makes of a text, as if there were no added tokens."""
+    """Return the ids that the model's vocabulary alone gives a text, ignoring added tokens."""
     normalizer, pre_tokenizer, model = backend.normalizer, backend.pre_tokenizer, backend.model
     text = text if normalizer is None else normalizer.normalize_str(text)
     pieces = [(text, (0, 0))] if pre_tokenizer is None else pre_tokenizer.pre_tokenize_str(text)
@@ -149,10 +148,10 @@ def _add_special_tokens(backend: Tokenizer, template: Template, where: str) -> N
 
 
 def end_token_id(backend: Tokenizer, template: Template, where: str) -> int:
-    """Id of the token that ends a decoded text; only of a template with special tokens.
+    """Return the id of the token that ends a decoded text; only for a template with special tokens.
 
     Raises:
-        DataError: the template names no token of this tokenizer.
+        DataError: the template has no end token, or it is not a token of this tokenizer.
     """
     found = backend.token_to_id(template.end) if template.end else None
     if found is None:
@@ -164,10 +163,10 @@ def end_token_id(backend: Tokenizer, template: Template, where: str) -> int:
 
 
 def _frame_ids(backend: Tokenizer, template: Template) -> tuple[list[int], list[int]]:
-    """Ids of prefix and suffix, as they are where prefix, text and suffix are one string.
+    """Return the ids of prefix and suffix as if prefix, text and suffix were tokenized as one string.
 
-    A SentencePiece tokenizer puts a space before whatever it is given: where the template has one between itself and
-    the text, the text (or the suffix) brings its own.
+    A SentencePiece tokenizer puts a space before every input. If the template has a space next to the text, drop it:
+    the text (or the suffix) already gets one.
     """
     prefix, suffix = template.prefix, template.suffix
     if puts_space_first(backend):
@@ -176,12 +175,15 @@ def _frame_ids(backend: Tokenizer, template: Template) -> tuple[list[int], list[
 
 
 class SegmentTokenizer:
-    """Texts -> segments.
+    """Tokenizer of texts into segments.
 
     Args:
-        tokenizer: a transformers tokenizer, as :func:`prepare_tokenizer` returns it or untouched.
-        template: what to put around texts.
+        tokenizer: a transformers tokenizer, prepared by :func:`prepare_tokenizer` or unchanged.
+        template: template around every text.
         max_tokens: longest segment, template included.
+
+    Raises:
+        DataError: ``max_tokens`` leaves no room for text.
     """
 
     def __init__(self, tokenizer: Any, template: Template, max_tokens: int) -> None:
@@ -199,15 +201,15 @@ class SegmentTokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.backend.encode_special_tokens = True  # a tokenizer's pickle loses it
+        self.backend.encode_special_tokens = True  # pickling a tokenizer loses this setting
 
     @property
     def anchor_token_id(self) -> int:
         return int(self.suffix[-1])
 
     def encode(self, texts: Sequence[tuple[str, int]]) -> Segments:
-        """Encode (text, character at which the body begins) in two calls to the Rust tokenizer."""
-        # Offsets cost a quarter of the time and are needed only behind an instruction.
+        """Encode pairs of a text and the character index of its body, in two calls to the Rust tokenizer."""
+        # Offsets cost a quarter of the time and are needed only after an instruction.
         plain = [i for i, (_, body) in enumerate(texts) if body == 0]
         instructed = [i for i, (_, body) in enumerate(texts) if body > 0]
         ids: list[list[int]] = [[]] * len(texts)
@@ -249,7 +251,7 @@ class SegmentTokenizer:
 
 
 def _first_body_token(encoding: Encoding, body_char: int) -> int:
-    """Index of the first token that reaches past ``body_char``; the number of tokens if none does."""
+    """Return the index of the first token that reaches past ``body_char``, or the number of tokens if none does."""
     token = encoding.char_to_token(body_char)
     if token is not None:
         return token
@@ -258,7 +260,7 @@ def _first_body_token(encoding: Encoding, body_char: int) -> int:
 
 
 def _joined(encoding: Encoding, text: str, body_char: int, token: int) -> str | None:
-    """Describe a first token of the body that holds a part of the instruction too; the space between them may go."""
+    """Describe a first body token that also holds part of the instruction; a shared space is allowed."""
     if token == len(encoding.ids):
         return None
     start, end = encoding.offsets[token]

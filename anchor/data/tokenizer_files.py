@@ -1,4 +1,4 @@
-"""Tokenizer files: read them with one-line errors, fingerprint them, and put a template into the post-processor."""
+"""Read tokenizer files with one-line errors, fingerprint them, and build post-processors with a template."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from anchor.errors import ModelError, ShardError, first_line
 _LFS_POINTER = b"version https://git-lfs"
 _LFS_SUFFIXES = (".json", ".safetensors", ".model", ".gguf")
 _RARE = "\u241f"
-"""A character that few vocabularies have: encoding it fails where the token for unknown characters is missing."""
-# Foreign files make transformers fail in many ways: a missing key, a wrong type, endless nesting.
+"""A character that few vocabularies have. Encoding it fails if the vocabulary lacks its unknown token."""
+# Invalid files make transformers fail in many ways: a missing key, a wrong type, endless nesting.
 _FAILURES = (
     *(OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RecursionError),
     StrictDataclassError,
@@ -29,7 +29,7 @@ def load_tokenizer(path: str) -> Any:
     """Load a fast transformers tokenizer from a folder, hub name or GGUF file (the last needs torch).
 
     Raises:
-        ModelError: no such model, or no fast tokenizer there.
+        ModelError: the model does not exist, or has no fast tokenizer that can be loaded.
     """
     from transformers import AutoTokenizer  # takes a second to import; pure functions here do not need it
 
@@ -48,7 +48,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     """Read a ``tokenizer.json``.
 
     Raises:
-        ModelError: missing, a Git LFS pointer, or not readable by this version of the library.
+        ModelError: the file is missing, a Git LFS pointer, or not readable by this version of the library.
     """
     with _one_line(str(file)):
         refuse_lfs_pointers(file.parent)
@@ -70,10 +70,10 @@ def _one_line(path: str) -> Iterator[None]:
 
 
 def refuse_lfs_pointers(folder: Path) -> None:
-    """Refuse a model folder that was cloned without Git LFS; a hub name has no files to look at.
+    """Refuse a model folder that was cloned without Git LFS; do nothing for a hub name, which has no local files.
 
     Raises:
-        ModelError: a file of the folder is a pointer to the real one.
+        ModelError: a file of the folder is a Git LFS pointer.
     """
     for file in sorted(file for suffix in _LFS_SUFFIXES for file in folder.glob(f"*{suffix}")):
         if not file.is_file():
@@ -84,15 +84,15 @@ def refuse_lfs_pointers(folder: Path) -> None:
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """sha256 (hex) of a folder's tokenizer.json: the same for everything that yields the same ids."""
+    """Return the sha256 (hex) of a folder's tokenizer.json. An equal fingerprint means equal ids."""
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def shards_tokenizer(shards: Path, sha256: str) -> Tokenizer:
-    """Read the tokenizer of a folder of shards, whose fingerprint its index holds.
+    """Read the tokenizer of a folder of shards and check it against the fingerprint in the index.
 
     Raises:
-        ShardError: missing or altered.
+        ShardError: the tokenizer is missing or altered.
     """
     folder = shards / "tokenizer"
     if not (folder / "tokenizer.json").is_file() or tokenizer_fingerprint(folder) != sha256:
@@ -101,9 +101,9 @@ def shards_tokenizer(shards: Path, sha256: str) -> Tokenizer:
 
 
 def template_processor(backend: Tokenizer, prefix_ids: Sequence[int], suffix_ids: Sequence[int]) -> TemplateProcessing:
-    """Make a post-processor that puts prefix and suffix around a text, one piece per token, named as the token.
+    """Build a post-processor that puts prefix and suffix around a text, with one piece per token, named after it.
 
-    Readers outside Python (JavaScript, gguf) look a piece up by its name and know no piece of several tokens.
+    Readers outside Python (JavaScript, gguf) look a piece up by its name and do not support a piece of several tokens.
     """
     named = {i: str(backend.id_to_token(i)) for i in (*prefix_ids, *suffix_ids)}
 
@@ -118,18 +118,18 @@ def template_processor(backend: Tokenizer, prefix_ids: Sequence[int], suffix_ids
         "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for i, name in named.items()},
     }
     processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
-    # The constructor reads a piece as a little language of its own, in which ":" and "$" cannot be tokens.
+    # The constructor parses a piece in a mini-language that cannot express ":" and "$" as tokens.
     processor.__setstate__(json.dumps(stored).encode())
     return processor
 
 
 def name_pieces(folder: Path) -> None:
-    """Rewrite the post-processor of a tokenizer that an earlier version saved with pieces of several tokens.
+    """Rewrite a post-processor with pieces of several tokens, which earlier versions saved, to one piece per token.
 
     The ids stay the same; see :func:`template_processor`.
 
     Args:
-        folder: holds ``tokenizer.json``.
+        folder: folder with ``tokenizer.json``.
     """
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
