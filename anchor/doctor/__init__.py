@@ -1,1 +1,1 @@
-"""What would make a run hang or fail on this machine, on all ranks of a launcher, or on the hosts of a hostfile."""
+"""Find what would make a run hang or fail: on this machine, on a launcher's ranks, or on a hostfile's hosts."""

@@ -1,6 +1,6 @@
-"""``python -m anchor.doctor``: what would hang a run here, on all ranks of a launcher, or on the hosts of a hostfile.
+"""``python -m anchor.doctor``: find what would hang a run here, on a launcher's ranks, or on a hostfile's hosts.
 
-Exit code 0: nothing in the way; 1: the last line says what is; 2: the command line is wrong.
+Exit codes: 0, no problem found; 1, a problem, named in the last line; 2, a user error such as a wrong command line.
 """
 
 import argparse
@@ -37,17 +37,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", default="1,16,64", metavar="MIB,...", help="sizes of timed collectives (1,16,64)")
     parser.add_argument("--hostfile", type=Path, help="examine these hosts by ssh, for a run of RECIPE")
     parser.add_argument("--master-port", type=int, default=29500, help="with --hostfile: rendezvous port (29500)")
-    parser.add_argument("--report", help=argparse.SUPPRESS)  # asked by --hostfile on every host: all hosts' names
+    parser.add_argument("--report", help=argparse.SUPPRESS)  # --hostfile runs this on every host, with all hosts' names
     parser.add_argument("--position", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the DeepSpeed launcher
     parser.add_argument("recipe", nargs="?", help="training recipe, with --hostfile")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the doctor."""
     arguments = _arguments(argv)
     log.setup()
     with exit_on_user_error():
@@ -77,7 +77,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _examine_hosts(arguments: argparse.Namespace) -> None:
-    """Standard output is ``ADDRESS INTERFACE`` for launch/multinode.sh, `-` where the hosts do not agree."""
+    """Examine the hosts, and print ``ADDRESS INTERFACE`` on stdout for launch/multinode.sh; `-` if they disagree."""
     from anchor.doctor.hosts import examine, read_hostfile
     from anchor.doctor.screen import show_hosts
 
@@ -110,14 +110,14 @@ def _examine_ranks(sizes_mib: list[int]) -> None:
         show_machines(console, [facts], [1])
         _say(notes(facts, several_hosts=False), "note")
     elif not found:
-        # Joining would hang where something is wrong already, so it is tried only where nothing is.
+        # A known problem could make joining hang, so join only if there is none.
         found = _measure(console, facts, sizes_mib)
     _say(found[::-1], "problem")
     sys.exit(EXIT_PROBLEM if found else 0)
 
 
 def _measure(console: Console, facts: object, sizes_mib: list[int]) -> list[str]:
-    """Join, show all hosts and the timings on rank 0; returns what went wrong."""
+    """Join the process group, show all hosts and the timings on rank 0, and return what went wrong."""
     import torch.distributed
 
     from anchor import dist
@@ -145,23 +145,23 @@ def _measure(console: Console, facts: object, sizes_mib: list[int]) -> list[str]
 
 
 class _Deadline:
-    """Says a problem and ends the process where a collective hangs: one of NCCL raises nothing in Python.
+    """Timer that reports a problem and ends the process if a collective hangs; NCCL raises no Python exception.
 
-    NCCL itself ends the process after the group's time-out, which is later, without a word about the ranks.
+    NCCL itself ends the process only at the group's later timeout, and its message says nothing about the ranks.
     """
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
 
     def begin(self, problem: str) -> None:
-        """From now on it is this that may last so long; what was before is over."""
+        """Restart the timer, with a new problem to report when it expires."""
         self.end()
         self._timer = threading.Timer(_JOIN_SECONDS, self._pass, [problem])
         self._timer.daemon = True
         self._timer.start()
 
     def end(self) -> None:
-        """Nothing is being waited for."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -188,7 +188,7 @@ def _did_not_end(what: str) -> str:
 
 
 def _local_size() -> int:
-    """Ranks on this host, by whichever launcher started us."""
+    """Return the number of ranks on this host, under any supported launcher."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun, deepspeed
         if name in os.environ:
             return int(os.environ[name])

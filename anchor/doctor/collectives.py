@@ -1,4 +1,4 @@
-"""How fast ranks gather and reduce: the two collectives of ZeRO-3, timed by size."""
+"""Time the two collectives of ZeRO-3, all-gather and reduce-scatter, at several sizes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ MIB = 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One collective at one size.
+    """Timing of one collective at one size.
 
     Attributes:
-        name: of the collective.
-        size_mib: bytes of the whole tensor, over all ranks, in MiB.
-        milliseconds: median of the slowest rank.
-        gib_per_second: bytes that leave a rank, (W - 1) / W of the tensor, per second (the bus bandwidth of
+        name: name of the collective.
+        size_mib: size of the whole tensor, over all ranks, in MiB.
+        milliseconds: the slowest rank's median.
+        gib_per_second: rate at which data leaves a rank, (W - 1) / W of the tensor per call (the bus bandwidth of
             nccl-tests).
     """
 
@@ -33,13 +33,13 @@ class Timing:
 def time_collectives(
     ranks: Ranks, sizes_mib: Sequence[int], turns: int = 5, begin: Callable[[str], None] = lambda what: None
 ) -> list[Timing]:
-    """Time all-gather and reduce-scatter; every rank calls it.
+    """Time all-gather and reduce-scatter. Every rank must call this.
 
     Args:
-        ranks: this process among all, in a process group.
-        sizes_mib: sizes of the whole tensor in MiB.
-        turns: repetitions, after one that is not counted.
-        begin: told before every repetition what it is.
+        ranks: this process's rank and the world size; the process group must exist.
+        sizes_mib: sizes of the whole tensor, in MiB.
+        turns: number of timed repetitions, after one warm-up.
+        begin: called before every repetition with a description of it.
     """
     found = []
     for size in sizes_mib:

@@ -1,4 +1,4 @@
-"""What a machine is: plain facts without judgement, gathered in a second or two and sent between hosts as JSON."""
+"""Gather plain facts about a machine, without judging them. It takes a second or two; hosts exchange them as JSON."""
 
 import hashlib
 import importlib
@@ -27,28 +27,28 @@ GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One machine.
+    """Facts about one machine.
 
     Attributes:
-        host: its name.
+        host: the machine's name.
         python: version of the interpreter.
-        versions: installed version of every package of requirements.txt; None where it is missing.
-        commit: of the checkout; None outside git.
-        code_sha256: hash of the Python files and ds_configs of the checkout, whether committed or not.
+        versions: installed version of every package in requirements.txt; None if it is missing.
+        commit: commit of the checkout; None outside git.
+        code_sha256: hash of the checkout's Python files and ds_configs, committed or not.
         gpus: name of each GPU that torch can use.
         listed_gpus: number of GPUs that the driver lists.
-        driver: version of the NVIDIA driver.
-        nccl: version that torch brings; None without CUDA.
-        gloo: whether torch has it.
-        flash_attn: version, None when not installed, or the error of its import.
-        extensions_dir: where DeepSpeed's compiled operators lie.
-        built_ops: operators compiled there.
-        locks: lock files there and the age of each in seconds.
+        driver: version of the NVIDIA driver; None if nvidia-smi reports none.
+        nccl: version of NCCL that torch uses; None without CUDA.
+        gloo: whether torch has gloo.
+        flash_attn: version of flash-attn, None if it is not installed, or the error from importing it.
+        extensions_dir: folder of DeepSpeed's compiled operators.
+        built_ops: operators compiled in ``extensions_dir``.
+        locks: age in seconds of each lock file in ``extensions_dir``.
         addresses: IPv4 addresses by network interface.
-        own_address: what the machine's own name resolves to; None when it does not.
+        own_address: IPv4 address that the machine's own name resolves to; None if it does not resolve.
         shm_bytes: size of /dev/shm.
-        open_files: soft limit of open files.
-        unix_seconds: the clock.
+        open_files: soft limit on open files.
+        unix_seconds: the machine's clock.
     """
 
     host: str
@@ -76,7 +76,7 @@ class Facts:
 
 
 def gather_facts() -> Facts:
-    """The facts of this machine."""
+    """Gather the facts of this machine."""
     from torch.cuda import nccl as torch_nccl
 
     cuda = torch.cuda.is_available()
@@ -105,7 +105,7 @@ def gather_facts() -> Facts:
 
 
 def resolve(name: str) -> str | None:
-    """IPv4 address of a host name, or None."""
+    """Return the IPv4 address of a host name, or None if it does not resolve."""
     try:
         return socket.gethostbyname(name)
     except OSError:
@@ -113,10 +113,10 @@ def resolve(name: str) -> str | None:
 
 
 def interface_towards(address: str) -> str | None:
-    """Network interface by which an address is reached; None without a route."""
+    """Return the network interface that reaches an address; None if no route exists."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, 9))  # UDP: asks the routing table, sends nothing
+            probe.connect((address, 9))  # UDP: consults the routing table, sends nothing
         except OSError:
             return None
         local = probe.getsockname()[0]
@@ -143,7 +143,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    # A checkout on a network file system belongs to another user than root's; reading its commit is harmless.
+    # git refuses a checkout owned by another user, as happens to root on network file systems; reading it is harmless.
     command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "rev-parse", "HEAD"]
     if shutil.which("git") is None:
         return None

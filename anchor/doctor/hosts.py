@@ -1,8 +1,8 @@
-"""The hosts of a hostfile before a run: reachable, alike, and with everything that the recipe names.
+"""Check before a run that a hostfile's hosts are reachable, match each other, and have all that the recipe names.
 
-1. Every host is asked by ssh, all at once, for its facts: the same program at the same path must be there.
-2. The facts are compared with those of the launching machine and with the hostfile's slots.
-3. What all hosts agree on comes back: the address of the first host and the interface towards it.
+1. Ask all hosts in parallel for their facts, by ssh. Each must have the same program at the same path.
+2. Compare the facts with the launching machine and with the hostfile's slots.
+3. Return what all hosts agree on: the first host's address and the network interface that reaches it.
 """
 
 import json
@@ -34,14 +34,14 @@ _TIMEOUT_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class HostReport:
-    """What a host says of itself.
+    """A host's report about itself.
 
     Attributes:
-        facts: as JSON, see :class:`anchor.doctor.facts.Facts`.
-        first_host_address: what the first host's name resolves to there.
-        interface: by which the first host (on the first host itself: the second) is reached.
-        port_free: whether the rendezvous port can be bound.
-        recipe_problems: shards, model or disk space that the recipe needs and the host lacks.
+        facts: the host's facts as JSON, see :class:`anchor.doctor.facts.Facts`.
+        first_host_address: address that the first host's name resolves to on this host.
+        interface: network interface that reaches the first host; on the first host, the one that reaches the second.
+        port_free: whether the rendezvous port can be bound; checked on the first host only.
+        recipe_problems: problems with the recipe here, such as missing shards, model or disk space.
     """
 
     facts: dict[str, Any]
@@ -53,12 +53,12 @@ class HostReport:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What all hosts agree on, and what is wrong.
+    """Settings that all hosts agree on, and problems by host.
 
     Attributes:
-        problems: host -> what is wrong there; hosts without problems have an empty list.
-        master_address: of the first host, as the others resolve it.
-        interface: name of the network interface, if it is the same everywhere.
+        problems: host -> its problems; the list is empty for a host without problems.
+        master_address: address of the first host, as the others resolve it; None if they disagree.
+        interface: name of the network interface; None unless it is the same on all hosts.
     """
 
     problems: dict[str, list[str]]
@@ -67,10 +67,11 @@ class Agreement:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by host, in the order of ranks.
+    """Read a hostfile; return slots by host, in rank order.
 
     Raises:
-        ConfigError: missing file, a line that is not `HOST slots=N`, a host given twice, or no host.
+        ConfigError: the file is missing or not UTF-8, a line is not `HOST slots=N`, a host appears twice, or there is
+            no host.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such hostfile; write one line `HOST slots=GPUS` per host")
@@ -83,7 +84,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         text = line.split("#")[0].strip()
         if not text:
             continue
-        # A host that begins with a dash would be an option of ssh.
+        # ssh would read a host that begins with a dash as an option.
         match = re.fullmatch(r"([^\s-]\S*)\s+slots\s*=\s*([1-9]\d{0,5})", text)
         if match is None:
             raise ConfigError(f"{path}:{number}: expected `HOST slots=GPUS`, got {shortened(text)}")
@@ -98,15 +99,15 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def report_of_this_host(
     hosts: Sequence[str], position: int, port: int, num_ranks: int, recipe: str, overrides: Sequence[str]
 ) -> HostReport:
-    """Run on every host.
+    """Build the report of the host that runs this.
 
     Args:
-        hosts: all hosts in order.
-        position: of this one.
-        port: of the rendezvous.
-        num_ranks: of the whole run.
-        recipe: training recipe.
-        overrides: of the recipe.
+        hosts: names of all hosts, in order.
+        position: index of this host in ``hosts``.
+        port: rendezvous port.
+        num_ranks: number of ranks in the whole run.
+        recipe: path of the training recipe.
+        overrides: overrides of the recipe, ``section.key=value``.
     """
     address = resolve(hosts[0])
     peer = address if position else (resolve(hosts[1]) if len(hosts) > 1 else address)
@@ -130,7 +131,7 @@ def _port_free(port: int) -> bool:
 
 
 def _recipe_problems(path: str, overrides: Sequence[str], num_ranks: int) -> list[str]:
-    """What a run of the recipe would miss on this machine: a dry run, and whether the large files can be read."""
+    """Return the problems of a dry run of the recipe on this machine, unreadable files and lack of disk space."""
     try:
         recipe = load_recipe(path, TrainRecipe, overrides)
         disk = dry_run(recipe, path, Options(num_ranks=num_ranks))["disk"]
@@ -151,10 +152,10 @@ def _recipe_problems(path: str, overrides: Sequence[str], num_ranks: int) -> lis
 
 
 def _weights(path: str) -> list[Path]:
-    """The files that hold a local model's weights; none for a name on the hub.
+    """Return the weight files of a local model; an empty list for a hub name.
 
     Raises:
-        ModelError: no such model, or a folder without weights.
+        ModelError: the model is missing, or its folder has no weights.
     """
     model = resolve_model_path(path)
     folder = Path(model.name)
@@ -171,14 +172,14 @@ def _weights(path: str) -> list[Path]:
 def examine(
     hosts: dict[str, int], port: int, recipe: str, overrides: Sequence[str], environment: dict[str, str]
 ) -> Agreement:
-    """Ask every host and compare.
+    """Collect the reports of all hosts and compare them.
 
     Args:
         hosts: slots by host.
-        port: of the rendezvous.
-        recipe: training recipe, as named on every host.
-        overrides: of the recipe.
-        environment: what the launcher will set for the ranks.
+        port: rendezvous port.
+        recipe: path of the training recipe, the same on every host.
+        overrides: overrides of the recipe, ``section.key=value``.
+        environment: environment variables that the launcher will set for the ranks.
     """
     names = list(hosts)
     with ThreadPoolExecutor(max_workers=min(64, len(names))) as pool:
@@ -200,7 +201,7 @@ def examine(
         if len(names) > 1 and (answer.first_host_address is None or answer.interface is None):
             found.append(f"does not resolve or reach {names[0]}; add it to /etc/hosts there")
         late = skew(facts.unix_seconds, before, after)
-        # The launcher sets the interface, so a name that resolves to loopback does no harm.
+        # The launcher sets the interface, so a host name that resolves to loopback is harmless.
         loopback_is_mended = environment | {"GLOO_SOCKET_IFNAME": answer.interface or "lo"}
         found += [*answer.recipe_problems, *([late] if late else [])]
         found += blocking(facts, several_hosts=len(names) > 1, environment=loopback_is_mended)
@@ -225,12 +226,12 @@ def _agree(names: list[str], reports: dict[str, HostReport], problems: dict[str,
 def _ask(
     hosts: dict[str, int], position: int, port: int, recipe: str, overrides: Sequence[str]
 ) -> tuple[HostReport | str, float, float]:
-    """A host's report, or why there is none; and our clock before and after."""
+    """Return a host's report, or the reason why it gave none, and our clock before and after."""
     names = list(hosts)
     words = [sys.executable, "-m", "anchor.doctor", "--report", ",".join(names), "--position", str(position)]
     numbers = ["--ranks", str(sum(hosts.values())), "--master-port", str(port)]
     inner = shlex.join([*words, *numbers, recipe, *overrides])
-    # The interpreter of this process by its path: on a host without it, that is the problem to name.
+    # Use this process's interpreter path; if a host lacks it, the error names that problem.
     command = f"cd {shlex.quote(str(ROOT))} && {inner}"
     options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     before = time.time()
@@ -255,5 +256,5 @@ def _ask(
 
 
 def to_json(report: HostReport) -> str:
-    """One line for the asking host."""
+    """Serialise a report to one line of JSON for the launching machine."""
     return json.dumps(asdict(report))

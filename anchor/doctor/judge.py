@@ -1,20 +1,22 @@
-"""From facts to what will go wrong: what hangs or fails a run, and what is only worth knowing. Pure functions."""
+"""Pure functions that judge facts: what would hang or fail a run, and what is only worth knowing."""
 
 from collections.abc import Mapping, Sequence
 
 from anchor.doctor.facts import GIB, Facts
 
 SKEW_SECONDS = 5.0
-"""Clocks further apart than this make file times and logs of two hosts incomparable."""
+"""Largest tolerated clock difference; beyond it, file times and logs of two hosts cannot be compared."""
 
 
 def blocking(facts: Facts, *, several_hosts: bool, environment: Mapping[str, str]) -> list[str]:
-    """What makes a run on this machine hang or fail, worst first; one line each: what, and what to do.
+    """Return the problems that would make a run on this machine hang or fail, worst first.
+
+    Each is one line that says what is wrong and what to do.
 
     Args:
-        facts: the machine.
-        several_hosts: whether it is one of several that train together.
-        environment: as the ranks will see it.
+        facts: facts of the machine.
+        several_hosts: whether the run spans several hosts.
+        environment: environment variables as the ranks will see them.
     """
     found = [
         f"{lock} is {age:.0f} s old: a compilation was killed, or is still going on; while the file is there every "
@@ -57,7 +59,7 @@ def blocking(facts: Facts, *, several_hosts: bool, environment: Mapping[str, str
 
 
 def notes(facts: Facts, *, several_hosts: bool) -> list[str]:
-    """What does not stop a run but is worth knowing."""
+    """Return facts worth knowing that do not stop a run."""
     found = []
     if not several_hosts and (facts.own_address or "127.").startswith("127."):
         found.append(
@@ -74,7 +76,7 @@ def notes(facts: Facts, *, several_hosts: bool) -> list[str]:
 
 
 def differences(host: Facts, reference: Facts) -> list[str]:
-    """What a host must have in common with the launching machine and has not; one line each."""
+    """Return how a host differs from the launching machine where the two must match; one line each."""
     found = []
     if host.commit != reference.commit:
         found.append(f"commit is {_short(host.commit)}, expected {_short(reference.commit)}; check the same one out")
@@ -93,7 +95,7 @@ def differences(host: Facts, reference: Facts) -> list[str]:
 
 
 def skew(host_seconds: float, before: float, after: float) -> str | None:
-    """What is wrong with a host's clock, read between two readings of ours."""
+    """Describe the error of a host's clock, read between two readings of ours; None if it is tolerable."""
     off = max(before - host_seconds, host_seconds - after, 0.0)
     return f"clock is {off:.0f} s off; set it by NTP" if off > SKEW_SECONDS else None
 
@@ -103,7 +105,11 @@ def _outside(facts: Facts) -> Sequence[str]:
 
 
 def _interface_exists(value: str, facts: Facts, *, prefixes: bool) -> bool:
-    """NCCL takes a list of prefixes, `=` before it for exact names and `^` to exclude; gloo exact names."""
+    """Return whether this machine has an interface that the variable's value names.
+
+    NCCL takes a list of prefixes, after `=` a list of exact names, and after `^` a list to exclude. gloo takes exact
+    names only.
+    """
     if prefixes and value.startswith("^"):
         return True
     exact = not prefixes or value.startswith("=")

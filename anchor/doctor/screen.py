@@ -1,4 +1,4 @@
-"""The doctor's one screen."""
+"""Print the doctor's findings."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from anchor.doctor.hosts import Agreement
 
 
 def show_machines(console: Console, facts: Sequence[Facts], ranks: Sequence[int]) -> None:
-    """A column per host.
+    """Print a table of facts with one column per host.
 
     Args:
-        console: where to.
-        facts: of each host.
-        ranks: processes on each host.
+        console: the console to print to.
+        facts: facts of each host.
+        ranks: number of processes on each host.
     """
     table = Table(title="machines", title_justify="left", show_header=True)
     table.add_column("")
@@ -43,7 +43,7 @@ def show_machines(console: Console, facts: Sequence[Facts], ranks: Sequence[int]
 
 
 def show_timings(console: Console, timings: Sequence[Timing], world_size: int) -> None:
-    """Collectives by size."""
+    """Print a table of the collectives' timings by size."""
     table = Table(title=f"collectives over {world_size} ranks", title_justify="left")
     for column in ("collective", "MiB", "ms", "GiB/s out of a rank"):
         table.add_column(column, justify="left" if column == "collective" else "right")
@@ -53,7 +53,7 @@ def show_timings(console: Console, timings: Sequence[Timing], world_size: int) -
 
 
 def show_hosts(console: Console, agreement: Agreement, slots: dict[str, int]) -> None:
-    """One line per host: what is wrong there, or that nothing is."""
+    """Print one line per problem of each host, or one line that says the host is ok."""
     for host, found in agreement.problems.items():
         if not found:
             console.print(f"{host}: ok, {slots[host]} ranks", highlight=False, soft_wrap=True)

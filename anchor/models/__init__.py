@@ -1,1 +1,1 @@
-"""The causal LM as encoder and decoder of packs. The only place for transformers' model classes and peft."""
+"""The causal LM as encoder and decoder of packs. Only here does anchor use peft and concrete transformers models."""

@@ -1,4 +1,4 @@
-"""A model with its LoRA adapters switched off, also where layers are computed again in the backward pass."""
+"""Switch a model's LoRA adapters off, including when the backward pass recomputes checkpointed layers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,14 +9,14 @@ from torch import nn
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """The model as it was before its adapter, if it has one, was added."""
+    """Switch the model's adapters off inside the context; a no-op for a model without adapters."""
     with _switched_off([module for module in model.modules() if isinstance(module, BaseTunerLayer)]):
         yield
 
 
 @contextmanager
 def _switched_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
-    # peft's own switch also takes the gradient from the adapters, which the pass before this one still needs.
+    # peft's own switch also turns off the adapters' gradients, which the preceding pass still needs.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -27,10 +27,10 @@ def _switched_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
 
 
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
-    """``context_fn`` of torch's checkpointing: a layer is computed again with its adapters as they were.
+    """Return a ``context_fn`` for torch's checkpointing that recomputes a layer with its adapters on or off as before.
 
     Args:
-        model: with its adapters in place.
+        model: the model, with its adapters already injected.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 

@@ -1,9 +1,12 @@
-"""Reads a folder of trained special tokens in sentence-transformers >= 6; the export puts a copy of this file into it.
+"""Load a folder of trained special tokens in sentence-transformers >= 6. The export copies this file into the folder.
 
-``SentenceTransformer(FOLDER, trust_remote_code=True)`` loads the base model that ``anchor.json`` names (another place:
-``model_kwargs={"base": PATH}``) and the special tokens' input embeddings and projections. The embedding of a text is
-``mean over P of W_align(W_rec(h))``, h the final-norm hidden states of the P special tokens that the tokenizer appends.
-Another base than the one they were trained with is refused; its fingerprint takes the package xxhash.
+``SentenceTransformer(FOLDER, trust_remote_code=True)`` loads the base model that ``anchor.json`` names and the special
+tokens' input embeddings and projections. To load the base from elsewhere, pass ``model_kwargs={"base": PATH}``.
+
+The embedding of a text is ``mean over P of W_align(W_rec(h))``, where h are the final-norm hidden states of the P
+special tokens that the tokenizer appends.
+
+A base other than the one used in training is refused. Computing its fingerprint needs the xxhash package.
 """
 
 import json
@@ -26,13 +29,13 @@ _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 class AnchorEncoder(InputModule):
-    """Token ids -> ``sentence_embedding``, not normalised.
+    """Encoder from token ids to ``sentence_embedding``, not normalised.
 
     Args:
         folder: the model folder.
         base: the base model's decoder, with its adapter if it has one.
-        about: ``anchor.json``.
-        weights: ``special_tokens.safetensors``.
+        about: content of ``anchor.json``.
+        weights: tensors of ``special_tokens.safetensors``.
     """
 
     def __init__(self, folder: Path, base: nn.Module, about: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -47,17 +50,19 @@ class AnchorEncoder(InputModule):
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> "AnchorEncoder":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Read a folder or a hub repository; ``model_kwargs`` go to the base, but for ``base``, which is its place.
+        """Load a folder or a hub repository.
+
+        ``model_kwargs`` are passed to the base model, except ``base``, which says where to load it from.
 
         Raises:
-            ValueError: the base is not the one that the special tokens were trained with.
+            ValueError: the special tokens were trained with another base.
         """
         hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
         folder = Path(str(cls.load_dir_path(model_name_or_path, subfolder=subfolder, **hub)))
         about = json.loads((folder / "anchor.json").read_text(encoding="utf-8"))
         options = dict(kwargs.get("model_kwargs") or {})
         place = options.pop("base", None) or about["base"]["path"]
-        # This class is trusted, which the base's own code is not.
+        # The user trusts this class, not the base's own code.
         own, base = (AutoConfig.from_pretrained(one, trust_remote_code=False) for one in (folder, place))
         for key in _SHAPE:
             if getattr(own, key) != getattr(base, key):
@@ -76,17 +81,17 @@ class AnchorEncoder(InputModule):
         return cls(folder, model.base_model, about, load_file(folder / "special_tokens.safetensors")).eval()
 
     def get_embedding_dimension(self) -> int:
-        """Length of an embedding."""
+        """Return the dimension of the embeddings."""
         return self.alignment.out_features
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
-        """Texts -> padded token ids, cut to ``max_seq_length``; the special tokens stay."""
+        """Tokenise and pad texts; truncate to ``max_seq_length`` but keep the special tokens."""
         texts = [(prompt or "") + text for text in inputs]
         limit = {"truncation": True, "max_length": self.max_seq_length}
         return dict(self.tokenizer(texts, padding=True, return_tensors="pt", **limit))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Adds ``sentence_embedding``; either padding side."""
+        """Add ``sentence_embedding`` to the features. Padding may be on either side."""
         ids, mask = features["input_ids"], features["attention_mask"]
         inputs = self.base.get_input_embeddings()(ids.clamp(max=self.first_id - 1))  # pyright: ignore[reportCallIssue]
         special = ids >= self.first_id
@@ -100,7 +105,7 @@ class AnchorEncoder(InputModule):
         return features
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Copy what was loaded; nothing here is trained."""
+        """Copy the loaded files; this module trains nothing."""
         for path in self.folder.iterdir():
             if path.name in ("anchor.json", "config.json", "special_tokens.safetensors"):
                 shutil.copy(path, output_path)
@@ -117,7 +122,7 @@ def _linear(weights: dict[str, Tensor], name: str) -> nn.Linear:
 
 
 def _check_fingerprint(decoder: Any, stored: object, expected: str, place: str, folder: Path) -> None:
-    """Refuse another base; one whose weights are rounded otherwise, or elsewhere, cannot be told and is warned of."""
+    """Refuse another base; only warn if its weights are on the meta device or rounded to another dtype."""
     weights = [decoder.norm.weight, decoder.get_input_embeddings().weight, decoder.layers[-1].self_attn.q_proj.weight]
     exact = (torch.float32, torch.bfloat16, stored)
     if any(weight.is_meta or weight.dtype not in exact for weight in weights):
@@ -133,7 +138,7 @@ def _check_fingerprint(decoder: Any, stored: object, expected: str, place: str, 
 
 
 def _fingerprint(parameters: Sequence[Tensor]) -> str:
-    """As in ``anchor.models.special_tokens``, which a model folder does not hold."""
+    """Return the fingerprint of ``anchor.models.special_tokens``, repeated because a model folder lacks that module."""
     digest = xxhash.xxh3_64()
     for parameter in parameters:
         rows = parameter if parameter.dim() == 1 else parameter[:64]

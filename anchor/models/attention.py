@@ -1,15 +1,16 @@
-"""Packed attention: whole packs through one forward, no token sees another segment.
+"""Packed attention: one forward pass per pack, in which no token attends to another segment.
 
-Three kernels, chosen in the recipe; none is ever chosen in place of another:
+The recipe chooses one of three kernels. There is no fallback from one to another:
 
 * ``segments``: one scaled-dot-product call per segment, on any device;
-* ``varlen``: ``torch.nn.attention.varlen``, CUDA only, no further package;
+* ``varlen``: ``torch.nn.attention.varlen``, CUDA only, no extra package;
 * ``flash``: the flash-attn package through transformers.
 
-transformers hands ``cu_seq_lens_q`` and the other keywords of a model call through to the kernel; the mask
-functions registered beside the kernels keep it from building a mask that nobody reads. A model whose
-``config.is_causal`` is False passes ``is_causal=False`` to every kernel, flash included (transformers >= 5.2,
-``merge_with_config_defaults``); that attribute is saved with the model, so whoever loads the folder attends alike.
+transformers passes ``cu_seq_lens_q`` and the other keywords of a model call on to the kernel. The mask functions
+registered next to the kernels stop it from building a mask that no kernel reads.
+
+A model whose ``config.is_causal`` is False passes ``is_causal=False`` to every kernel, flash included (transformers
+>= 5.2, ``merge_with_config_defaults``). The attribute is saved with the model, so a loaded folder attends the same way.
 """
 
 import functools
@@ -30,15 +31,15 @@ IMPLEMENTATIONS = {"segments": "anchor_segments", "varlen": "anchor_varlen", "fl
 
 
 def default_kernel(device_type: str, dtype: torch.dtype) -> str:
-    """The kernel of a model folder that is evaluated, where none is asked for: ``varlen`` where it can run."""
+    """Return the default kernel for evaluating a model folder: ``varlen`` where it can run, else ``segments``."""
     return "varlen" if device_type == "cuda" and dtype != torch.float32 else "segments"
 
 
 def implementation(kernel: str, device_type: str, dtype: torch.dtype) -> str:
-    """transformers' name of a kernel, or the reason why it cannot run here.
+    """Return transformers' name of a kernel; refuse a kernel that cannot run here.
 
     Raises:
-        ModelError: ``flash`` without the package or CUDA, ``varlen`` without CUDA, either in float32.
+        ModelError: ``flash`` without the package or CUDA, ``varlen`` without CUDA, or either in float32.
     """
     if kernel == "flash" and (device_type != "cuda" or not is_flash_attn_2_available()):
         raise ModelError(
@@ -53,7 +54,7 @@ def implementation(kernel: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def packed_kwargs(cu_seqlens: Tensor, max_length: int) -> dict[str, Any]:
-    """Keywords of a model call that carry the segment boundaries to the kernel."""
+    """Return the keywords that carry the segment boundaries from a model call to the kernel."""
     return {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
@@ -86,22 +87,22 @@ def segments_attention(
     is_causal: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention inside each segment, one SDPA call per segment.
+    """Attend within each segment, with one SDPA call per segment.
 
     Args:
         module: the attention layer (unused).
         query: ``1 H T D``.
-        key, value: ``1 G T D``, G key-value heads.
+        key, value: ``1 G T D``, with G key-value heads.
         attention_mask: None; the boundaries are in ``cu_seq_lens_q``.
         cu_seq_lens_q: int32 ``S + 1``.
-        max_length_q: tokens of the longest segment.
+        max_length_q: tokens in the longest segment.
         scaling: multiplies the scores.
-        dropout: on the attention weights.
-        sliding_window: the model's window; longer segments are refused.
-        is_causal: whether a token sees only itself and those before it; otherwise it sees its whole segment.
+        dropout: dropout probability of the attention weights.
+        sliding_window: the model's window, in tokens; longer segments are refused.
+        is_causal: if True, a token attends only to itself and earlier tokens; if False, to its whole segment.
 
     Returns:
-        ``1 T H D`` and no weights.
+        The output ``1 T H D``, and None for the attention weights.
     """
     _check_window(sliding_window, max_length_q)
     lengths = cu_seq_lens_q.diff().tolist()
@@ -117,7 +118,7 @@ def segments_attention(
 
 @functools.cache
 def _takes_groups(kernel: Callable[..., Any]) -> bool:
-    """Whether torch's kernel takes fewer heads of keys than of queries: that of 2.13 does, the first did not."""
+    """Return whether torch's kernel supports fewer key heads than query heads; 2.13 does, the first version did not."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
@@ -136,7 +137,10 @@ def varlen_attention(
     is_causal: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The same through torch's variable-length flash kernel; arguments as :func:`segments_attention`."""
+    """Attend within each segment with torch's variable-length flash kernel.
+
+    The arguments are those of :func:`segments_attention`.
+    """
     from torch.nn.attention.varlen import varlen_attn  # exists in CUDA builds only
 
     _check_window(sliding_window, max_length_q)
@@ -149,7 +153,7 @@ def varlen_attention(
     elif groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    # Tokens that are seen before and after oneself; -1 is all.
+    # How many tokens each token sees before and after itself; -1 means all.
     window = (-1, 0) if is_causal else (-1, -1)
     out: Any = varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, **grouped

@@ -1,8 +1,8 @@
-"""Load a causal LM to be trained fully, through LoRA or not at all, under ZeRO-3 or not.
+"""Load a causal LM for full training, LoRA training or frozen use, with or without ZeRO-3.
 
-1. A GGUF file is converted to a folder once, by rank 0.
-2. With a ZeRO-3 configuration alive, ``from_pretrained`` loads weights already partitioned.
-3. LoRA adapters are injected into the linear layers; everything else is frozen.
+1. Rank 0 converts a GGUF file to a folder, once.
+2. While a ZeRO-3 configuration object is alive, ``from_pretrained`` loads the weights already partitioned.
+3. For LoRA, inject adapters into the linear layers and freeze everything else.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from anchor.models.special_tokens import read_json
 log = logging.getLogger(__name__)
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-"""``model_type`` of the architectures whose attention the packed kernels are proven for."""
+"""``model_type`` of the architectures that the packed attention kernels support."""
 
 OUTPUT_LAYER = "lm_head"
-"""Name of the output layer in all of them."""
+"""Name of the output layer in all supported architectures."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -49,42 +49,43 @@ def load_backbone(
     work_dir: Path,
     ds_config: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The causal LM of a recipe, ready for the engine; every rank calls it.
+    """Load the recipe's causal LM, ready for the engine. Every rank must call this.
 
     Args:
         section: the recipe's ``backbone``.
         dtype: compute dtype.
         device_type: ``cuda`` or ``cpu``; decides which attention kernels can run.
-        work_dir: where a GGUF file is converted to.
-        ds_config: DeepSpeed configuration; weights load partitioned when it says ZeRO-3.
+        work_dir: the folder in which a GGUF file is converted.
+        ds_config: DeepSpeed configuration; with ZeRO-3, weights are loaded already partitioned.
 
     Raises:
-        ModelError: no such model, unsupported architecture, attention kernel that cannot run here.
-        ConfigError: a LoRA target that is no layer, or the output layer; a causal recipe over a bidirectional folder.
+        ModelError: the model is missing, its architecture is unsupported, or the attention kernel cannot run here.
+        ConfigError: a LoRA target matches no layer or is the output layer, or a causal recipe names a bidirectional
+            model.
     """
     path = section.path
     if path.endswith(".gguf"):
         path = str(_convert_once(path, work_dir / "base"))
     attention = implementation(section.attention, device_type, dtype)
-    zero3 = HfDeepSpeedConfig(ds_config) if ds_config is not None else None  # alive while weights load
+    zero3 = HfDeepSpeedConfig(ds_config) if ds_config is not None else None  # must stay alive while weights load
     try:
         model = load_causal_lm(path, dtype, attention)
     finally:
-        del zero3  # an error's traceback would keep it, and later models of this process would load partitioned
+        del zero3  # a traceback would keep it alive, and later models in this process would load partitioned
     _set_direction(model, section)
     choose_trained(model, section)
     if section.gradient_checkpointing:
         options = {"use_reentrant": False, "context_fn": checkpoint_contexts(model)}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         if not isinstance(section.trained, FrozenTraining):
-            # With frozen input embeddings nothing would ask the first checkpointed layer for a gradient otherwise. Of a
-            # frozen model, only the special tokens' rows need one, and they ask for it themselves.
+            # With frozen input embeddings, the first checkpointed layer would otherwise get no input that requires a
+            # gradient. In a frozen model only the special tokens' rows need one, and they already require it.
             model.enable_input_require_grads()
     return model
 
 
 def _set_direction(model: PreTrainedModel, section: BackboneSection) -> None:
-    """Make attention bidirectional where the recipe says so; the exported config.json carries it on."""
+    """Make attention bidirectional if the recipe says so; the exported config.json keeps the setting."""
     if section.direction == "bidirectional":
         vars(model.config)["is_causal"] = False
     elif not getattr(model.config, "is_causal", True) or getattr(model.config, "use_bidirectional_attention", False):
@@ -95,16 +96,16 @@ def _set_direction(model: PreTrainedModel, section: BackboneSection) -> None:
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """``from_pretrained`` with our error messages, and without random numbers in the place of missing weights.
+    """Load a causal LM by ``from_pretrained``, but refuse missing weights instead of filling them with random numbers.
 
-    An output layer that is missing and not tied, as sentence-transformers saves a model, becomes None; see
+    An output layer that is neither stored nor tied becomes None; sentence-transformers saves models without one. See
     :func:`anchor.models.head.output_layer`.
 
     Raises:
-        ModelError: no such model, unreadable, incomplete, or of an unsupported architecture.
+        ModelError: the model is missing, unreadable, incomplete, or of an unsupported architecture.
     """
     location, config = resolve_model_path(path), read_config(path)
-    # Of a GGUF file plain weights, not kernels over packed ones.
+    # Dequantise a GGUF file to plain weights instead of running kernels on packed ones.
     packed = {} if location.gguf_file is None else {"quantization_config": GgufConfig(dequantize=True)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -116,7 +117,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # the loop below refuses them by name
         )
     except UNSAFE_PICKLE as error:
         raise ModelError(f"{path}: the model could not be loaded: {weights_line(error)}") from error
@@ -134,7 +135,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, attention: str) -> PreTrainedM
 
 
 def _in_one_line(error: Exception) -> str:
-    """The first line, and the second where the first only announces it."""
+    """Return the error's first line, plus the second if the first ends in a colon."""
     lines = str(error).strip().splitlines()[:2]
     return " ".join(map(str.strip, lines)) if lines and lines[0].endswith(":") else first_line(error)
 
@@ -146,10 +147,10 @@ def _refuse_missing(path: str, names: list[str]) -> None:
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """A model's configuration without its weights; of a GGUF file the metadata.
+    """Read a model's configuration without its weights; for a GGUF file, read its metadata.
 
     Raises:
-        ModelError: no such model, unreadable, or of an unsupported architecture.
+        ModelError: the model is missing, unreadable, or of an unsupported architecture.
     """
     location = resolve_model_path(path)
     refuse_lfs_pointers(Path(location.name))
@@ -192,8 +193,8 @@ def _refuse_special_tokens_alone(folder: Path) -> None:
 
 
 def _convert_once(path: str, folder: Path) -> Path:
-    """Dequantise a GGUF file into a folder of safetensors (fp32), unless that was done with this very file before."""
-    read_config(path)  # on every rank: what cannot be read ends all of them
+    """Dequantise a GGUF file into a folder of fp32 safetensors, unless the folder was made from the same file."""
+    read_config(path)  # on every rank, so that an unreadable file stops all of them
     if dist.is_first_rank():
         with Path(path).expanduser().open("rb") as file:
             source = {"gguf_xxh3": hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()}
@@ -201,7 +202,7 @@ def _convert_once(path: str, folder: Path) -> Path:
         if not made_of.is_file() or read_json(made_of) != source:
             log.info("converting %s to %s", path, folder)
             model = load_causal_lm(path, torch.float32, "sdpa")
-            # transformers regards a dequantised model as quantised and would refuse to save it.
+            # transformers still treats a dequantised model as quantised and would refuse to save it.
             vars(model)["hf_quantizer"] = None
             vars(model.config).pop("quantization_config", None)
             beside = folder.with_name(folder.name + ".tmp")
@@ -215,10 +216,10 @@ def _convert_once(path: str, folder: Path) -> Path:
 
 
 def choose_trained(model: PreTrainedModel, backbone: BackboneSection) -> None:
-    """Freeze what is not trained, under LoRA with adapters injected; works on the meta device too.
+    """Freeze the parameters that are not trained and, for LoRA, inject the adapters. Works on the meta device too.
 
     Raises:
-        ConfigError: a LoRA target that matches no layer, or the output layer.
+        ConfigError: a LoRA target matches no layer or is the output layer.
     """
     section = backbone.trained
     if isinstance(section, FrozenTraining):
@@ -243,7 +244,7 @@ def choose_trained(model: PreTrainedModel, backbone: BackboneSection) -> None:
 
 
 def lora_config(section: LoraTraining) -> LoraConfig:
-    """The recipe's LoRA section in peft's words."""
+    """Convert the recipe's LoRA section to peft's config."""
     return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,

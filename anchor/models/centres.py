@@ -1,17 +1,17 @@
-"""Anchor vectors that differ between texts: anchor states minus the mean of their frame, scaled to RMS 1.
+"""Centred anchor vectors: anchor states minus the mean of their frame, scaled to RMS 1.
 
-Raw anchor states of different texts are nearly one vector (cosines of 0.8 to 0.99 in SmolLM2-135M). Most of what they
-share comes from the **frame**: all of a segment but its body, that is template and instruction. So
+Raw anchor states of different texts are nearly identical (cosines of 0.8 to 0.99 in SmolLM2-135M). Most of what they
+share comes from the **frame**: everything in a segment except its body, i.e. template and instruction. So
 
     v = (h - m_f) / RMS(h - m_f),   RMS(x) = sqrt(mean of x^2)
 
-where ``m_f`` is the mean anchor state of frame f in the last batch that held it, over all ranks and packs, without
-gradient. It does not depend on how a batch is split. A frame that has not been seen yet has mean zero.
+where ``m_f`` is the mean anchor state of frame f in the last batch that contained it, over all ranks and packs,
+without gradient. It does not depend on how a batch is split. A frame that has not been seen yet has mean zero.
 
-1. :meth:`Centres.vectors` centres the states of a pack and, while training, adds them to the sums of the step.
+1. :meth:`Centres.vectors` centres the states of a pack and, during training, adds them to the step's sums.
 2. :meth:`Centres.update` reduces the sums over ranks after the step: one collective of F x H numbers.
-3. Checkpoints and exports hold the means, named by the ids of their frame. A reader centres a text by the longest frame
-   that the text's tokens begin and end with.
+3. Checkpoints and exports store each mean under the token ids of its frame. To centre a text, a reader picks the
+   longest frame that matches the start and end of the text's tokens.
 """
 
 import json
@@ -35,7 +35,7 @@ CENTRES_NAME = "decode_centres.safetensors"
 _EPSILON = 1e-12
 
 Frame = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids before and behind the body."""
+"""Token ids before and after the body."""
 
 
 def frames_of(pack: Pack) -> list[Frame]:
@@ -59,7 +59,7 @@ class Centres:
         Args:
             anchors: anchor states of the pack's segments.
             pack: the segments.
-            training: whether the states count for the next means.
+            training: whether to include the states in the next means.
 
         Returns:
             Vectors of RMS 1, float32 or wider.
@@ -71,7 +71,7 @@ class Centres:
         zero = wide.new_zeros(wide.shape[1])
         means = torch.stack([self.means.get(frame, zero).to(wide) for frame in known])
         if training:
-            # Hard negatives are neither decoded nor decoded from.
+            # Hard negatives do not count: they are neither decoded nor decoded from.
             for number, frame in enumerate(known):
                 members = torch.from_numpy(np.flatnonzero((rows == number) & (pack.roles <= POSITIVE)))
                 share = wide.detach()[members.to(wide.device)].sum(dim=0)
@@ -79,7 +79,7 @@ class Centres:
         return scaled(wide - means[torch.from_numpy(rows).to(wide.device)])
 
     def update(self, batch: Batch) -> None:
-        """Replace the means of the batch's frames; every rank calls it after the step, with the whole batch."""
+        """Replace the means of the batch's frames. Every rank must call this after the step, with the whole batch."""
         counts: dict[Frame, int] = {}
         for pack in batch.packs:
             chosen = pack.roles <= POSITIVE
@@ -93,12 +93,12 @@ class Centres:
         self._sums = {}
 
     def match(self, ids: Sequence[int]) -> Frame | None:
-        """Return the longest known frame that a text's token ids begin and end with."""
+        """Return the known frame with the longest prefix among those that match the start and end of the token ids."""
         fits = [f for f in self.means if tuple(ids[: len(f[0])]) == f[0] and tuple(ids[len(ids) - len(f[1]) :]) == f[1]]
         return max(fits, key=lambda frame: len(frame[0]), default=None)
 
     def matched(self, states: Float[Tensor, "S H"], texts: Iterable[Sequence[int]]) -> Float[Tensor, "S H"]:
-        """Centre and scale anchor states by the token ids of their texts."""
+        """Centre and scale anchor states, using the frame that matches each text's token ids."""
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         zero = wide.new_zeros(wide.shape[1])
         found = (self.match(ids) for ids in texts)
@@ -106,14 +106,14 @@ class Centres:
         return scaled(wide - torch.stack(means))
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return the means by name, on the CPU; the name is the JSON of the frame's two lists of ids."""
+        """Return the means by name, on the CPU. A name is the JSON of the frame's two lists of token ids."""
         return {json.dumps(frame): mean.cpu().contiguous() for frame, mean in self.means.items()}
 
     def read(self, file: Path) -> None:
-        """Read what was saved of :meth:`to_tensors`.
+        """Load means that were saved from :meth:`to_tensors`.
 
         Raises:
-            ModelError: missing or unreadable.
+            ModelError: the file is missing or unreadable.
         """
         try:
             stored = load_file(file)

@@ -1,10 +1,10 @@
-"""Answers of a causal LM to prompts, sampled so that each is a function of its own random numbers.
+"""Sample a causal LM's answers to prompts, each from its own random numbers.
 
-1. What a model's ``generation_config.json`` says about sampling is read by :func:`read_sampling`, without the weights.
-2. :class:`Generator` runs transformers' batched ``generate`` over left-padded prompts. The random numbers of a prompt
-   are the caller's, one per new token: the token is the one at that quantile of the distribution (temperature, top-k,
-   top-p and min-p applied as the configuration says). So neither batch mates nor an interruption change an answer, but
-   for what padding does to the rounding of the model's arithmetic.
+1. :func:`read_sampling` reads the sampling settings from a model's ``generation_config.json``, without the weights.
+2. :class:`Generator` runs transformers' batched ``generate`` over left-padded prompts. The caller supplies each
+   prompt's random numbers, one per new token. Each number picks the token at that quantile of the distribution, after
+   the configured temperature, top-k, top-p and min-p. So an answer does not depend on the rest of its batch or on
+   interruptions, except for rounding differences due to padding.
 """
 
 from collections.abc import Sequence
@@ -39,22 +39,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "guidance_scale": (None, 1.0),
 }
-"""Settings that are not built here, and the values at which they do nothing."""
+"""Unsupported settings, and the values at which they do nothing."""
 DEFAULT_TOP_K = 50
-"""What transformers' ``generate`` takes where a configuration that samples does not state ``top_k``."""
+"""Default of transformers' ``generate`` when a sampling configuration does not set ``top_k``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen.
+    """Sampling settings.
 
     Attributes:
-        greedy: the likeliest token always; then nothing else but ``repetition_penalty`` counts.
+        greedy: always take the likeliest token; of the other settings only ``repetition_penalty`` then applies.
         temperature: divides the logits.
-        top_k: only so many likeliest tokens; all when None.
-        top_p: only the likeliest tokens of this mass together; all when None.
-        min_p: only tokens of at least this share of the likeliest one's probability; all when None.
-        repetition_penalty: of tokens that stand in the prompt or the answer (Keskar et al. 2019, arXiv:1909.05858).
+        top_k: number of likeliest tokens to sample from; None for all.
+        top_p: probability mass of the likeliest tokens to sample from; None for all.
+        min_p: smallest probability to sample from, relative to the likeliest token's; None for all.
+        repetition_penalty: penalty on tokens already in the prompt or answer (Keskar et al. 2019, arXiv:1909.05858).
         stop_ids: tokens that end an answer.
     """
 
@@ -71,17 +71,17 @@ class Sampling:
 
 
 def read_sampling(path: str, tokenizer: Any) -> Sampling:
-    """What a model's generation configuration says to transformers' ``generate``; greedy where it has none.
+    """Read a model's sampling settings as transformers' ``generate`` would; greedy if the model has none.
 
     Args:
         path: model folder, hub name or GGUF file.
-        tokenizer: of the model; its end-of-text token ends an answer too.
+        tokenizer: the model's tokenizer; its end-of-text token also ends an answer.
 
     Raises:
-        ModelError: no such model, a way of sampling that is not built here, or no token that ends an answer.
+        ModelError: the model is missing, uses an unsupported sampling setting, or names no token that ends an answer.
     """
     location, config = resolve_model_path(path), read_config(path)
-    found = GenerationConfig.from_model_config(config)  # of a GGUF file, and of a folder that has no other
+    found = GenerationConfig.from_model_config(config)  # for a GGUF file, or a folder without generation_config.json
     if location.gguf_file is None:
         with suppress(OSError):
             found = GenerationConfig.from_pretrained(location.name)
@@ -108,13 +108,13 @@ def read_sampling(path: str, tokenizer: Any) -> Sampling:
 
 
 def device_kind(name: str) -> str:
-    """``cpu``, ``cuda``, ... of a device that can be used.
+    """Return the type of a usable device: ``cpu``, ``cuda``, ...
 
     Args:
-        name: as torch names it.
+        name: torch's name of the device.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: the device cannot be used here.
     """
     try:
         return torch.zeros(1, device=name).device.type
@@ -123,10 +123,10 @@ def device_kind(name: str) -> str:
 
 
 class _Quantile(LogitsProcessor):
-    """Makes the token at each row's next quantile the only one that is possible.
+    """Logits processor that allows only the token at each row's next quantile.
 
     Args:
-        quantiles: in [0, 1), per row and new token.
+        quantiles: one number in [0, 1) per row and new token.
     """
 
     def __init__(self, quantiles: Float[Tensor, "B N"]) -> None:
@@ -137,30 +137,35 @@ class _Quantile(LogitsProcessor):
         mass = scores.double().softmax(dim=-1).cumsum(dim=-1)
         wanted = self._quantiles[:, self._step, None] * mass[:, -1:]
         self._step += 1
-        # The first token with more mass up to it than the quantile: it has some of its own.
+        # The first token whose cumulative mass exceeds the quantile, so a token of zero probability is never chosen.
         chosen = torch.searchsorted(mass, wanted, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Token ids of an answer, without the one that ended it; ``cut``: none did, the limit was reached."""
+    """Token ids of an answer, without its end token.
+
+    Attributes:
+        ids: the token ids.
+        cut: the answer reached the length limit without an end token.
+    """
 
     ids: list[int]
     cut: bool
 
 
 class Generator:
-    """A causal LM that answers.
+    """A causal LM that answers prompts.
 
     Args:
         path: model folder, hub name or GGUF file.
-        sampling: of :func:`read_sampling`.
+        sampling: settings from :func:`read_sampling`.
         dtype: ``bf16`` or ``fp32``.
-        device: as torch names it.
+        device: torch's name of the device.
 
     Raises:
-        ModelError: no such model, or of an unsupported architecture.
+        ModelError: the model is missing, or its architecture is unsupported.
     """
 
     def __init__(self, path: str, sampling: Sampling, dtype: str, device: str) -> None:
@@ -173,8 +178,8 @@ class Generator:
         """Answer a batch of prompts.
 
         Args:
-            prompts: token ids.
-            quantiles: float64 ``B N`` in [0, 1): random numbers of each prompt, one per new token; N is the limit.
+            prompts: token ids of each prompt.
+            quantiles: float64 ``B N`` in [0, 1): each prompt's random numbers, one per new token. N limits the answer.
         """
         device, pad = self._model.device, self._sampling.stop_ids[0]
         longest = max(map(len, prompts))
@@ -198,7 +203,7 @@ class Generator:
         return [_until_stop(row, self._sampling.stop_ids) for row in out[:, longest:].tolist()]
 
     def _processors(self, quantiles: np.ndarray, device: torch.device) -> LogitsProcessorList:
-        """In the order in which `generate` itself would apply them; the last one makes its argmax a draw."""
+        """Return the processors in the order of `generate`; the last turns its argmax into a draw."""
         how, out = self._sampling, LogitsProcessorList()
         if how.greedy:
             return out

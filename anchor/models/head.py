@@ -1,11 +1,11 @@
-"""The LM head and cross-entropy in one: logits exist only for a chunk of rows at a time.
+"""Fused LM head and cross-entropy: logits exist for only one chunk of rows at a time.
 
-1. For each chunk of target rows: logits in the compute dtype, softmax and negative log-likelihood in float32.
-2. While the chunk's probabilities are at hand, its gradients are made too (softmax minus one-hot, times the
-   row's weight), so backward needs neither the logits nor the head's weight again. Under ZeRO-3 the weight may
-   be released after forward.
+1. For each chunk of target rows, compute logits in the compute dtype, then softmax and negative log-likelihood in
+   float32.
+2. Compute the chunk's gradients in the same step (softmax minus one-hot, times the row's weight). Backward then needs
+   neither the logits nor the head's weight, so ZeRO-3 may release the weight after forward.
 
-torch's own ``linear_cross_entropy`` (2.13) sums a bfloat16 loss in bfloat16: 1,500 rows of a 49,152-word head gave
+torch's own ``linear_cross_entropy`` (2.13) sums a bfloat16 loss in bfloat16: 1,500 rows of a 49,152-token head gave
 16,768 instead of 17,221 nats. This one sums in float32, takes a weight per row, and runs on older torch.
 """
 
@@ -29,10 +29,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         row_weight = row_weight.to(wide)
         nll = torch.empty(len(target), dtype=wide, device=hidden.device)
-        # Inside torch.no_grad() tensors still say that they require a gradient.
+        # Tensors report requires_grad even inside torch.no_grad().
         need_hidden, need_weight = (gradient and needed for needed in ctx.needs_input_grad[:2])
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        # A sum over many chunks in bfloat16 would lose small gradients.
+        # Summing many chunks in bfloat16 would lose small gradients.
         weight_grad = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for start in range(0, len(target), chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -69,16 +69,16 @@ def chunked_cross_entropy(
     *,
     chunk_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " R"]]:
-    """Weighted sum of ``-log softmax(hidden @ weight.T)[target]``, without the full logits.
+    """Compute the weighted sum of ``-log softmax(hidden @ weight.T)[target]`` without the full logits.
 
-    Its gradient may be taken once: the buffers made in forward are used up in backward.
+    Backward may run only once, because it consumes the buffers made in forward.
 
     Args:
         hidden: final-norm hidden states of the target rows.
-        weight: the head, tied or not.
+        weight: weight of the head, tied or not.
         target: token ids, int64.
         row_weight: float32; multiplies each row's term.
-        chunk_rows: rows whose logits exist at a time; by the device and V when None.
+        chunk_rows: number of rows whose logits exist at a time; None derives it from the device and V.
 
     Returns:
         The weighted sum (nats times weight) and each row's unweighted term (nats, no gradient); float32 or wider.
@@ -91,10 +91,10 @@ def chunked_cross_entropy(
 
 
 def output_layer(causal_lm: PreTrainedModel) -> nn.Linear:
-    """The model's ``lm_head``.
+    """Return the model's ``lm_head``.
 
     Raises:
-        ModelError: the model's files hold none, as sentence-transformers saves a model.
+        ModelError: the model's files have none; sentence-transformers saves models this way.
     """
     layer = causal_lm.get_output_embeddings()
     if layer is None:
@@ -106,7 +106,7 @@ def output_layer(causal_lm: PreTrainedModel) -> nn.Linear:
 
 
 class Head(nn.Module):
-    """The LM head as a module of its own, so that ZeRO-3 gathers its weight around :meth:`forward`.
+    """The LM head as a separate module, so that ZeRO-3 gathers its weight around :meth:`forward`.
 
     Args:
         linear: the model's ``lm_head``; its weight is shared, not copied.
@@ -119,5 +119,5 @@ class Head(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "R H"], target: Int[Tensor, " R"], row_weight: Float[Tensor, " R"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " R"]]:
-        """See :func:`chunked_cross_entropy`."""
+        """Compute :func:`chunked_cross_entropy` with the head's weight."""
         return chunked_cross_entropy(hidden, self.weight, target, row_weight)

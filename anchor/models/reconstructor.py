@@ -1,8 +1,8 @@
-"""Anchor states + text -> decode pass -> cross-entropy: two packed backbone passes, whatever the number of pairs.
+"""Reconstruction of texts from anchor states, in two packed backbone passes regardless of the number of pairs.
 
 1. Encode pass: ``h = Dec(Embed(ids))``; the anchor state of segment s is ``h[last(s)]``.
-2. Decode pass of the same backbone (:mod:`anchor.models.decode_pass`): rows ``[decode prefix, v(partner(s)),
-   x[body(s)]]`` of all target segments, of both sides or of one, predict ``[ids[body(s)], anchor token]``. ``v`` is the
+2. Decode pass through the same backbone (:mod:`anchor.models.decode_pass`): rows ``[decode prefix, v(partner(s)),
+   x[body(s)]]`` of all target segments, from both sides or one, predict ``[ids[body(s)], anchor token]``. ``v`` is the
    anchor state as it enters the decode pass.
 """
 
@@ -28,11 +28,11 @@ from anchor.models.head import Head, output_layer
 
 @dataclass(frozen=True, slots=True)
 class TargetWeights:
-    """Weight of one target token's negative log-likelihood, by the role of its segment.
+    """Weight of a target token's negative log-likelihood, by the role of its segment.
 
     Attributes:
-        query: of tokens of queries (document-to-query); None: queries are not decoded at all.
-        document: of tokens of positives (query-to-document); None: positives are not decoded at all.
+        query: weight of query tokens (document-to-query); None if queries are not decoded at all.
+        document: weight of positives' tokens (query-to-document); None if positives are not decoded at all.
     """
 
     query: float | None
@@ -40,19 +40,19 @@ class TargetWeights:
 
     @property
     def decoded_roles(self) -> tuple[int, ...]:
-        """Roles of the segments that are targets."""
+        """Roles of the segments that are decoded."""
         weights = {QUERY: self.query, POSITIVE: self.document}
         return tuple(role for role, weight in weights.items() if weight is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """Where the decode pass departs from the paper.
+    """Options with which the decode pass departs from the paper.
 
     Attributes:
-        decode_prefix_ids: tokens before the anchor vector in every decode row; none in the paper.
-        input_dropout: share of the decode inputs to drop while training, 0 to 1; 0 in the paper.
-        centred: whether anchor states are centred before they enter the decode pass; not in the paper.
+        decode_prefix_ids: tokens before the anchor vector in every decode row; the paper has none.
+        input_dropout: fraction of the decode inputs to drop in training, 0 to 1; 0 in the paper.
+        centred: whether to centre anchor states before the decode pass; not in the paper.
     """
 
     decode_prefix_ids: tuple[int, ...] = ()
@@ -73,18 +73,19 @@ def generate_from_prefixes(
     max_new_tokens: int,
     num_beams: int = 1,
 ) -> list[list[int]]:
-    """Continue prefix vectors with text, as the decode pass was trained, with a KV cache.
+    """Generate text from prefix vectors in the layout of the decode pass, with a KV cache.
 
-    Greedy, or beam search; nothing of the folder's generation settings is used. A pack's kernel has no cache, so
-    generation runs on scaled-dot-product attention; the model's own kernel and settings are set again afterwards.
+    Decoding is greedy or beam search and ignores the generation settings in the model's folder. The packed kernels
+    have no cache, so generation uses scaled-dot-product attention. The model's own kernel and settings are restored
+    afterwards.
 
     Args:
-        causal_lm: the model, causal.
-        prefixes: per text one raw final-norm hidden state of its anchor token, or P soft prompts.
+        causal_lm: a model with causal attention.
+        prefixes: for each text, the raw final-norm hidden state of its anchor token, or P soft prompts.
         end_token_id: ends a text: the anchor token, or the end token of a model with special tokens.
         decode_prefix_ids: tokens before the prefix vectors.
-        max_new_tokens: of a text.
-        num_beams: 1 is greedy.
+        max_new_tokens: limit on the tokens of a text.
+        num_beams: number of beams; 1 is greedy.
 
     Returns:
         Token ids of each text, without the end token.
@@ -94,7 +95,7 @@ def generate_from_prefixes(
     inputs = torch.cat([embedded.to(causal_lm.dtype), prefixes.to(causal_lm.dtype)], dim=1)
     kernel, settings = causal_lm.config._attn_implementation, causal_lm.generation_config
     causal_lm.set_attn_implementation("sdpa")
-    causal_lm.generation_config = GenerationConfig()  # `generate` takes what is not given from here
+    causal_lm.generation_config = GenerationConfig()  # `generate` takes unset values from here
     try:
         out: Any = cast(Any, causal_lm).generate(
             inputs_embeds=inputs,
@@ -115,13 +116,13 @@ def generate_from_prefixes(
 
 
 class Reconstructor(nn.Module):
-    """Embedder and decoder of one causal LM (Su et al. 2025, arXiv:2509.03020, algorithm 1).
+    """Embedder and decoder that share one causal LM (Su et al. 2025, arXiv:2509.03020, algorithm 1).
 
     Args:
         causal_lm: the model.
-        prefix_tokens: length of the template's prefix: targets begin behind it and include the instruction. None:
+        prefix_tokens: length of the template's prefix; targets begin after it and include the instruction. If None,
             targets are the bare texts.
-        options: where decoding departs from the paper; by default nowhere.
+        options: departures of the decode pass from the paper; none by default.
     """
 
     def __init__(
@@ -134,7 +135,10 @@ class Reconstructor(nn.Module):
         self.centres = Centres() if options.centred else None
 
     def target_starts(self, pack: Pack) -> np.ndarray:
-        """First target token of every segment, relative to it; the last is the anchor token, behind the body's end."""
+        """Return each segment's first target token, relative to its start.
+
+        The last target is the anchor token, after the end of the body.
+        """
         if self.prefix_tokens is None:
             return pack.body_starts
         return np.full_like(pack.body_starts, self.prefix_tokens)
@@ -145,15 +149,15 @@ class Reconstructor(nn.Module):
         """Reconstruct one pack.
 
         Args:
-            pack: whole pairs, each a query, its positive and perhaps hard negatives, which are only encoded.
-            weights: factor per target token.
+            pack: whole pairs, each a query, its positive and possibly hard negatives, which are only encoded.
+            weights: weight per target token.
 
         Returns:
             * the weighted sum of the target tokens' negative log-likelihoods, with gradient;
-            * their unweighted sums over tokens of queries and of positives;
+            * their unweighted sums over query tokens and over tokens of positives;
             * the anchor states of all segments;
-            * the same two sums of what a wrong partner of the pack costs beyond the right one, row 0 with all inputs,
-              row 1 without any; zeros while training.
+            * the rise of these two sums when each target is decoded from a wrong partner in the pack; row 0 with all
+              inputs, row 1 with none; zeros in training.
 
             Sums are in nats, float32 or wider, and zero where nothing is decoded.
         """
@@ -165,7 +169,7 @@ class Reconstructor(nn.Module):
         vectors = anchors
         if self.centres is not None:
             vectors = self.centres.vectors(anchors, pack.pack, training=self.training)
-        # 2. and 3. Decode; the head.
+        # 2. Decode.
         dropout = self.options.input_dropout if self.training else 0.0
         loss, nll = self._decode(pack, weights, vectors, inputs, dropout)
         dependence = nll.new_zeros(2, 2) if self.training else self._dependence(pack, weights, vectors, inputs, nll)
@@ -180,7 +184,7 @@ class Reconstructor(nn.Module):
         dropout: float,
         partner_of: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss, and its unweighted sums over tokens of queries and of positives."""
+        """Return the loss, and its unweighted sums over query tokens and over tokens of positives."""
         arrays = pack.pack
         plan = decode_plan(
             arrays.input_ids,
@@ -214,9 +218,12 @@ class Reconstructor(nn.Module):
         inputs: Float[Tensor, "X H"],
         right: Float[Tensor, " 2"],
     ) -> Float[Tensor, "2 2"]:
-        """Nats that a wrong partner costs, summed over target tokens; row 0 with all inputs, row 1 without any."""
+        """Return the extra nats from decoding with a wrong partner, summed over target tokens.
+
+        Row 0 is with all inputs, row 1 with none.
+        """
         wrong = wrong_partners_of(pack.pack.roles, pack.pack.text_ids)
-        # A pair without another beside it keeps its own partner, whose difference is zero.
+        # A pair without a wrong partner in the pack keeps its own, so its difference is zero.
         wrong = np.where(wrong < 0, partners_of(pack.pack.roles), wrong)
 
         def nll(dropout: float, partner_of: np.ndarray | None = None) -> Tensor:

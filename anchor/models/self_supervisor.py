@@ -1,10 +1,9 @@
-"""Queries -> soft prompts -> their answers: the encode and the decode pass of LLM2Vec-Gen (arXiv:2603.10913).
+"""Encode and decode passes of LLM2Vec-Gen (arXiv:2603.10913): queries -> soft prompts -> answers.
 
-1. Encode pass over the queries (with a contrastive term over all texts): the special tokens' states give P soft prompts
-   and one embedding per text, see :mod:`anchor.models.special_tokens`.
-2. Decode pass of the same frozen model (:mod:`anchor.models.decode_pass`): rows ``[decode prefix, p_1 ... p_P,
-   x[body]]`` of all answers predict ``[ids[body], end token]``. Adapters, where there are any, belong to the encode
-   pass alone: the decoder is the base.
+1. Encode the queries, or all texts if there is a contrastive term. The special tokens' states give P soft prompts and
+   one embedding per text, see :mod:`anchor.models.special_tokens`.
+2. Decode with the same frozen model (:mod:`anchor.models.decode_pass`): rows ``[decode prefix, p_1 ... p_P, x[body]]``
+   of all answers predict ``[ids[body], end token]``. Only the encode pass uses adapters; the decoder is the base.
 """
 
 import numpy as np
@@ -23,13 +22,13 @@ from anchor.models.special_tokens import SpecialTokens, SpecialTokensEmbedder
 
 
 class SelfSupervisor(nn.Module):
-    """Embedder with special tokens and decoder of answers, of one causal LM.
+    """Embedder with special tokens and decoder of answers, sharing one causal LM.
 
     Args:
         causal_lm: the frozen model, or one with adapters.
         special: special tokens and projections.
         end_token_id: ends an answer.
-        decode_prefix_ids: tokens before the soft prompts in every decode row; none in the paper.
+        decode_prefix_ids: tokens before the soft prompts in every decode row; the paper has none.
     """
 
     def __init__(
@@ -47,16 +46,19 @@ class SelfSupervisor(nn.Module):
     def forward(
         self, pack: PackTensors, token_weight: float | None, *, encode_all: bool = False
     ) -> tuple[Float[Tensor, "E D"], Float[Tensor, ""], Float[Tensor, ""]]:
-        """Embeddings, and the weighted negative log-likelihood of the answers.
+        """Compute embeddings and the weighted negative log-likelihood of the answers.
 
         Args:
-            pack: whole pairs, each a query, its positive (the answer) and perhaps hard negatives.
-            token_weight: factor per target token; None: nothing is decoded.
+            pack: whole pairs, each a query, its positive (the answer) and possibly hard negatives.
+            token_weight: weight per target token; None skips the decode pass.
             encode_all: encode positives and hard negatives too.
 
         Returns:
-            Embeddings (not normalised) of the queries, or of all segments; the weighted sum over target tokens (with
-            gradient) and the unweighted sum (nats, no gradient), float32 and zero where nothing is decoded.
+            * embeddings (not normalised) of the queries, or of all segments with ``encode_all``;
+            * the weighted sum over target tokens, with gradient;
+            * the unweighted sum, in nats, without gradient.
+
+            Sums are float32 or wider, and zero without a decode pass.
         """
         # 1. Encode.
         decode_prefix = pack.input_ids.new_tensor(self.decode_prefix_ids)

@@ -1,7 +1,7 @@
-"""Configuration -> what a dry run needs to know of a model: its dimensions and the size of every parameter.
+"""The dimensions of a model and the size of every parameter, as a dry run needs them.
 
-Nothing is loaded: the configuration is read (of a GGUF file the metadata), and the module is built on the meta device,
-where parameters have shapes and no memory.
+No weights are loaded. The module is built from the configuration (for a GGUF file, from its metadata) on the meta
+device, where parameters have shapes but use no memory.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ SPECIAL_TOKENS = "special tokens"
 
 @dataclass(frozen=True, slots=True)
 class ParameterSize:
-    """One parameter; a tied one is counted once.
+    """One parameter. A tied parameter appears once.
 
     Attributes:
         group: ``input embeddings``, ``attention``, ``mlp``, ``norms``, ``output head``, ``LoRA adapters`` or ``special
             tokens`` (with their projections).
         size: number of elements.
-        trained: whether it gets gradients.
+        trained: whether it receives gradients.
     """
 
     group: str
@@ -36,7 +36,7 @@ class ParameterSize:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Dimensions and parameters of a causal LM with a SwiGLU feed-forward part (Llama, Mistral, Qwen2, Qwen3).
+    """Dimensions and parameters of a causal LM with SwiGLU feed-forward layers (Llama, Mistral, Qwen2, Qwen3).
 
     Attributes:
         model_type: as in ``config.json``.
@@ -44,9 +44,9 @@ class ModelShape:
         query_size: heads times head dimension.
         key_value_size: key-value heads times head dimension.
         num_heads: query heads.
-        tied: whether the head is the input embedding.
-        parameters: all, adapters included.
-        adapter_inputs: input size of every layer with an adapter, in one transformer layer.
+        tied: whether the head shares the input embeddings' weight.
+        parameters: all parameters, including adapters.
+        adapter_inputs: input size of each adapted linear layer in one transformer layer.
         embedding_size: dimension of an embedding; the hidden size unless special tokens are aligned with a teacher.
     """
 
@@ -64,33 +64,33 @@ class ModelShape:
     embedding_size: int
 
     def count(self, group: str | None = None, *, trained: bool = False) -> int:
-        """Elements of a group, or of all; only the trained ones when asked."""
+        """Count the elements of a group, or of all parameters; with ``trained``, only trained ones."""
         chosen = (p for p in self.parameters if group in (None, p.group) and (p.trained or not trained))
         return sum(p.size for p in chosen)
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups that exist."""
+        """Names of the groups present."""
         return tuple(dict.fromkeys(p.group for p in self.parameters))
 
 
 def meta_model(section: BackboneSection) -> PreTrainedModel:
-    """The recipe's causal LM on the meta device, adapters included.
+    """Build the recipe's causal LM on the meta device, adapters included.
 
     Raises:
-        ModelError: no such model, unreadable, or of an unsupported architecture.
-        ConfigError: a LoRA target that matches no layer.
+        ModelError: the model is missing, unreadable, or of an unsupported architecture.
+        ConfigError: a LoRA target matches no layer or is the output layer.
     """
     config = read_config(section.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        model.tie_weights()  # on the meta device, loading would do it
+        model.tie_weights()  # loading weights would do this
         choose_trained(model, section)
     return model
 
 
 def shape_of(causal_lm: PreTrainedModel) -> ModelShape:
-    """Dimensions and parameters of a model, on whatever device."""
+    """Return the dimensions and parameters of a model on any device."""
     model: Any = causal_lm
     config, output = model.config, model.get_output_embeddings()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -107,7 +107,7 @@ def shape_of(causal_lm: PreTrainedModel) -> ModelShape:
         num_heads=config.num_attention_heads,
         tied=output is not None and model.get_input_embeddings().weight is output.weight,
         parameters=tuple(
-            # Under ZeRO-3 a parameter is empty and knows its size otherwise.
+            # Under ZeRO-3 a parameter is empty; ds_numel holds its full size.
             ParameterSize(_group(name), getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad)
             for name, parameter in model.named_parameters()
         ),

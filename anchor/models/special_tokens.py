@@ -1,13 +1,13 @@
 """P trained special tokens and two projections over a frozen causal LM (LLM2Vec-Gen, arXiv:2603.10913).
 
-1. The special tokens' ids are ``first_id ... first_id + P - 1``, behind the base tokenizer's. Their input embeddings
+1. The special tokens' ids are ``first_id ... first_id + P - 1``, after the base tokenizer's. Their input embeddings
    are ``rows``; all other tokens keep the base's. The base's embedding matrix is neither copied nor enlarged.
 2. Every text ends in the P special tokens; h are their final-norm hidden states.
-3. Soft prompts ``p = W_rec h``; embedding ``e = mean over P of W_align p``, which is ``W_align`` of the mean: both are
-   affine.
+3. Soft prompts are ``p = W_rec h``. The embedding is ``e = mean over P of W_align p``, which equals ``W_align`` of the
+   mean because ``W_align`` is affine.
 
-A model folder holds these parameters alone, in ``special_tokens.safetensors`` under the names of the module's state,
-and says in ``anchor.json`` which base they belong to; the base is recognised by :func:`base_fingerprint`.
+A model folder stores only these parameters, in ``special_tokens.safetensors`` under their ``state_dict`` names.
+``anchor.json`` names their base, which :func:`base_fingerprint` identifies.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,14 +39,14 @@ class SpecialTokens(nn.Module):
 
     Args:
         count: P.
-        hidden_size: H, of the base.
-        dimension: D, of the teacher's embeddings and of ours.
+        hidden_size: H, the base's hidden size.
+        dimension: D, the dimension of the teacher's embeddings and ours.
         first_id: token id of the first special token; the others follow.
 
     Attributes:
-        rows: ``P H``.
-        reconstruction: ``H -> H`` with bias.
-        alignment: ``H -> D`` with bias.
+        rows: input embeddings of the special tokens, ``P H``.
+        reconstruction: ``W_rec``, ``H -> H`` with bias.
+        alignment: ``W_align``, ``H -> D`` with bias.
     """
 
     def __init__(self, count: int, hidden_size: int, dimension: int, first_id: int) -> None:
@@ -55,17 +55,17 @@ class SpecialTokens(nn.Module):
         self.rows = nn.Parameter(torch.zeros(count, hidden_size))
         self.reconstruction = nn.Linear(hidden_size, hidden_size)
         self.alignment = nn.Linear(hidden_size, dimension)
-        # Under ZeRO-3 the parameters themselves are empty.
+        # Keep the sizes, because ZeRO-3 leaves the parameters empty.
         self.count, self.hidden_size, self.dimension = count, hidden_size, dimension
 
     def forward(self, input_ids: Int[Tensor, " T"], embed: Callable[[Tensor], Tensor]) -> Float[Tensor, "T H"]:
-        """Input embeddings: a special token's from ``rows``, any other from the base.
+        """Return input embeddings: special tokens from ``rows``, all others from the base.
 
-        The one place where ``rows`` is read, so that ZeRO-3 gathers it around this call.
+        Only this method reads ``rows``, so that ZeRO-3 gathers it around the call.
 
         Args:
             input_ids: token ids.
-            embed: the base's input embedding; never asked for a special token.
+            embed: the base's input embedding; never called with a special token's id.
         """
         base = embed(input_ids.clamp(max=self.first_id - 1))
         own = self.rows[(input_ids - self.first_id).clamp(min=0)].to(base.dtype)
@@ -74,11 +74,11 @@ class SpecialTokens(nn.Module):
     def read_out(
         self, hidden: Float[Tensor, "T H"], cu_seqlens: Int[Tensor, " S1"]
     ) -> tuple[Float[Tensor, "S P H"], Float[Tensor, "S D"]]:
-        """Soft prompts and embeddings (not normalised) of segments that end in the P special tokens.
+        """Return soft prompts and embeddings (not normalised) of segments that end in the P special tokens.
 
         Args:
             hidden: final-norm hidden states of packed segments.
-            cu_seqlens: their boundaries.
+            cu_seqlens: boundaries of the segments.
         """
         places = cu_seqlens[1:, None].long() + torch.arange(-self.count, 0, device=hidden.device)
         prompts = self.reconstruction(hidden[places])
@@ -86,18 +86,18 @@ class SpecialTokens(nn.Module):
 
     @torch.no_grad()
     def initialise(self, embeddings: Float[Tensor, "V H"], seed: int) -> None:
-        """Rows near the mean of the base's embeddings, projections as torch makes linear layers; a function of seed.
+        """Set the rows near the mean of the base's embeddings, and the projections as torch initialises linear layers.
 
-        The mean is where transformers puts new tokens; the noise, a tenth of the embeddings' standard deviation in each
-        dimension, tells the rows apart.
+        transformers also puts new tokens at the mean. The noise makes the rows differ; in each dimension it is a tenth
+        of the embeddings' standard deviation. The result depends on the seed and the embeddings only.
 
         Args:
-            embeddings: the base's input embeddings; only those before ``first_id`` count.
-            seed: of the noise and the projections.
+            embeddings: the base's input embeddings; only rows before ``first_id`` are used.
+            seed: seed of the noise and the projections.
         """
         total, squares = (torch.zeros(self.hidden_size, device=embeddings.device) for _ in range(2))
         known = embeddings[: self.first_id]
-        for chunk in known.split(_CHUNK_ROWS):  # whole, in float32, it may be gigabytes
+        for chunk in known.split(_CHUNK_ROWS):  # a float32 copy of all rows may take gigabytes
             total += chunk.float().sum(dim=0)
             squares += chunk.float().square().sum(dim=0)
         mean = total / len(known)
@@ -111,10 +111,10 @@ class SpecialTokens(nn.Module):
 
 
 class SpecialTokensEmbedder(nn.Module):
-    """A base with special tokens: packs -> soft prompts and embeddings. The same code trains and serves.
+    """A base with special tokens: packs -> soft prompts and embeddings. Training and serving use the same code.
 
     Args:
-        causal_lm: the base, with a packed attention kernel and perhaps adapters.
+        causal_lm: the base, with a packed attention kernel and possibly adapters.
         special: the special tokens and projections.
     """
 
@@ -124,35 +124,35 @@ class SpecialTokensEmbedder(nn.Module):
         self.special = special
 
     def embed_tokens(self, input_ids: Int[Tensor, " T"]) -> Float[Tensor, "T H"]:
-        """Input embeddings, special tokens included."""
+        """Return input embeddings, including those of special tokens."""
         return self.special(input_ids, self.embedder.embed_tokens)
 
     def encode(
         self, pack: PackTensors, inputs: Float[Tensor, "T H"] | None = None
     ) -> tuple[Float[Tensor, "S P H"], Float[Tensor, "S D"]]:
-        """Soft prompts and embeddings (not normalised) of all segments of a pack.
+        """Return soft prompts and embeddings (not normalised) of all segments of a pack.
 
         Args:
             pack: segments that end in the P special tokens.
-            inputs: their input embeddings, when they are at hand.
+            inputs: their input embeddings; computed if None.
         """
         inputs = self.embed_tokens(pack.input_ids) if inputs is None else inputs
         hidden = self.embedder.hidden_states(inputs, pack.position_ids, pack.cu_seqlens, pack.max_length)
         return self.special.read_out(hidden.to(self.special.reconstruction.weight.dtype), pack.cu_seqlens)
 
     def forward(self, pack: PackTensors) -> Float[Tensor, "S D"]:
-        """Unit vectors of all segments, float32."""
+        """Return the unit vectors of all segments, float32 or wider."""
         return unit_vectors(self.encode(pack)[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What ``anchor.json`` says of special tokens and their base; :func:`read_description` reads what it writes.
+    """Description of special tokens and their base in ``anchor.json``, read back by :func:`read_description`.
 
     Attributes:
         base: folder or hub name of the base.
-        fingerprint: of the base.
-        count, first_id, dimension: as :class:`SpecialTokens`.
+        fingerprint: the base's fingerprint.
+        count, first_id, dimension: as in :class:`SpecialTokens`.
     """
 
     base: str
@@ -162,20 +162,20 @@ class Description:
     dimension: int
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of ``anchor.json``."""
+        """Return the keys that describe the special tokens in ``anchor.json``."""
         return {
             "base": {"path": self.base, "fingerprint": self.fingerprint},
             "special_tokens": {"count": self.count, "first_id": self.first_id},
-            "decoder": "base",  # an adapter takes no part in decoding
+            "decoder": "base",  # decoding does not use the adapter
             "dimension": self.dimension,
         }
 
 
 def read_description(folder: Path) -> Description:
-    """The description in an exported folder.
+    """Read the description in an exported folder.
 
     Raises:
-        ModelError: ``anchor.json`` is missing or unreadable, of another objective, or lacks one of these.
+        ModelError: ``anchor.json`` is missing or unreadable, comes from another objective, or lacks a field.
     """
     file = folder / "anchor.json"
     about = read_json(file)
@@ -201,11 +201,11 @@ def read_description(folder: Path) -> Description:
 
 
 def load_special_tokens(folder: Path) -> SpecialTokens:
-    """The special tokens of an exported folder, float32.
+    """Load the special tokens of an exported folder, in float32.
 
     Raises:
-        ModelError: a file is missing or unreadable, or a tensor has not the shape that ``anchor.json`` and
-            ``config.json`` say.
+        ModelError: a file is missing or unreadable, or a tensor's shape contradicts ``anchor.json`` or
+            ``config.json``.
     """
     said, hidden_size = read_description(folder), read_json(folder / "config.json").get("hidden_size")
     if not isinstance(hidden_size, int):
@@ -227,10 +227,10 @@ def load_special_tokens(folder: Path) -> SpecialTokens:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
+    """Read the object in a JSON file of a model folder.
 
     Raises:
-        ModelError: it is missing, malformed or no object.
+        ModelError: the file is missing or malformed, or does not hold an object.
     """
     try:
         content = load_json(file)
@@ -244,28 +244,28 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def shape_text(tensor: object) -> str:
-    """``"3 x 32"``; for what is no tensor, its type."""
+    """Format a tensor's shape as ``"3 x 32"``; for any other value, return ``"missing"`` (None) or its type."""
     if isinstance(tensor, Tensor):
         return " x ".join(map(str, tensor.shape)) or "one number"
     return "missing" if tensor is None else type(tensor).__name__
 
 
 def fingerprinted(causal_lm: PreTrainedModel) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """The parameters that :func:`fingerprint` takes: final norm, input embeddings, queries of the last layer.
+    """Return the parameters to fingerprint: final norm, input embeddings, and the last layer's query projection.
 
-    The last tells a model from one with an adapter merged into it, which leaves the others alone.
+    The query projection reveals a merged adapter, which leaves the other two unchanged.
     """
     model: Any = causal_lm
-    # With an adapter around it, a layer still shows the base's weight.
+    # A layer wrapped in an adapter still exposes the base's weight.
     last = model.base_model.layers[-1].self_attn.q_proj.weight
     return model.base_model.norm.weight, model.get_input_embeddings().weight, last
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> str:
-    """xxh3 (hex) of the first 64 rows of each parameter: tells one base from another.
+    """Hash the first 64 rows of each parameter (xxh3, hex), to tell one base from another.
 
-    Rounded to bfloat16 first, so that it does not depend on the dtype that the base was loaded in; then the bytes of
-    float32, little-endian.
+    The rows are rounded to bfloat16 first, so that the hash does not depend on whether the base was loaded in bfloat16
+    or float32. They are hashed as little-endian float32.
     """
     digest = xxhash.xxh3_64()
     for parameter in parameters:
@@ -276,16 +276,16 @@ def fingerprint(parameters: Iterable[Tensor]) -> str:
 
 
 def base_fingerprint(causal_lm: PreTrainedModel) -> str:
-    """:func:`fingerprint` of a base that is whole in this process."""
+    """Return the :func:`fingerprint` of a base whose parameters are not partitioned."""
     return fingerprint(fingerprinted(causal_lm))
 
 
 def check_base(causal_lm: PreTrainedModel, base: str, folder: Path) -> None:
-    """Refuse a base that a folder's special tokens were not trained with.
+    """Refuse a base other than the one that a folder's special tokens were trained with.
 
     Args:
-        causal_lm: the base, whole.
-        base: where it was loaded from.
+        causal_lm: the base, not partitioned.
+        base: the path or name from which it was loaded.
         folder: the model folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Load a folder that holds special tokens alone: its base, its adapter if it has one, and the special tokens."""
+"""Load a folder that holds only special tokens: its base, its adapter if it has one, and the special tokens."""
 
 from pathlib import Path
 
@@ -17,18 +17,18 @@ ADAPTER_NAME = "adapter"
 def load_special_tokens_embedder(
     folder: Path, dtype: torch.dtype, attention: str, base: str | None = None
 ) -> SpecialTokensEmbedder:
-    """The embedder of an exported folder, ready to serve.
+    """Load the embedder of an exported folder, ready to serve.
 
-    The base and the adapter are in ``dtype``; rows and projections stay float32, as they are stored.
+    The base and the adapter are in ``dtype``. The rows and projections are float32.
 
     Args:
         folder: the model folder.
-        dtype: of the base.
+        dtype: dtype of the base and the adapter.
         attention: transformers' name of the packed kernel.
-        base: folder, GGUF file or hub name of the base; where ``anchor.json`` says when None.
+        base: folder, GGUF file or hub name of the base; None takes it from ``anchor.json``.
 
     Raises:
-        ModelError: an unreadable folder, or a base that is missing or another one.
+        ModelError: the folder is unreadable, or the base is missing or not the one used in training.
     """
     special = load_special_tokens(folder)
     path = find_base(folder, base or read_description(folder).base)
@@ -40,14 +40,14 @@ def load_special_tokens_embedder(
 
 
 def find_base(folder: Path, path: str) -> str:
-    """Where a folder's base model is; what is not a hub name becomes absolute.
+    """Locate a folder's base model; return an absolute path, or a hub name unchanged.
 
     Args:
-        folder: that needs it, for the message.
+        folder: the folder that needs the base, for the error message.
         path: folder, GGUF file or hub name.
 
     Raises:
-        ModelError: nothing is there.
+        ModelError: there is no model at the path.
     """
     try:
         resolve_model_path(path)
@@ -58,10 +58,10 @@ def find_base(folder: Path, path: str) -> str:
 
 
 def _add_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
-    """Put the adapter's layers into the model, not merged: in bfloat16 merging would round it away.
+    """Add the adapter's layers to the model without merging: in bfloat16, merging would round the adapter away.
 
     Raises:
-        ModelError: unreadable, or it does not fit the model.
+        ModelError: the adapter is unreadable or does not fit the model.
     """
     try:
         PeftModel.from_pretrained(causal_lm, str(folder), autocast_adapter_dtype=False)

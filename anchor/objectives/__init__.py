@@ -1,1 +1,1 @@
-"""What is minimised. Objectives return losses and metric sums; the engine reduces and writes them."""
+"""Training objectives. They return losses and metric sums; the engine reduces and writes them."""

@@ -1,10 +1,10 @@
 """Stage II: InfoNCE over the documents of all ranks (van den Oord et al. 2018, arXiv:1807.03748, eq. 4).
 
-1. The pool is every positive and hard negative of the batch, in the order of the packs, whatever the ranks
+1. The pool is every positive and hard negative of the batch, in pack order, independent of the number of ranks
    (:mod:`anchor.objectives.pool`).
-2. Each rank computes the rows of its own pairs against the whole pool, gathered with a backward that sums over
-   ranks. The sum of the ranks' shares has the gradient of one process that holds the batch.
-3. Options of the denominator, of the masks and of the dimensions: :mod:`anchor.objectives.info_nce`.
+2. Each rank computes the rows of its own pairs against the whole pool. The gather's backward sums over ranks, so the
+   sum of the ranks' shares has the gradient of one process that holds the batch.
+3. :mod:`anchor.objectives.info_nce` describes the options for the denominator, the masks and the dimensions.
 """
 
 import torch
@@ -32,12 +32,12 @@ _POSITIVE_FIRST: tuple[Similarity, ...] = (
 
 
 class ContrastiveTerm:
-    """The contrastive loss of a batch's embeddings; holds no parameters.
+    """The contrastive loss of a batch's embeddings. It has no parameters.
 
     Args:
         section: the recipe's coefficients.
         hidden_size: dimension of the embeddings.
-        chunk_rows: pairs whose similarities exist at a time; by the device and the pool when None.
+        chunk_rows: number of pairs whose similarities exist at a time; None derives it from the device and the pool.
 
     Raises:
         ConfigError: a Matryoshka dimension is not below the hidden size.
@@ -55,7 +55,7 @@ class ContrastiveTerm:
     def loss(
         self, embeddings: Float[Tensor, "S D"], batch: Batch, rank: int, world_size: int
     ) -> tuple[Float[Tensor, ""], Shares]:
-        """This rank's share of the loss, and of the metrics at full dimension; see :class:`PooledObjective`."""
+        """Return this rank's share of the loss, and of the metrics at full dimension; see :class:`PooledObjective`."""
         layout = pool_layout(batch, rank, world_size)
         if self.section.mask_known_matches:
             masks = KnownMatches(layout, embeddings.device, self.section.negatives)
@@ -89,7 +89,7 @@ class ContrastiveTerm:
     def joint_loss(
         self, weight: float, embeddings: Float[Tensor, "S D"], batch: Batch, rank: int, world_size: int
     ) -> tuple[Float[Tensor, ""], Shares]:
-        """The same times ``weight``, beside the separable loss of a :class:`JointObjective`."""
+        """Return :meth:`loss` times ``weight``, for use with the separable loss of a :class:`JointObjective`."""
         contrastive, shares = self.loss(embeddings, batch, rank, world_size)
         weighted = weight * contrastive
         return weighted, {"loss/total_nats": weighted.detach(), "loss/contrastive_nats": contrastive.detach()} | shares
@@ -97,7 +97,7 @@ class ContrastiveTerm:
     def _gathered(
         self, embeddings: Tensor, layout: PoolLayout
     ) -> tuple[dict[str, Float[Tensor, "B D"]], dict[str, Float[Tensor, "_ D"]]]:
-        """Local pairs by side, and all ranks' texts of the sides that the denominators need."""
+        """Return the local pairs by side, and all ranks' texts of the sides that the denominators need."""
         device = embeddings.device
         queries = embeddings[torch.from_numpy(layout.local_queries).to(device)]
         documents = embeddings[torch.from_numpy(layout.local_documents).to(device)]
@@ -112,7 +112,7 @@ class ContrastiveTerm:
         return rows, columns
 
     def _softmaxes(self, layout: PoolLayout, device: torch.device) -> list[Softmax]:
-        """The denominators of a pair: one, or that of its query and that of its document."""
+        """Return a pair's denominators: one joint, or one for its query and one for its document."""
         chosen: list[Similarity] = [s for s in _POSITIVE_FIRST if s in self.section.negatives]
         document = torch.from_numpy(layout.local_target).to(device)
         if self.section.softmax == "joint":
@@ -126,7 +126,7 @@ class ContrastiveTerm:
     def _metrics(self, terms: RowTerms, num_queries: int) -> Shares:
         shares = {
             "embedding/positive_cosine": terms.positive.sum() / num_queries,
-            # A query whose every negative is masked has no hardest one: it counts as retrieved.
+            # A query whose negatives are all masked has no hardest one and counts as retrieved.
             "embedding/hardest_negative_cosine": terms.hardest.clamp(min=-1.0).sum() / num_queries,
             "embedding/retrieved_fraction": (terms.positive > terms.hardest).float().sum() / num_queries,
         }

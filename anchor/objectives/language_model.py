@@ -1,9 +1,9 @@
-"""The control of Stage I: plain next-token training on the same texts, nothing reconstructed from an embedding.
+"""Control experiment for Stage I: plain next-token training on the same texts, without reconstruction.
 
-1. One backbone pass over the queries and positives of a pack, as they are packed: template, instruction, text, anchor
-   token. Hard negatives are left out.
-2. ``L = sum / N`` over the tokens of the bare texts and their anchor tokens, each predicted from the tokens before it
-   in its own segment: ``-log p(x_t | x_<t)``. Those are the targets of reconstruction, without the other side.
+1. Run the backbone once over a pack's queries and positives as packed: template, instruction, text, anchor token. Hard
+   negatives are left out.
+2. Compute ``L = sum / N`` over the tokens of the bare texts and their anchor tokens. Each is predicted from the earlier
+   tokens of its own segment: ``-log p(x_t | x_<t)``. Reconstruction has the same targets, but also sees the other side.
 3. N counts the targets of the whole batch, so the mean is exact over ranks and packs without communication.
 """
 
@@ -26,12 +26,12 @@ from anchor.objectives.base import SeparableObjective, Shares
 
 @dataclass(frozen=True, slots=True)
 class NextTokens:
-    """Which hidden states predict which tokens of a pack.
+    """Targets of a pack, and the hidden states that predict them.
 
     Attributes:
         rows: int64 ``R``; position in the pack of the token before each target.
         targets: int64 ``R``; token ids.
-        of_queries: bool ``R``; whether a target belongs to a query.
+        of_queries: bool ``R``; True if the target belongs to a query.
     """
 
     rows: np.ndarray
@@ -40,10 +40,10 @@ class NextTokens:
 
 
 def next_tokens(pack: Pack) -> NextTokens:
-    """Targets of a pack: the bare text of every segment, then its anchor token.
+    """Return the targets of a pack: each segment's bare text, then its anchor token.
 
-    A text that begins its segment (a template without prefix, no instruction) has no token before its first one, which
-    is then no target.
+    If a text begins its segment (no template prefix and no instruction), nothing precedes its first token, so that
+    token is not a target.
     """
     lengths = pack.segment_lengths.astype(np.int64)
     starts = cu_seqlens(lengths)[:-1].astype(np.int64)
@@ -74,7 +74,7 @@ class LanguageModelObjective(SeparableObjective):
         return pack.select(pack.roles <= POSITIVE)
 
     def target_tokens(self, batch: Batch) -> tuple[int, int]:
-        """Targets among the batch's queries and positives: what the sums are divided by."""
+        """Return the number of targets in the batch's queries and in its positives, the divisors of the sums."""
         counts = [batch.query_target_tokens, batch.document_target_tokens]
         for pack in batch.packs:
             for role in (QUERY, POSITIVE):
@@ -84,10 +84,10 @@ class LanguageModelObjective(SeparableObjective):
 
     def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
         device, plan = pack.input_ids.device, next_tokens(pack.pack)
-        # 1. One pass.
+        # 1. Backbone pass.
         inputs = self.embedder.embed_tokens(pack.input_ids)
         hidden = self.embedder.hidden_states(inputs, pack.position_ids, pack.cu_seqlens, pack.max_length)
-        # 2. and 3. The head, on the target rows alone.
+        # 2. and 3. Head, on the target rows only.
         weight = torch.full((len(plan.rows),), 1.0 / sum(self.target_tokens(batch)), device=device)
         loss, nll = self.head(
             hidden[torch.from_numpy(plan.rows).to(device)], torch.from_numpy(plan.targets).to(device), weight

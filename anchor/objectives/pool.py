@@ -1,10 +1,11 @@
-"""Where the queries and documents of a batch stand, seen from one rank; and which of them are known to match.
+"""The pool of a batch as seen from one rank, and masks for the texts known to match.
 
-1. The pool is every positive and hard negative of the batch, the queries likewise, in the order of the packs,
-   whatever the ranks.
-2. A text is no negative of a pair when the batch itself says so. Known documents of pair i: its query's own text and
-   every positive of that text. Known queries of pair i: its positive's own text and every query of that text.
-3. Masks are made for a run of rows at a time: no array of B x N outlives it.
+1. The pool is every positive and hard negative of the batch, in pack order, independent of the number of ranks. Queries
+   are ordered the same way.
+2. A text is not a negative of a pair if the batch itself shows that it matches. The known documents of pair i are its
+   query's own text and every positive of that query text. Its known queries are its positive's own text and every
+   query of that positive text.
+3. Masks are built for a run of rows at a time, so no full B x N array is kept.
 """
 
 from collections.abc import Iterable
@@ -23,14 +24,16 @@ from anchor.data.shards import Batch
 
 @dataclass(frozen=True, slots=True)
 class PoolLayout:
-    """Where queries and documents of a batch stand, seen from one rank. Lengths: B queries here, M in all, N documents.
+    """Positions of a batch's queries and documents, as seen from one rank.
+
+    The rank has B local queries; the batch has M queries and N documents.
 
     Attributes:
         local_queries: rows of this rank's embeddings that are queries, in order.
         local_documents: rows of this rank's embeddings that are documents, in order.
-        queries_per_rank, documents_per_rank: of every rank.
-        first_query: index among all queries of this rank's first.
-        first_document: index in the pool of this rank's first document.
+        queries_per_rank, documents_per_rank: counts, one per rank.
+        first_query: index of this rank's first query among all queries.
+        first_document: index of this rank's first document in the pool.
         target: int64 ``M``; index in the pool of every query's positive.
         query_text: int64 ``M``; text identity of every query.
         document_text: int64 ``N``; text identity of every document.
@@ -48,12 +51,12 @@ class PoolLayout:
 
     @property
     def num_queries(self) -> int:
-        """Queries of the whole batch."""
+        """Number of queries in the whole batch."""
         return len(self.query_text)
 
     @property
     def local(self) -> slice:
-        """This rank's among all queries."""
+        """Slice of this rank's queries among all queries."""
         return slice(self.first_query, self.first_query + len(self.local_queries))
 
     @property
@@ -63,11 +66,11 @@ class PoolLayout:
 
 
 def pool_layout(batch: Batch, rank: int, world_size: int) -> PoolLayout:
-    """The pool of a batch and this rank's place in it, from the shards' columns alone.
+    """Return the layout of a batch's pool for one rank, using only the shards' columns.
 
     Args:
         batch: the whole batch.
-        rank, world_size: which packs are this rank's.
+        rank, world_size: select this rank's packs.
     """
     shares = [rank_packs(len(batch.packs), r, world_size) for r in range(world_size)]
     is_query = [np.concatenate([batch.packs[i].roles for i in share]) == QUERY for share in shares]
@@ -81,7 +84,7 @@ def pool_layout(batch: Batch, rank: int, world_size: int) -> PoolLayout:
         documents_per_rank=documents,
         first_query=sum(queries[:rank]),
         first_document=sum(documents[:rank]),
-        # A pair's segments stand together: query, positive, hard negatives.
+        # A pair's segments are contiguous: query, positive, hard negatives.
         target=(np.cumsum(~everywhere) - 1)[np.flatnonzero(everywhere) + 1],
         query_text=texts[everywhere],
         document_text=texts[~everywhere],
@@ -89,21 +92,21 @@ def pool_layout(batch: Batch, rank: int, world_size: int) -> PoolLayout:
 
 
 class KnownMatches:
-    """Masks of the texts that the batch itself knows to match a pair.
+    """Masks of the texts that the batch shows to match a pair.
 
-    Query-to-document masks the pair's known documents, document-to-query its known queries; query-to-query and
-    document-to-document mask both, for there a text of either list would be pushed away from its like.
+    Query-to-document masks the pair's known documents, and document-to-query masks its known queries. Query-to-query
+    and document-to-document mask both, because they would otherwise push matching texts apart.
 
     Args:
         layout: the pool.
-        device: where masks are made.
-        similarities: those that masks are asked of.
+        device: the device on which masks are built.
+        similarities: the similarities that :meth:`keep` will be called with.
     """
 
     def __init__(self, layout: PoolLayout, device: torch.device, similarities: Iterable[Similarity]) -> None:
         positive_text = layout.document_text[layout.target]
-        # Almost every text stands for one pair only; the few others have lists. All of this is done before the first
-        # copy to the device, which waits for what the device was given to do.
+        # Almost every text belongs to one pair only, so only the few others get lists. Build them before the first
+        # copy to the device, because that copy waits for the device's queued work.
         pairs_by_text = {"document": (layout.query_text, positive_text), "query": (positive_text, layout.query_text)}
         wanted = {known for similarity in similarities for known in _known_sides(similarity)}
         more = {known: _partners(*pairs_by_text[known], layout.local) for known in sorted(wanted)}
@@ -119,14 +122,14 @@ class KnownMatches:
         }
 
     def keep(self, similarity: Similarity, rows: slice) -> Bool[Tensor, "R N"]:
-        """False where a column is no negative of the pair; the pair's own positive is False as well.
+        """Return a mask that is False where a column is not a negative of the pair, its own positive included.
 
         Args:
-            similarity: which side of the local pairs to which side of all pairs.
+            similarity: the side of the local pairs and the side of all pairs to compare.
             rows: a run of local pairs.
         """
         columns = self._texts[similarity.partition("_to_")[2]]
-        # The query's text, its positive's, and with them the pair's own column.
+        # The texts of the query and its positive, which also covers the pair's own column.
         keep = columns != self._own_query[rows, None]
         keep &= columns != self._own_positive[rows, None]
         for known in _known_sides(similarity):
@@ -138,11 +141,11 @@ class KnownMatches:
 
 
 class OwnTexts:
-    """Masks of a pair's own two texts alone: every other text is a negative, copies included.
+    """Masks of a pair's own two texts only. Every other text is a negative, including copies of them.
 
     Args:
         layout: the pool.
-        device: where masks are made.
+        device: the device on which masks are built.
     """
 
     def __init__(self, layout: PoolLayout, device: torch.device) -> None:
@@ -151,7 +154,7 @@ class OwnTexts:
         self._width = {"query": layout.num_queries, "document": len(layout.document_text)}
 
     def keep(self, similarity: Similarity, rows: slice) -> Bool[Tensor, "R N"]:
-        """False at the column of the pair's own text, True everywhere else; see :meth:`KnownMatches.keep`."""
+        """Return a mask that is False only at the pair's own text; arguments as in :meth:`KnownMatches.keep`."""
         side = similarity.partition("_to_")[2]
         own = self._own[side][rows]
         keep = torch.ones(len(own), self._width[side], dtype=torch.bool, device=own.device)
@@ -159,13 +162,13 @@ class OwnTexts:
 
 
 def _known_sides(similarity: Similarity) -> tuple[str, ...]:
-    """Which of a pair's known texts are no columns of a similarity: its documents, its queries or both."""
+    """Return which of a pair's known texts a similarity masks: its documents, its queries or both."""
     side, _, other = similarity.partition("_to_")
     return ("document", "query") if side == other else (other,)
 
 
 def _partners(texts: np.ndarray, partners: np.ndarray, local: slice) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each text of several pairs: the local pairs that have it, and the partners of all pairs that have it."""
+    """Return, for each text in several pairs, the local pairs that have it and the partners of all pairs that do."""
     _, inverse, times = np.unique(texts, return_inverse=True, return_counts=True)
     several = np.flatnonzero(times[inverse] > 1)
     several = several[np.argsort(inverse[several], kind="stable")]

@@ -1,9 +1,12 @@
 """Stage I: bidirectional reconstruction (Su et al. 2025, arXiv:2509.03020, algorithm 1).
 
-``L = alpha * sum_documents / N_document + (1 - alpha) * sum_queries / N_query``: sums are negative log-likelihoods
-of target tokens (body, with its instruction if so chosen, then the anchor token), N counts the target tokens of the
-whole batch, so the mean is exact over ranks and packs without communication. A direction of weight zero is not
-computed. Optionally ``+ weight * InfoNCE`` of the same anchor states (:mod:`anchor.objectives.info_nce`).
+``L = alpha * sum_documents / N_document + (1 - alpha) * sum_queries / N_query``
+
+The sums are over the negative log-likelihoods of the target tokens: the body (with its instruction if the recipe says
+so), then the anchor token. N counts the target tokens of the whole batch, so the mean is exact over ranks and packs
+without communication. A direction with weight zero is not computed.
+
+An optional term adds ``weight * InfoNCE`` of the same anchor states (:mod:`anchor.objectives.info_nce`).
 """
 
 from collections.abc import Callable
@@ -25,19 +28,19 @@ from anchor.objectives.contrastive import ContrastiveTerm
 
 
 class _Reconstruction:
-    """Weights and metrics of the loss, for a batch; holds no parameters."""
+    """Weights and metrics of the loss for a batch. It has no parameters."""
 
     def __init__(self, section: schema.ReconstructionObjective, reconstructor: Reconstructor) -> None:
         self.alpha, self.target, self.reconstructor = section.alpha, section.target, reconstructor
 
     def target_tokens(self, batch: Batch) -> tuple[int, int]:
-        """Target tokens of the batch's queries and positives: what the sums are divided by."""
+        """Return the number of target tokens in the batch's queries and in its positives, the divisors of the sums."""
         if self.target == "body":
             return batch.query_target_tokens, batch.document_target_tokens
         return self._counted(batch, lambda pack: np.ones(len(pack.roles), dtype=bool))
 
     def comparable_tokens(self, batch: Batch) -> tuple[int, int]:
-        """Those of the pairs that have a wrong partner beside them in their pack."""
+        """Return the same counts for only those pairs that have a wrong partner in their pack."""
         return self._counted(batch, lambda pack: wrong_partners_of(pack.roles, pack.text_ids) >= 0)
 
     def _counted(self, batch: Batch, chosen: Callable[[Pack], np.ndarray]) -> tuple[int, int]:
@@ -74,12 +77,13 @@ class _Reconstruction:
 
 
 class ReconstructionObjective(SeparableObjective):
-    """The document's anchor reconstructs the query and the other way round; hard negatives are left out.
+    """Reconstruct queries from their documents' anchors and documents from their queries'; ignore hard negatives.
 
     Args:
-        causal_lm: the model, encoder and decoder at once.
+        causal_lm: the model, both encoder and decoder.
         section: the recipe's ``objective``.
-        prefix_tokens: of the shards' template; targets include the instruction. None: targets are the bare texts.
+        prefix_tokens: length of the template's prefix in the shards; targets include the instruction. If None, targets
+            are the bare texts.
         decode_prefix_ids: tokens before the anchor vector in every decode row.
     """
 
@@ -111,11 +115,11 @@ class ReconstructionObjective(SeparableObjective):
 
 
 class JointReconstructionObjective(JointObjective):
-    """Reconstruction plus a contrastive term over the same encode pass; hard negatives are in the pool only.
+    """Reconstruction plus a contrastive term over the same encode pass. Only the contrastive term uses hard negatives.
 
     Args:
-        causal_lm, section, prefix_tokens, decode_prefix_ids: as :class:`ReconstructionObjective`;
-            ``section.contrastive`` is given.
+        causal_lm, section, prefix_tokens, decode_prefix_ids: as in :class:`ReconstructionObjective`;
+            ``section.contrastive`` must be set.
 
     Raises:
         ValueError: the section has no contrastive term.

@@ -1,14 +1,15 @@
-"""Self-supervision: special tokens of a frozen LLM represent its own answer to a query (arXiv:2603.10913).
+"""Self-supervision: train a frozen LLM's special tokens to represent its own answer to a query (arXiv:2603.10913).
 
 ``L = a L_align + b L_rec (+ w InfoNCE)`` with
 
-* ``L_align``: mean over the batch's pairs and the D dimensions of ``(e - t)^2``; e is the query's embedding, t the
-  teacher's of the answer;
-* ``L_rec``: mean over the batch's target tokens (each answer's body, then the end token) of their negative
-  log-likelihood behind the query's soft prompts;
-* InfoNCE over the unit vectors of e of queries, positives and hard negatives (:mod:`anchor.objectives.info_nce`).
+* ``L_align``: mean of ``(e - t)^2`` over the batch's pairs and the D dimensions; e is the query's embedding, t the
+  teacher's embedding of the answer;
+* ``L_rec``: mean negative log-likelihood of the batch's target tokens (each answer's body, then the end token), given
+  the query's soft prompts;
+* InfoNCE over the unit vectors of e for queries, positives and hard negatives (:mod:`anchor.objectives.info_nce`).
 
-Both means are sums over packs divided by counts of the whole batch: exact over ranks and packs without communication.
+Both means are sums over packs divided by counts of the whole batch, so they are exact over ranks and packs without
+communication.
 """
 
 import torch
@@ -28,13 +29,13 @@ from anchor.objectives.contrastive import ContrastiveTerm
 
 
 class _SelfSupervision:
-    """Weights and metrics of the two losses, for a batch; holds no parameters."""
+    """Weights and metrics of the two losses for a batch. It has no parameters."""
 
     def __init__(self, section: schema.SelfSupervisedObjective) -> None:
         self.alignment, self.reconstruction = section.alignment_weight, section.reconstruction_weight
 
     def token_weight(self, batch: Batch) -> float | None:
-        """Of one target token's negative log-likelihood; None where nothing is decoded."""
+        """Return the weight of a target token's negative log-likelihood; None if nothing is decoded."""
         return self.reconstruction / batch.document_target_tokens if self.reconstruction else None
 
     def losses(
@@ -44,18 +45,18 @@ class _SelfSupervision:
         decoded: tuple[Tensor, Tensor],
         batch: Batch,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This pack's share of the loss (with gradient), of ``L_align``, of ``L_rec`` and of the mean cosine.
+        """Return this pack's shares of the loss (with gradient), ``L_align``, ``L_rec`` and the mean cosine.
 
         Args:
             embeddings: e of the pack's queries, not normalised.
             teacher: t of their answers, float32.
-            decoded: weighted and unweighted sum of the target tokens' negative log-likelihood.
+            decoded: weighted and unweighted sums of the target tokens' negative log-likelihoods.
             batch: the batch, for its totals.
         """
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         alignment = (wide - teacher).square().sum() / (batch.num_pairs * teacher.shape[1])
         cosine = (unit_vectors(wide.detach()) * unit_vectors(teacher)).sum() / batch.num_pairs
-        # Also with weight 0: then the alignment's parameters have a gradient, of zero, as the optimiser expects.
+        # Keep the term even at weight 0: the optimiser expects the alignment's parameters to have a (zero) gradient.
         loss = self.alignment * alignment + decoded[0]
         return loss, alignment.detach(), decoded[1] / batch.document_target_tokens, cosine
 
@@ -72,9 +73,9 @@ class _SelfSupervision:
 
 
 class SelfSupervisedObjective(SeparableObjective):
-    """A query's special tokens meet the teacher's embedding of its answer, and reconstruct the answer.
+    """Align a query's special tokens with the teacher's embedding of its answer, and reconstruct the answer.
 
-    Only queries are encoded; hard negatives are left out.
+    Only queries are encoded; hard negatives are ignored.
 
     Args:
         causal_lm: the frozen model, or one with adapters.
@@ -98,7 +99,7 @@ class SelfSupervisedObjective(SeparableObjective):
         self._loss = _SelfSupervision(section)
 
     def prepare(self, pack: Pack) -> Pack:
-        # Without a decode pass training does not read answers; evaluation still looks for them.
+        # Without a decode pass, training does not read answers; evaluation still needs them for retrieval.
         queries_only = self.training and not self._loss.reconstruction
         return pack.select(pack.roles <= (QUERY if queries_only else POSITIVE))
 
@@ -110,7 +111,10 @@ class SelfSupervisedObjective(SeparableObjective):
         return *losses, queries, embeddings.detach(), teacher
 
     def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
-        """Of a query its own; of a positive, which is not encoded, the teacher's: what its query should find."""
+        """Return each query's own unit vector, and the teacher's for each positive.
+
+        Positives are not encoded. The teacher's vector is the one that the query should retrieve.
+        """
         queries, embeddings, teacher = output[4:]
         own = unit_vectors(embeddings)
         vectors = own.new_empty(len(queries), own.shape[1])
@@ -122,11 +126,11 @@ class SelfSupervisedObjective(SeparableObjective):
 
 
 class JointSelfSupervisedObjective(JointObjective):
-    """The same plus a contrastive term: positives and hard negatives are encoded too.
+    """Self-supervision plus a contrastive term, for which positives and hard negatives are encoded too.
 
     Args:
-        causal_lm, special, section, end_token_id, decode_prefix_ids: as :class:`SelfSupervisedObjective`;
-            ``section.contrastive`` is given.
+        causal_lm, special, section, end_token_id, decode_prefix_ids: as in :class:`SelfSupervisedObjective`;
+            ``section.contrastive`` must be set.
 
     Raises:
         ValueError: the section has no contrastive term.
