@@ -1,1 +1,1 @@
-"""Offline data preparation: raw pairs -> packed shards. No torch is needed."""
+"""Offline data preparation: raw pairs -> packed shards. Packing needs no torch."""

@@ -1,4 +1,4 @@
-"""``python -m data_prep``: the command line of data preparation."""
+"""Command line of data preparation: ``python -m data_prep``."""
 
 import sys
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from data_prep.options import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run one command; a user's error is one line and exit code 2."""
+    """Parse the command line and run one command; a user error prints one line and exits with code 2."""
     args = parse(arguments)
     log.setup()
     with exit_on_user_error():
-        # Imported here, so that --help and a wrong option answer at once.
+        # Import commands here, so that --help and a wrong option answer at once.
         if args.command == "pack":
             from data_prep.pack import pack
 

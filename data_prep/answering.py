@@ -1,8 +1,8 @@
-"""What answers prompts: transformers' ``generate``, or vLLM where it is installed.
+"""Engines that answer prompts: transformers' ``generate``, or vLLM if it is installed.
 
-Both draw each answer from a generator of its own, seeded by the run's seed and the question's text, so that an answer
-does not depend on which others are in its batch, but for the rounding of the model's arithmetic. The two engines draw
-different answers.
+Each answer has its own random generator, seeded by the run's seed and the question's text. So an answer does not
+depend on the rest of its batch, except through rounding in the model's arithmetic. The two engines draw different
+answers.
 """
 
 import importlib
@@ -20,20 +20,20 @@ from anchor.models.generation import Answer, Generator, Sampling
 log = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"transformers": 16_384, "vllm": 1_048_576}
-"""Default budget of a batch: what is computed at once, or with vLLM, which batches by itself, what is handed over."""
+"""Default token budget of a batch. transformers computes a batch at once; vLLM splits it into its own batches."""
 
 
 class Engine(Protocol):
-    """Answers a batch of (question, token ids of its prompt)."""
+    """Model that answers a batch of (question, token ids of its prompt)."""
 
     def answer(self, batch: Sequence[tuple[str, list[int]]]) -> list[Answer]: ...
 
 
 def choose_engine(name: str, model: str) -> str:
-    """``vllm`` or ``transformers``; under ``auto`` the former where it is installed and can read the model.
+    """Return ``vllm`` or ``transformers``; ``auto`` means vLLM if it is installed and can read the model.
 
     Raises:
-        ConfigError: vLLM is asked for and not installed.
+        ConfigError: if vLLM is requested but not installed.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
@@ -49,13 +49,13 @@ def open_engine(
     """Load the model.
 
     Args:
-        name: of :func:`choose_engine`.
+        name: engine chosen by :func:`choose_engine`.
         model: folder, hub name or GGUF file.
-        sampling: how tokens are chosen.
+        sampling: how to choose tokens.
         dtype: ``bf16`` or ``fp32``.
-        device: as torch names it; vLLM takes the GPUs that it sees.
-        seed: of the run.
-        limits: longest prompt and longest answer, tokens.
+        device: torch device; vLLM ignores it and uses the GPUs it sees.
+        seed: seed of the run.
+        limits: longest prompt and longest answer, in tokens.
     """
     if name == "vllm":
         return _Vllm(model, sampling, dtype, seed, limits)
@@ -81,7 +81,7 @@ class _Vllm:
             max_model_len=sum(limits),
             seed=seed,
             trust_remote_code=False,
-            generation_config="vllm",  # all settings are given below
+            generation_config="vllm",  # `_parameters` gives all settings
         )
 
     def answer(self, batch: Sequence[tuple[str, list[int]]]) -> list[Answer]:
@@ -110,5 +110,5 @@ class _Vllm:
 
 
 def _random(seed: int, text: str) -> np.random.Generator:
-    """The random numbers of a question's answer."""
+    """Return the random generator of a question's answer."""
     return np.random.default_rng([seed, text_id(text) + (1 << 63)])

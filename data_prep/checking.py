@@ -1,9 +1,10 @@
-"""Rows -> tokenised pairs: the part of packing that needs no order, so that worker processes can do it.
+"""Rows -> tokenised pairs: the part of packing that does not depend on order, so worker processes can run it.
 
-1. Parse each row of a unit, expand it to one row per pair, check it (:func:`anchor.data.records.pair_from_row`).
-2. Encode every distinct text of the unit once: documents repeat, and the tokenizer is what takes the time.
-3. Lay the pairs out as records and tokens. Rows that cannot be used obey the recipe's ``on_bad_row``: the first one
-   stops the run, or each becomes a line of quarantine. Pairs whose query is their positive are counted and left out.
+1. Parse each row of a unit, expand it to one row per pair, and check it (:func:`anchor.data.records.pair_from_row`).
+2. Encode each distinct text of the unit once: documents repeat, and tokenising takes most of the time.
+3. Lay out the pairs as records and tokens. The recipe's ``on_bad_row`` decides about unusable rows: either the first
+   one stops the run, or each becomes a line of quarantine. Pairs whose query equals the positive are counted and
+   dropped.
 """
 
 import json
@@ -27,16 +28,16 @@ QUERY_IS_POSITIVE = "query equals positive"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What rows of a source are checked for.
+    """Settings for checking the rows of a source.
 
     Attributes:
         source: name of the source.
-        layout: of its rows.
-        positives: which of several positives of a row are used.
+        layout: layout of the rows.
+        positives: which positives of a row to use, ``first`` or ``each``.
         instructions: none, one, or several that alternate by row.
-        symmetric: whether documents carry the instruction too.
-        hard_negatives: how many are kept.
-        fail: whether the first row that cannot be used stops the run.
+        symmetric: True if documents carry the instruction too.
+        hard_negatives: number of hard negatives to keep.
+        fail: True if the first unusable row stops the run.
     """
 
     source: str
@@ -49,13 +50,13 @@ class Check:
 
 
 class Checked(NamedTuple):
-    """What became of a unit.
+    """Result of checking a unit.
 
     Attributes:
-        source, number, input_bytes: of the unit.
-        pairs: records of :func:`record_type`; rows and starts are counted from the unit's own first.
+        source, number, input_bytes: as in the unit.
+        pairs: records of :func:`record_type`; rows and starts count from the unit's own first.
         tokens: int32, all segments of all pairs.
-        quarantine: JSON lines of the rows that cannot be used.
+        quarantine: JSON lines of the unusable rows.
         rows: rows read, one per pair.
         dropped: rows left out, by reason.
         unused_positives: further positives that the recipe leaves out.
@@ -73,7 +74,10 @@ class Checked(NamedTuple):
 
 
 def record_type(hard_negatives: int) -> np.dtype:
-    """A pair on disk: its row, where its tokens begin, and per segment its tokens, body, truncation and text id."""
+    """Return the dtype of a pair on disk.
+
+    It holds the pair's row, the start of its tokens, and for each segment its tokens, body, truncation and text id.
+    """
     segments = FIRST_NEGATIVE + hard_negatives
     spans = ("lengths", "body_starts", "body_ends", "truncated")
     return np.dtype(
@@ -87,10 +91,10 @@ def record_type(hard_negatives: int) -> np.dtype:
 
 
 def check_unit(segmenter: SegmentTokenizer, check: Check, unit: Unit) -> Checked:
-    """What becomes of each row; a pure function.
+    """Check and tokenise the rows of a unit; a pure function.
 
     Raises:
-        DataError: the source cannot be read further; or, when ``check.fail``, the first row that cannot be used.
+        DataError: if the source cannot be read further, or at the first unusable row if ``check.fail``.
     """
     rows: list[Row] = []
     pairs: list[tuple[int, Pair]] = []
@@ -134,7 +138,7 @@ def check_unit(segmenter: SegmentTokenizer, check: Check, unit: Unit) -> Checked
 
 
 def _pair(row: Row, number: int, check: Check) -> Pair | str:
-    """The pair, or why there is none."""
+    """Return the pair, or the reason why there is none."""
     if row.problem is not None:
         return row.problem
     where = str(row.place)
@@ -154,7 +158,11 @@ def _pair(row: Row, number: int, check: Check) -> Pair | str:
 
 
 def _encode(pairs: list[Pair], segmenter: SegmentTokenizer) -> tuple[Segments, np.ndarray, np.ndarray]:
-    """Distinct texts encoded; which of them each pair's segments are (``pairs x segments``); their text ids."""
+    """Encode the distinct texts of some pairs.
+
+    Returns:
+        The encoded texts, the index of each pair's segments among them (``pairs x segments``), and their text ids.
+    """
     numbers: dict[tuple[str, int], int] = {}
     keys: list[int] = []
     which: list[int] = []
@@ -177,19 +185,19 @@ def _refuse(rows: list[Row], refused: dict[int, str], *, fail: bool) -> tuple[by
         row, problem = rows[number], refused[number]
         if fail:
             raise DataError(f"{row.place}: {problem}")
-        # The place within the text is not part of the kind.
+        # Drop the position within the text, to count equal reasons together.
         reasons[re.sub(r" at character \d+$", "", re.split("[;:]", problem, maxsplit=1)[0])] += 1
         where = {"file": row.place.file, row.place.unit: row.place.number}
         content = {**where, "reason": problem, "content": row.value}
         lines.append(json.dumps(content, ensure_ascii=False, default=str) + "\n")
-    # Half a surrogate pair has no bytes; its JSON escape has.
+    # UTF-8 cannot encode a lone surrogate, so write its JSON escape.
     return "".join(lines).encode(errors="backslashreplace"), reasons
 
 
 def _lay_out(
     numbers: np.ndarray, segments: Segments, which: np.ndarray, keys: np.ndarray, hard_negatives: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Records and tokens of the pairs whose segments are ``which`` of the encoded texts."""
+    """Return the records and tokens of pairs; ``which`` holds their segments' indices in the encoded texts."""
     records = np.zeros(len(which), record_type(hard_negatives))
     if not len(which):
         return records, np.empty(0, np.int32)

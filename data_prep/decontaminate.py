@@ -1,10 +1,10 @@
-"""``python -m data_prep decontaminate``: training pairs that repeat evaluation texts, reported or removed.
+"""``python -m data_prep decontaminate``: report or remove training pairs that repeat evaluation texts.
 
-1. Read the evaluation texts of every task: all texts in the fields of a task folder's files, or the lines of a text
-   file; ids, labels and texts of fewer than ``min_words`` words are no texts.
-2. Pass over the pairs of an E5 folder. A pair matches a task if its query or its positive matches one of the task's
-   texts, exactly or by n-gram overlap (:mod:`data_prep.overlap`). Hard negatives are not looked at.
-3. Report per task and per source; with an output folder, write the pairs that match none, line by line as they were.
+1. Read the evaluation texts of every task: all texts in a task folder's files, or the lines of a text file. Skip ids,
+   numbers and texts of fewer than ``min_words`` words.
+2. Scan the pairs of an E5 folder. A pair matches a task if its query or its positive matches one of the task's texts,
+   exactly or by n-gram overlap (:mod:`data_prep.overlap`). Hard negatives are not checked.
+3. Report per task and per source. With an output folder, copy the lines of pairs that match nothing, unchanged.
 """
 
 import io
@@ -36,12 +36,12 @@ _SHOWN_CHARACTERS = 100
 
 @dataclass(slots=True)
 class _Task:
-    """Counts of one task.
+    """Counts for one task.
 
     Attributes:
-        texts: evaluation texts looked up.
-        pairs: pairs that match, each once.
-        kinds: pairs by side and kind of match, ``query_exact`` to ``positive_overlap``.
+        texts: number of evaluation texts.
+        pairs: number of matching pairs, each counted once.
+        kinds: number of pairs by side and kind of match, ``query_exact`` to ``positive_overlap``.
         examples: the first matches.
     """
 
@@ -62,24 +62,24 @@ def decontaminate(
     examples: int,
     as_json: bool,
 ) -> dict[str, Any]:
-    """Run the whole command and write its report to stdout.
+    """Run the command and write its report to stdout.
 
     Args:
         pairs: folder or file in E5 layout.
-        against: task folders, files of them, or text files.
-        output: new folder for the pairs that match nothing, in E5 layout; None only reports.
-        overlap: least share of n-grams of a match, above 0, at most 1.
-        ngram_words: words of an n-gram.
+        against: task folders, single files of task folders, or text files.
+        output: new folder, in E5 layout, for the pairs that match nothing; None only reports.
+        overlap: smallest share of n-grams that counts as a match, above 0 and at most 1.
+        ngram_words: words in an n-gram.
         min_words: shorter evaluation texts are ignored.
-        examples: matches that are shown per task.
-        as_json: one JSON object instead of tables.
+        examples: matches to show per task.
+        as_json: write one JSON object instead of tables.
 
     Returns:
         The report.
 
     Raises:
-        ConfigError: a missing path, a folder without texts, two tasks of one name, a number out of range.
-        DataError: a file that cannot be read; an output folder that exists.
+        ConfigError: if a path is missing, a folder has no texts, two tasks share a name, or a number is out of range.
+        DataError: if a file cannot be read, or the output folder exists.
     """
     if not 0.0 < overlap <= 1.0 or ngram_words < 1 or min_words < 1:
         raise ConfigError(
@@ -138,10 +138,10 @@ def _read_tasks(against: Sequence[Path], ngram_words: int, min_words: int) -> tu
 
 
 def evaluation_files(path: Path) -> list[Path]:
-    """Files of texts of a task folder, at any depth, in the order of their names; or the file itself.
+    """Return a task folder's files with texts, at any depth and sorted by path, or the file itself.
 
     Raises:
-        ConfigError: no such path, or no such file in it.
+        ConfigError: if the path does not exist or holds no such file.
     """
     suffixes = (*TABLE_SUFFIXES, ".txt")
     if path.is_file() and path.name.endswith(suffixes):
@@ -154,10 +154,10 @@ def evaluation_files(path: Path) -> list[Path]:
 
 
 def evaluation_texts(file: Path) -> Iterator[str]:
-    """All texts of a file: strings in any field but ids, also inside lists; or the lines of a `.txt` file.
+    """Yield the texts of a file: strings in any field except ids, also inside lists, or the lines of a `.txt` file.
 
     Raises:
-        DataError: the file or a row cannot be read.
+        DataError: if the file or a row cannot be read.
     """
     if file.suffix == ".txt":
         try:
@@ -177,7 +177,7 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            # Ids are no texts: `_id`, `id`, `query-id`, `corpus_id`.
+            # Skip ids: `_id`, `id`, `query-id`, `corpus_id`.
             if name.lower().replace("-", "_").rpartition("_")[2] != "id":
                 yield from _strings(inner)
     elif isinstance(value, list):
@@ -189,7 +189,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class _Search:
-    """One source while it is looked through."""
+    """Search through one source, with its counts."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class _Search:
         return {"source": self._name, "rows": self._rows, "unreadable": self._unreadable, "matched": self._matched}
 
     def run(self, file: Path, kept: BinaryIO | None) -> None:
-        """Look all lines up; write those that match nothing to ``kept``."""
+        """Look up all lines; write those that match nothing to ``kept``."""
         lines = read_lines(file, f"reading {self._name}")
         while chunk := list(islice(lines, _CHUNK_ROWS)):
             self._chunk(file, chunk, kept)
@@ -218,7 +218,7 @@ class _Search:
         texts = [line.row[side] for line in chunk if line.row is not None for side in SIDES]
         found = iter(self._lookup.matches(texts, self._overlap))
         for line in chunk:
-            # Rows without texts match nothing and stay: `pack` refuses or skips them as its recipe says.
+            # Keep rows without texts: `pack` refuses or skips them as its recipe says.
             self._unreadable += line.row is None
             matches = [next(found) for _ in SIDES] if line.row is not None else []
             if line.row is not None and any(matches):
@@ -244,7 +244,7 @@ class _Search:
                     evaluation = self._texts.previews[match.text]
                     example = {"where": where, "side": side, "overlap": round(match.overlap, 3), "exact": match.exact}
                     shown = {"text": row[side][: len(evaluation)], "evaluation_text": evaluation}
-                    # Half a surrogate pair cannot be written.
+                    # A lone surrogate cannot be written as UTF-8.
                     task.examples.append(example | {k: v.encode(errors="replace").decode() for k, v in shown.items()})
 
 

@@ -1,10 +1,10 @@
-"""Cosines of a source's documents under a sentence-transformers model: exact, in blocks, on CPU or GPU.
+"""Cosine scores of a source's documents under a sentence-transformers model: exact, in blocks, on CPU or GPU.
 
-1. Documents and queries are encoded with the model's own prompts (`encode_document`, `encode_query`) and normalised;
-   the documents' vectors go to a file that is read block by block.
-2. A block of queries is held against all blocks of documents; what a margin leaves out is masked, and of the others
-   the best are taken from the device: as many as ranks are asked for and documents excluded, and all that equal the
-   last of them, so that ties do not depend on the device.
+1. Encode documents and queries with the model's own prompts (`encode_document`, `encode_query`) and normalise them. The
+   documents' vectors go to a file that is read block by block.
+2. Score a block of queries against all blocks of documents and mask the documents that a margin leaves out. Take the
+   best of the others from the device: as many as the ranks requested plus the documents excluded. Also take all that
+   tie with the last of them, so that ties do not depend on the device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,11 +27,11 @@ def load_model(folder: Path, device: str, option: str = "--model") -> Any:
     """Load a sentence-transformers model from a local folder.
 
     Raises:
-        ConfigError: no such folder, no model in it, or no such device.
+        ConfigError: if the folder does not exist, holds no loadable model, or the device cannot be used.
     """
     if not (folder / "modules.json").is_file():
         raise ConfigError(f"{option} {folder}: not a sentence-transformers folder, it has no modules.json")
-    # Torch is imported only here: other data preparation runs without.
+    # Import torch only here: other data preparation runs without it.
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -46,13 +46,13 @@ def load_model(folder: Path, device: str, option: str = "--model") -> Any:
 
 
 class Dense:
-    """The vectors of some documents.
+    """Vectors of some documents.
 
     Args:
-        model: of :func:`load_model`.
+        model: model from :func:`load_model`.
         documents: distinct texts.
-        folder: for the file of vectors, which is removed at the end.
-        name: of the source, for the file and for progress.
+        folder: folder for the file of vectors, which is removed at the end.
+        name: name of the source, for the file and for progress.
     """
 
     def __init__(self, model: Any, documents: list[str], folder: Path, name: str) -> None:
@@ -66,12 +66,12 @@ class Dense:
                 out.write(vectors.tobytes())
 
     def _encode(self, function: Any, texts: list[str]) -> np.ndarray:
-        texts = [text.encode(errors="replace").decode() for text in texts]  # half a surrogate pair is no character
+        texts = [text.encode(errors="replace").decode() for text in texts]  # replace lone surrogates
         found = function(texts, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
         return np.asarray(found, dtype=np.float32)
 
     def rank(self, queries: Sequence[Query], window: Window) -> Iterator[np.ndarray]:
-        """As :class:`data_prep.ranking.Scorer` says."""
+        """Rank the documents as :class:`data_prep.ranking.Scorer` describes."""
         size = max(1, min(_MAX_BLOCK_QUERIES, _BLOCK_SCORES // max(1, self._shape[0])))
         for start in range(0, len(queries), size):
             yield from self._rank_block(queries[start : start + size], window)
@@ -100,7 +100,7 @@ class Dense:
             yield documents[ranked(mine, excluded, window.last_rank)]
 
     def _scores(self, vectors: np.ndarray) -> Any:
-        """Cosines of some queries with all documents, float32 on the model's device."""
+        """Return the cosines of some queries with all documents, float32 on the model's device."""
         import torch
 
         device = self._model.device

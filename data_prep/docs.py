@@ -1,14 +1,14 @@
 """``python -m data_prep docs``: real text without a network, from the documentation of installed packages.
 
-1. Parse the source files of the packages (nothing is imported) and take every public docstring: its first
-   paragraph is the query, the cleaned rest is the document.
+1. Parse the packages' source files, without importing them, and take every public docstring. Its first paragraph is
+   the query; the cleaned rest is the document.
 2. Drop duplicates over the whole corpus: equal queries, equal documents, documents with equal beginnings.
-3. The next docstring of the same class, else of the same module, is the hard negative; one without such a
-   sibling is dropped.
-4. Put whole module files aside, in an order drawn from the seed, until the held-out set is full.
-5. Write training pairs in the layout of the E5 mix and the held-out part in that of an MTEB retrieval task.
+3. Take the next docstring of the same class, else of the same module, as the hard negative. Drop docstrings without
+   such a sibling.
+4. Hold out whole module files, in an order drawn from the seed, until the held-out set is full.
+5. Write training pairs in the layout of the E5 mix, and the held-out part in the layout of an MTEB retrieval task.
 
-A pure function of the installed versions and the arguments.
+The result is a pure function of the installed versions and the arguments.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ from data_prep.spool import read_json
 log = logging.getLogger(__name__)
 
 DEFAULT_PACKAGES = ("scipy", "sklearn", "pandas", "networkx", "sympy", "torch", "numpy", "matplotlib")
-"""Packages with long docstrings that the project's own requirements bring in."""
+"""Packages with long docstrings that come with the project's own requirements."""
 
 SOURCE_NAME = "package_docs"
 INSTRUCTION = "Given a summary of a function or class, retrieve its documentation"
-"""What a pack recipe says about these pairs."""
+"""Instruction for these pairs in a pack recipe."""
 
 _SAME_BEGINNING_CHARACTERS = 200
 _SKIPPED_FOLDERS = {"tests", "testing", "test", "externals", "_vendor", "vendor", "extern", "_vendored", "benchmarks"}
@@ -47,7 +47,7 @@ _FILES = (f"pairs/{SOURCE_NAME}.jsonl", *(f"heldout/{name}.jsonl" for name in ("
 
 @dataclass(frozen=True, slots=True)
 class DocsPair:
-    """A query, its document and a sibling's document."""
+    """A query, its document and a sibling's document as the hard negative."""
 
     docstring: Docstring
     negative: str
@@ -55,7 +55,7 @@ class DocsPair:
 
 @dataclass(frozen=True, slots=True)
 class DocsSplit:
-    """Training pairs, held-out pairs, and held-out documents (those of the held-out pairs first)."""
+    """Training pairs, held-out pairs, and held-out documents, starting with those of the held-out pairs."""
 
     training: list[DocsPair]
     heldout: list[DocsPair]
@@ -71,22 +71,22 @@ def write_docs(
     max_pairs: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Run the whole command.
+    """Run the command.
 
     Args:
         output: folder to write; new, or finished by the same call.
-        packages: import names; :data:`DEFAULT_PACKAGES` as far as installed when None.
+        packages: import names; None takes the installed ones of :data:`DEFAULT_PACKAGES`.
         heldout_pairs: queries of the held-out task.
-        heldout_documents: documents of the held-out task, those of the queries included.
-        max_pairs: at most so many training pairs, drawn by the seed; all when None.
-        seed: seed of the split and of the order.
+        heldout_documents: documents of the held-out task, including those of its queries.
+        max_pairs: maximum number of training pairs, drawn by the seed; None takes all.
+        seed: seed of the split and the order.
 
     Returns:
-        What ``docs.json`` says: arguments, versions and counts.
+        The content of ``docs.json``: arguments, versions and counts.
 
     Raises:
-        ConfigError: fewer held-out documents than queries, or a count that is not positive.
-        DataError: a named package is not installed, too few docstrings, or the folder holds something else.
+        ConfigError: if there are fewer held-out documents than queries, or a count is not positive.
+        DataError: if a named package is not installed, docstrings are too few, or the folder holds something else.
     """
     if not 0 < heldout_pairs <= heldout_documents:
         raise ConfigError(
@@ -127,16 +127,16 @@ def write_docs(
 
 
 def find_packages(names: Sequence[str] | None) -> dict[str, Path]:
-    """Source folder of each package by name, without importing it.
+    """Return the source folder of each package by name, without importing it.
 
     Raises:
-        DataError: a named package is not installed or has no source folder; no default one is installed.
+        DataError: if a named package is not installed or has no source folder, or no default package is installed.
     """
     found: dict[str, Path] = {}
     for name in names if names is not None else DEFAULT_PACKAGES:
         try:
             spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        except ValueError:  # a module of this process that is no package, such as __main__
+        except ValueError:  # a loaded module without a spec, such as __main__
             spec = None
         folders = list(spec.submodule_search_locations or ()) if spec is not None else []
         if folders:
@@ -149,7 +149,7 @@ def find_packages(names: Sequence[str] | None) -> dict[str, Path]:
 
 
 def read_package(name: str, root: Path) -> list[Docstring]:
-    """Usable docstrings of a package, in the order of files and lines."""
+    """Return the usable docstrings of a package, in the order of files and lines."""
     files = sorted(file for file in root.rglob("*.py") if _is_public(file.relative_to(root)))
     found: list[Docstring] = []
     for file in tracked(files, f"reading {name}", len(files)):
@@ -166,13 +166,13 @@ def _is_public(path: Path) -> bool:
 
 
 def drop_duplicates(found: Iterable[Docstring]) -> list[Docstring]:
-    """Keep the first of equal summaries, equal bodies and bodies that begin alike, over the whole corpus."""
+    """Keep the first of equal summaries, equal bodies and bodies with equal beginnings, over the whole corpus."""
     seen: set[tuple[str, str]] = set()
     kept = []
     for doc in found:
         summary, body = _normalised(doc.summary), _normalised(doc.body)
         keys = {("summary", summary), ("body", body), ("beginning", body[:_SAME_BEGINNING_CHARACTERS])}
-        # A summary that another docstring has as its body would be a leak as well.
+        # A summary equal to another docstring's body would also leak.
         keys.add(("body", summary))
         if seen.isdisjoint(keys):
             kept.append(doc)
@@ -188,7 +188,7 @@ def _normalised(text: str) -> str:
 
 
 def with_siblings(docs: list[Docstring]) -> list[DocsPair]:
-    """Pairs with the next docstring of the same class, else of the same module, as hard negative."""
+    """Pair each docstring with the next one of its class, else of its module, as the hard negative."""
     scopes: dict[tuple[str, str], list[int]] = {}
     modules: dict[str, list[int]] = {}
     for i, doc in enumerate(docs):
@@ -210,10 +210,10 @@ def with_siblings(docs: list[Docstring]) -> list[DocsPair]:
 def split_by_module(
     pairs: list[DocsPair], heldout_pairs: int, heldout_documents: int, max_pairs: int | None, seed: int, where: str
 ) -> DocsSplit:
-    """Put whole modules aside until there are ``heldout_documents``; the rest is for training.
+    """Hold out whole modules until there are ``heldout_documents``; keep the rest for training.
 
     Raises:
-        DataError: too few docstrings for the held-out set and at least one training pair.
+        DataError: if there are too few docstrings for the held-out set and at least one training pair.
     """
     by_module: dict[str, list[DocsPair]] = {}
     for pair in pairs:
@@ -239,7 +239,7 @@ def _shuffled(pairs: list[DocsPair], seed: int) -> list[DocsPair]:
 
 
 def _drawn(seed: int, key: str, *tie: Docstring) -> tuple[Any, ...]:
-    """Sort key: a hash of seed and name; the summary decides between two definitions of one name."""
+    """Return a sort key: a hash of seed and name, then the summary, which orders two definitions of one name."""
     return (hashlib.sha256(f"{seed}:{key}".encode()).digest(), *(doc.summary for doc in tie))
 
 
@@ -265,7 +265,7 @@ def _finished(output: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(output: Path, split: DocsSplit, about: dict[str, Any]) -> None:
-    """Write beside, then rename: the folder is either whole or not there."""
+    """Write a temporary folder, then rename it, so that the output is complete or absent."""
     beside = output.with_name(output.name + ".unfinished")
     if beside.exists():
         if not (beside / _MARK).is_file():
@@ -284,6 +284,6 @@ def _write(output: Path, split: DocsSplit, about: dict[str, Any]) -> None:
     )
     documents = {f"d{i}": doc.body for i, doc in enumerate(split.documents)}
     queries = {f"q{i}": pair.docstring.summary for i, pair in enumerate(split.heldout)}
-    # A held-out pair's document stands at the pair's own place.
+    # The held-out documents start with the pairs' own, in the same order.
     write_retrieval_task(beside / "heldout", documents, queries, {f"q{i}": f"d{i}" for i in range(len(queries))})
     os.replace(beside, output)

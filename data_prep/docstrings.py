@@ -1,8 +1,8 @@
-"""Docstrings of a source file, taken apart: a summary, and a body cleaned to prose.
+"""Docstrings of a source file, split into a summary and a body cleaned to prose.
 
 1. :func:`docstrings_of` parses a file, without importing it, and walks its public definitions.
-2. :func:`split_docstring` tells the first paragraph from the rest and refuses what is no summary or no body.
-3. :func:`clean_body` leaves out markup, code, directives and sections that point elsewhere.
+2. :func:`split_docstring` splits off the first paragraph and rejects docstrings without a usable summary or body.
+3. :func:`clean_body` removes markup, code, directives and sections that point elsewhere.
 """
 
 import ast
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 _SUMMARY_WORDS, _SUMMARY_CHARACTERS = 4, 200
 _BODY_WORDS, _BODY_CHARACTERS = 25, 1200
-# Sections that point elsewhere, list people or hold code, not prose about the thing itself.
+# Sections without prose about the object itself: pointers, people, code.
 _DROPPED_SECTIONS = {
     *("see also", "reference", "references", "author", "authors"),
     *("example", "examples", "usage", "doctest", "doctests"),
@@ -29,7 +29,7 @@ _GOOGLE_SECTIONS = _DROPPED_SECTIONS | {
     "note",
     "notes",
 }
-_BOILERPLATE = {"Read more in the User Guide.", "Explanation"}  # most classes of scikit-learn, most of sympy
+_BOILERPLATE = {"Read more in the User Guide.", "Explanation"}  # most scikit-learn classes, most of sympy
 
 _UNDERLINE = re.compile(r"^\s*([-=~^\"*])\1{2,}\s*$")
 _RULE = re.compile(r"^[\s+|=~^\"*-]*[=~^\"*-]{3,}[\s+|=~^\"*-]*$")
@@ -43,13 +43,13 @@ _STUB = re.compile(r"^\W*(deprecated|alias (of|for)|see\b|same as\b|this (is an?
 
 @dataclass(frozen=True, slots=True)
 class Docstring:
-    """A documented thing, taken apart.
+    """Docstring of a class or function, split into parts.
 
     Attributes:
-        summary: first paragraph, one line.
+        summary: first paragraph, on one line.
         body: the rest, cleaned.
         module: path of the source file from site-packages on, with slashes.
-        scope: name of the class that holds it, or "" at module level.
+        scope: name of the enclosing class, or "" at module level.
         name: dotted name inside the module.
     """
 
@@ -61,9 +61,9 @@ class Docstring:
 
 
 def docstrings_of(source: bytes, module: str) -> list[Docstring]:
-    """Usable docstrings of one source file: public classes, functions and methods, at any public depth.
+    """Return the usable docstrings of a source file: public classes, functions and methods, at any public depth.
 
-    A file that this Python cannot parse (a template, a file for another version) has none.
+    The list is empty if this Python cannot parse the file (a template, or code for another version).
     """
     try:
         with warnings.catch_warnings():
@@ -92,8 +92,8 @@ def _public_definitions(
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """Summary and body of a docstring, or None when it has no usable ones."""
-    if _PLACEHOLDER.search(docstring):  # a template that is filled in when the package is imported
+    """Return the summary and body of a docstring, or None if one of them is unusable."""
+    if _PLACEHOLDER.search(docstring):  # a template, filled in when the package is imported
         return None
     summary, _, rest = inspect.cleandoc(docstring).partition("\n\n")
     summary = _inline(" ".join(summary.split()))
@@ -108,10 +108,10 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 
 def clean_body(text: str) -> str:
-    """Prose of a docstring's body: markup, code, directives and sections that point elsewhere are left out."""
+    """Return the prose of a docstring's body: no markup, code, directives or sections that point elsewhere."""
     lines = inspect.cleandoc(text).split("\n")
     kept: list[str] = []
-    dropping = False  # inside a section that is left out
+    dropping = False  # inside a dropped section
     code_indent: int | None = None  # indentation of the line that began a code block or directive
     for number, line in enumerate(lines):
         stripped = line.strip()
@@ -128,7 +128,7 @@ def clean_body(text: str) -> str:
                 kept.append("")
             continue
         code_indent = None
-        if _DIRECTIVE.match(line):  # note, math, plot, versionadded: the block below belongs to it
+        if _DIRECTIVE.match(line):  # note, math, plot, versionadded: drop the block below too
             code_indent = indent
             continue
         if stripped.startswith((">>>", "...", "$ ", "|")):
@@ -146,7 +146,7 @@ def clean_body(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text without inline markup: roles, literals, citations, emphasis."""
+    """Remove inline markup: roles, literals, citations, emphasis."""
     text = _CITATION.sub("", _ROLE.sub(r"\1", text))
     return _BOLD.sub(r"\1", text.replace("``", "`"))
 

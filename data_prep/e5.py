@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What is known about a source.
+    """Traits of a source.
 
     Attributes:
         instructions: one, or several that alternate by row number.
-        symmetric: both sides are the same kind of text. Whether documents then carry the instruction too is the
-            recipe's choice, ``symmetric_documents``.
+        symmetric: True if both sides are the same kind of text. The recipe's ``symmetric_documents`` decides whether
+            documents then carry the instruction too.
         languages: ISO 639-1 codes.
     """
 
@@ -49,7 +49,7 @@ E5_TRAITS: dict[str, Traits] = {
     "squad": Traits(("Retrieve Wikipedia passages that answer the question",)),
     "t2ranking": _CHINESE,
     "trivia_qa": Traits(("Retrieve Wikipedia passages that answer the question",)),
-    # Some downloads hold the two symmetric sources cut in two, one instruction each.
+    # Some downloads split each of the two symmetric sources in two, with one instruction each.
     "allnli_split1": Traits(_NLI[:1], symmetric=True),
     "allnli_split2": Traits(_NLI[1:], symmetric=True),
     "quora_duplicates_split1": Traits(_QUORA[:1], symmetric=True),

@@ -1,4 +1,4 @@
-"""Lines of E5 files, for commands that pass on what they do not understand: `pack` judges rows, once."""
+"""Lines of E5 files, for commands that pass through rows they cannot parse: only `pack` judges rows."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,12 @@ SIDES = ("query", "positive")
 
 
 class Line(NamedTuple):
-    """A line that is not blank.
+    """Non-blank line of a file.
 
     Attributes:
         number: line number from 1.
-        data: its bytes, with the line end.
-        row: the parsed row, or None if it is no object or a side of it is no text.
+        data: bytes of the line, with the line end.
+        row: parsed row, or None if it is not an object or one of its sides is not text.
     """
 
     number: int
@@ -27,10 +27,10 @@ class Line(NamedTuple):
 
 
 def read_lines(file: Path, description: str) -> Iterator[Line]:
-    """Lines of a JSON-lines file.
+    """Yield the non-blank lines of a JSON-lines file.
 
     Raises:
-        DataError: the file cannot be read or decompressed.
+        DataError: if the file cannot be read or decompressed.
     """
     try:
         with open_input(file) as stream:
@@ -52,6 +52,6 @@ def _row(data: bytes) -> dict[str, Any] | None:
 
 
 def negatives_of(row: Mapping[str, Any]) -> list[str]:
-    """The texts of a row's `negative`, which is a text or a list of them."""
+    """Return the texts of a row's `negative`, which is a text or a list of texts."""
     value = row.get("negative")
     return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

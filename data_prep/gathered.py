@@ -1,7 +1,7 @@
-"""All parts of an unfinished folder together: checked against one another, and read as one spool per source.
+"""All parts of an unfinished folder, checked against one another and read as one spool per source.
 
-Pairs of a source are numbered through its units, whatever part they are in. Records and tokens are read from the files
-by position, never as a whole, so that memory does not grow with the data.
+The pairs of a source are numbered through its units, whatever part holds them. Records and tokens are read by position,
+never a whole file at once, so memory does not grow with the data.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ from data_prep.checking import record_type
 from data_prep.spool import DONE, JOURNAL, PAIRS, PART, QUARANTINE, TOKENS, Entry, part_name, read_journal, read_json
 
 _MAX_OPEN = 128
-"""Files held open at a time."""
+"""Maximum number of open files."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceUnits:
-    """Where the pairs of a source are.
+    """Locations of a source's pairs, unit by unit.
 
     Attributes:
-        parts: of each unit.
+        parts: part of each unit.
         first_records: index in its part's ``pairs.bin`` of each unit's first pair.
-        first_pairs: number in the source of each unit's first pair, and behind the last unit the number of pairs.
-        first_rows: the same of rows.
-        quarantine: (part, first byte, bytes) of each unit that has any.
+        first_pairs: number in the source of each unit's first pair; the last entry is the number of pairs.
+        first_rows: the same for rows.
+        quarantine: (part, first byte, bytes) of each unit with quarantined rows.
         dropped: rows left out, by reason.
         unused_positives: further positives left out.
     """
@@ -58,14 +58,14 @@ class SourceUnits:
 
 
 class Gathered:
-    """The parts of a folder.
+    """Parts of a folder, read together.
 
     Args:
-        folders: of all parts, in order.
-        hard_negatives: of each pair.
+        folders: folders of all parts, in order.
+        hard_negatives: hard negatives per pair.
 
     Attributes:
-        sources: by name.
+        sources: units of each source, by name.
     """
 
     def __init__(self, folders: list[Path], hard_negatives: int) -> None:
@@ -76,7 +76,7 @@ class Gathered:
         self._open = _descriptors()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": None}  # another process opens the files itself
+        return self.__dict__ | {"_open": None}  # another process opens its own files
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _open=_descriptors())
@@ -89,7 +89,7 @@ class Gathered:
         return os.pread(descriptor, size, first)
 
     def scan(self, source: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the first pair, records) of every unit that has pairs."""
+        """Yield (number of the first pair, records) for every unit that has pairs."""
         units, size = self.sources[source], self._type.itemsize
         counts = np.diff(units.first_pairs).tolist()
         for part, first, number, count in zip(
@@ -99,7 +99,7 @@ class Gathered:
                 yield number, np.frombuffer(self._read(part, PAIRS, first * size, count * size), self._type)
 
     def records(self, source: str, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Records of some pairs, rows counted in the source, and the parts they are in."""
+        """Return the records of some pairs, with rows numbered in the source, and the part of each."""
         units, size = self.sources[source], self._type.itemsize
         unit = np.searchsorted(units.first_pairs, pairs, side="right") - 1
         parts = units.parts[unit]
@@ -113,7 +113,7 @@ class Gathered:
         return records, parts
 
     def pack(self, records: np.ndarray, parts: np.ndarray) -> Pack:
-        """The pack of some pairs, in the order given."""
+        """Return the pack of some pairs, in the given order."""
         sizes = records["lengths"].sum(axis=1, dtype=np.int64) * 4
         spans = zip(parts.tolist(), (records["start"] * 4).tolist(), sizes.tolist(), strict=True)
         return Pack(
@@ -127,7 +127,7 @@ class Gathered:
         )
 
     def quarantine(self, source: str) -> Iterator[bytes]:
-        """Lines of the rows of a source that cannot be used, unit by unit."""
+        """Yield the lines of a source's unusable rows, unit by unit."""
         for part, first, size in self.sources[source].quarantine:
             yield self._read(part, QUARANTINE, first, size)
 
@@ -163,15 +163,16 @@ def _units(units: list[tuple[int, int, int, int, Entry]]) -> SourceUnits:
 
 
 def find_parts(work: Path, command: str) -> list[Path]:
-    """The folders of all parts, in order, when they are all there and fit together.
+    """Return the folders of all parts, in order, after checking that they are complete and consistent.
 
     Args:
-        work: where they are.
-        command: how a part is packed, for messages: ``python -m data_prep pack RECIPE``.
+        work: folder of the parts.
+        command: command that packs a part, for messages: ``python -m data_prep pack RECIPE``.
 
     Raises:
-        DataError: no part; parts of different cuts, recipes, tokenizers or inputs; a missing, unfinished or
-            double part; a missing or double unit; a file that is not as long as its journal says.
+        DataError: if there is no part; parts differ in their number of parts, recipe, tokenizer or input; a part is
+            missing, unfinished or duplicated; a unit is missing or duplicated; or a file is not as long as its journal
+            says.
     """
     found = sorted(folder for folder in work.glob("part-*-of-*") if (folder / PART).is_file())
     if not found:
@@ -248,7 +249,7 @@ def _check_units(folders: list[Path]) -> None:
 
 
 def fingerprint(folders: list[Path], recipe: dict[str, Any]) -> str:
-    """sha256 (hex) of what the parts hold, by their journals, and of the recipe that they are put together by."""
+    """Return the sha256 (hex) of the recipe and of the parts' contents, as their journals list them."""
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
     for folder in folders:
         digest.update(hashlib.sha256((folder / PART).read_bytes()).digest())

@@ -1,4 +1,4 @@
-"""Lengths of segments as a histogram: numbers, lines of text, a picture."""
+"""Histogram of segment lengths: as numbers, lines of text or an image."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ _INK = "#2a5c8a"
 
 
 def bins(counts: np.ndarray) -> list[tuple[int, int, int]]:
-    """(shortest, longest, segments) of equally wide bins, from the number of segments of each length."""
+    """Return (shortest, longest, segments) of equally wide bins, from the number of segments of each length."""
     width = max(1, -(-(len(counts) - 1) // NUM_BINS))
     firsts = range(1, len(counts), width)
     return [(first, min(first + width, len(counts)) - 1, int(counts[first : first + width].sum())) for first in firsts]
 
 
 def bars(sources: dict[str, list[tuple[int, int, int]]]) -> list[str]:
-    """One line per bin, all sources together."""
+    """Return one line of text per bin, for all sources together."""
     total: dict[tuple[int, int], int] = {}
     for found in sources.values():
         for first, last, number in found:
@@ -34,12 +34,12 @@ def bars(sources: dict[str, list[tuple[int, int, int]]]) -> list[str]:
 
 
 def draw(sources: dict[str, list[tuple[int, int, int]]], file: Path) -> None:
-    """One small histogram per source, below one another, each with its own height.
+    """Draw one small histogram per source, stacked, each with its own vertical scale.
 
     Raises:
-        ConfigError: the file cannot be written, or its name is not that of a picture.
+        ConfigError: if the file cannot be written, or its name is not an image's.
     """
-    from matplotlib.figure import Figure  # half a second to import, and only this option needs it
+    from matplotlib.figure import Figure  # takes half a second to import; only this option needs it
 
     figure = Figure(figsize=(7.0, 1.0 + 1.2 * len(sources)), layout="constrained")
     axes = figure.subplots(len(sources), 1, sharex=True, squeeze=False)[:, 0]

@@ -1,9 +1,9 @@
-"""``python -m data_prep inspect``: what a folder of shards holds, and whether all of it is sound.
+"""``python -m data_prep inspect``: report on a folder of shards, and verify it.
 
-1. :func:`summarise`: counts from the index; segment lengths and balance from the shards themselves.
-2. :func:`data_prep.verifying.verify`: every promise of the format, batch by batch.
-3. :func:`examples`: pairs turned back into text, with the body marked.
-4. Tables and the histogram of lengths (:mod:`data_prep.histogram`).
+1. :func:`summarise`: take counts from the index, segment lengths and balance from the shards themselves.
+2. :func:`data_prep.verifying.verify`: check every promise of the format, batch by batch.
+3. :func:`examples`: decode pairs back into text, with the body marked.
+4. Print tables and the histogram of lengths (:mod:`data_prep.histogram`).
 """
 
 import json
@@ -31,19 +31,19 @@ BODY_MARKS = "⟦⟧"
 
 
 def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool, png: Path | None = None) -> None:
-    """Write the report of a folder of shards to stdout.
+    """Write a report on a folder of shards to stdout.
 
     Args:
-        folder: written by ``data_prep pack``.
-        verify_all: check every promise of the format first.
+        folder: folder written by ``data_prep pack``.
+        verify_all: check every promise of the format before reporting.
         show: number of pairs to decode.
-        as_json: one JSON object instead of tables.
-        png: new file for the histogram of lengths as a picture.
+        as_json: write one JSON object instead of tables.
+        png: new image file for the histogram of lengths.
 
     Raises:
-        ConfigError: the picture's name has no suffix.
-        DataError: its file exists.
-        ShardError: unfinished or altered folder, or a broken promise, by file and batch.
+        ConfigError: if the image has no suffix or cannot be written.
+        DataError: if the image exists.
+        ShardError: if the folder is unfinished or altered, or breaks a promise; the message names file and batch.
     """
     if png is not None and not png.suffix:
         raise ConfigError(f"--png {png}: has no suffix that names a kind of picture; give {png}.png")
@@ -70,7 +70,7 @@ def inspect(folder: Path, *, verify_all: bool, show: int, as_json: bool, png: Pa
 
 
 def summarise(reader: ShardReader) -> dict[str, Any]:
-    """Counts of the index, and lengths and balance read from the shards."""
+    """Return counts from the index, and lengths and balance read from the shards."""
     index = reader.index
     packs, tokens = (sum(shard[key] for shard in index.shards) for key in ("packs", "tokens"))
     pack_tokens = index.recipe["batch"]["pack_tokens"]
@@ -110,8 +110,8 @@ def summarise(reader: ShardReader) -> dict[str, Any]:
 
 
 def _added(counts: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """The sum of two counts by length, as long as the longer one."""
-    # Segments longer than the recipe allows are counted all the same; `verify` refuses them.
+    """Return the sum of two counts by length, as long as the longer one."""
+    # Count segments longer than the recipe allows, too; `verify` refuses them.
     out = np.zeros(max(len(counts), len(more)), dtype=np.int64)
     out[: len(counts)] += counts
     out[: len(more)] += more
@@ -123,7 +123,7 @@ def _percentiles(counts: np.ndarray) -> dict[str, int]:
 
 
 def _percentile(counts: np.ndarray, percent: int) -> int:
-    """Smallest length that at least ``percent`` of the segments do not exceed."""
+    """Return the smallest length that at least ``percent`` % of the segments do not exceed."""
     return int(np.searchsorted(np.cumsum(counts), counts.sum() * percent / 100))
 
 
@@ -131,10 +131,10 @@ def _percentile(counts: np.ndarray, percent: int) -> int:
 
 
 def examples(reader: ShardReader, number: int) -> list[dict[str, Any]]:
-    """Decoded pairs, spread evenly over the batches.
+    """Decode some pairs, spread evenly over the batches.
 
     Returns:
-        Per pair: source, row, and text per role with the body between the marks.
+        For each pair its source, its row, and its texts by role, with the body between the marks.
     """
     if number < 1:
         return []
@@ -220,7 +220,7 @@ def _print_tables(report: dict[str, Any]) -> None:
 
 
 def _self_supervised(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What only shards with trained special tokens have."""
+    """Return the facts that only shards with trained special tokens have."""
     facts = []
     if report["special_tokens"]:
         facts += [

@@ -1,14 +1,14 @@
 """Rows in the layouts of other trainers -> rows with one text per side.
 
-Each layout says which fields of its rows hold the sides of a pair, and how one row becomes one row per positive:
+A layout says which fields hold the sides of a pair, and how to turn a row into one row per positive:
 
 * ``columns``: as the recipe names them.
 * ``sentence_transformers``: ``anchor``, ``positive`` and any number of ``negative``, ``negative_1``, ``negative_2`` ...
 * ``flag_embedding`` (BGE): ``query``, ``pos`` and ``neg``, lists of texts.
-* ``tevatron``: ``query``, ``positive_passages`` and ``negative_passages``, lists of ``{"title", "text"}``; a passage
-  becomes its title, a space and its text, as Tevatron's own collator joins them.
+* ``tevatron``: ``query``, ``positive_passages`` and ``negative_passages``, lists of ``{"title", "text"}``. A passage
+  becomes its title, a space and its text, as in Tevatron's own collator.
 
-Fields that a layout does not name (ids, scores) are left out.
+Fields that a layout does not name (ids, scores) are ignored.
 """
 
 import re
@@ -25,11 +25,12 @@ _NEGATIVE = re.compile(r"negative(?:_(\d+))?")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A layout.
+    """Layout of a source's rows.
 
     Attributes:
-        columns: fields of a row that :attr:`expand` returns.
-        expand: the rows with one positive each that a row stands for; a :class:`DataError` says what is wrong.
+        columns: fields of the rows that :attr:`expand` returns.
+        expand: splits a row into rows with one positive each, and raises :class:`DataError` for a bad row. None if rows
+            need no splitting.
     """
 
     columns: Columns
@@ -37,7 +38,7 @@ class Layout:
 
 
 def layout_of(section: FilesSource | HubSource) -> Layout:
-    """The layout that a recipe's section declares."""
+    """Return the layout that a recipe's section declares."""
     if section.format == "sentence_transformers":
         return Layout(Columns(query="anchor", negatives=("negative",)), _sentence_transformers)
     if section.format == "flag_embedding":
@@ -48,14 +49,15 @@ def layout_of(section: FilesSource | HubSource) -> Layout:
 
 
 def expanded(row: Row, layout: Layout, positives: str) -> list[Row]:
-    """The rows, one per pair, that a parsed row stands for.
+    """Expand a parsed row into one row per pair.
 
     Args:
-        row: a row as it was read.
-        layout: its layout.
-        positives: ``first`` positive of a row only, the others counted in its ``unused_positives``; or ``each``.
+        row: row as it was read.
+        layout: layout of the row.
+        positives: ``first`` keeps only the first positive and counts the others in ``unused_positives``; ``each`` keeps
+            all.
     """
-    # What is no object is refused with all other wrong rows, by `pair_from_row`.
+    # `pair_from_row` refuses rows that are not objects, with all other bad rows.
     if layout.expand is None or row.problem is not None or not isinstance(row.value, Mapping):
         return [row]
     try:

@@ -1,4 +1,4 @@
-"""Steps 2 and 3 of :mod:`data_prep.pack`: gathered parts -> files of shards, tokenizer, quarantines, ``index.json``."""
+"""Steps 2 and 3 of :mod:`data_prep.pack`: gathered parts -> shard files, tokenizer, quarantines, ``index.json``."""
 
 import logging
 import shutil
@@ -20,25 +20,25 @@ from data_prep.writing import make_plan, write_shards
 log = logging.getLogger(__name__)
 
 WORK = "work"
-"""Folder of what is unfinished, in the folder of shards."""
+"""Folder for unfinished work, inside the folder of shards."""
 PLAN = "plan"
-"""Folder in it of what is planned."""
+"""Folder for the plan, inside the work folder."""
 _MARK = "parts.json"
 DUPLICATE = "equal to an earlier pair"
-"""Why a pair is dropped that :func:`data_prep.shuffle.keep_first` leaves out."""
+"""Reason for dropping a pair that :func:`data_prep.shuffle.keep_first` leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackRun:
-    """A recipe with what is made of it.
+    """Recipe and the objects built from it.
 
     Attributes:
-        path: of the recipe, for messages.
-        recipe: validated.
-        resolved: the recipe with all defaults, as the index keeps it.
-        tokenizer: with the template in its post-processor.
-        template: what surrounds every text.
-        segmenter: texts -> segments.
+        path: path of the recipe, for messages.
+        recipe: validated recipe.
+        resolved: recipe with all defaults, as stored in the index.
+        tokenizer: tokenizer with the template in its post-processor.
+        template: text around every text.
+        segmenter: turns texts into segments.
     """
 
     path: str
@@ -58,17 +58,17 @@ class PackRun:
 
 
 def make_shards(run: PackRun, gathered: Gathered, traits: list[dict[str, Any]], parts: str, workers: int) -> Index:
-    """Plan and write all there is of a folder of shards.
+    """Plan and write a complete folder of shards.
 
     Args:
-        run: of which recipe.
-        gathered: its parts.
-        traits: of every source, for the index.
-        parts: their fingerprint; a plan of others, or of another recipe, is made anew.
-        workers: processes.
+        run: recipe and what is built from it.
+        gathered: parts of the folder.
+        traits: traits of every source, for the index.
+        parts: fingerprint of the parts and the recipe; a plan with another fingerprint is made again.
+        workers: number of processes.
 
     Raises:
-        DataError: more unusable rows than allowed, or no batch.
+        DataError: if too many rows are unusable, no batch can be made, or the disk is too full.
     """
     folder = _open_plan(run.work / PLAN, parts)
     for name, units in gathered.sources.items():
@@ -94,7 +94,7 @@ def make_shards(run: PackRun, gathered: Gathered, traits: list[dict[str, Any]], 
 
 
 def _open_plan(folder: Path, parts: str) -> Path:
-    """The folder of the plan, empty unless it is of these parts."""
+    """Return the folder of the plan, emptied unless it was made from these parts."""
     mark = folder / _MARK
     if not mark.is_file() or read_json(mark) != parts:
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,10 +104,10 @@ def _open_plan(folder: Path, parts: str) -> Path:
 
 
 def _quarantine(run: PackRun, gathered: Gathered, name: str, units: SourceUnits) -> None:
-    """Write the rows of a source that cannot be used, and refuse the source if they are too many.
+    """Write a source's unusable rows to a file, and refuse the source if there are too many.
 
     Raises:
-        DataError: more than ``max_skipped_fraction``.
+        DataError: if their share is above ``max_skipped_fraction``.
     """
     aside = run.folder / f"quarantine-{name}.jsonl"
     aside.unlink(missing_ok=True)
@@ -126,7 +126,7 @@ def _quarantine(run: PackRun, gathered: Gathered, name: str, units: SourceUnits)
 
 
 def _refuse_full_disk(run: PackRun, kept: dict[str, Kept], mixed: dict[str, Share]) -> None:
-    """Compare the shards' token ids with the free disk, before epochs and weights that nothing can hold are planned."""
+    """Refuse epochs and weights whose token ids do not fit on the free disk, before planning them."""
     passes = {name: share.per_epoch * run.recipe.epochs / (share.per_pass or 1) for name, share in mixed.items()}
     needed = sum(4 * found.tokens * passes[name] for name, found in kept.items())
     free = shutil.disk_usage(run.folder).free + sum(file.stat().st_size for file in run.folder.glob("*.arrow"))
@@ -190,7 +190,10 @@ def _end_token_id(run: PackRun) -> int | None:
 
 
 def _prompts(template: Template, summaries: list[dict[str, Any]], instructions: dict[str, str]) -> dict[str, str]:
-    """Prompts of an exported model: `document` is bare, `query` the largest source's unless the recipe says."""
+    """Return the prompts of an exported model.
+
+    `document` is bare and `query` is the prompt of the largest source, unless the recipe sets them.
+    """
     largest = max(summaries, key=lambda s: s["kept"])["instructions"]
     default = {"query": template.instruction_head(largest[0]) if largest else "", "document": ""}
     return default | {name: template.instruction_head(text) for name, text in instructions.items()}

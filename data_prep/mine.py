@@ -1,16 +1,16 @@
-"""``python -m data_prep mine``: hard negatives of an E5 folder, by BM25 or by an embedder, within each source.
+"""``python -m data_prep mine``: hard negatives for an E5 folder, by BM25 or by an embedder, within each source.
 
-1. A source's corpus is every distinct document of its rows: positives and the negatives that it has already.
-2. Per distinct query the documents are scored: by BM25 (:mod:`data_prep.lexical`) or by the cosine of a
-   sentence-transformers model (:mod:`data_prep.dense`). Left out are the positives that any row has for this query,
-   the query's own text, and with a margin all documents whose score comes too near to the positive's or exceeds it
-   (NV-Retriever, Moreira et al. 2024, arXiv:2407.15831: TopK-MarginPos and TopK-PercPos). The others are ranked, equal
-   scores by their order in the file.
-3. ``negatives`` of the ranks ``first_rank`` to ``last_rank`` are drawn by the seed and the query's text, and kept in
-   the order of their ranks. They replace `negative`; all else in a row stays.
+1. A source's corpus is every distinct document of its rows: positives and existing negatives.
+2. Score the documents for each distinct query, by BM25 (:mod:`data_prep.lexical`) or by the cosine of a
+   sentence-transformers model (:mod:`data_prep.dense`). Leave out the query's own text and its positives in any row.
+   With a margin, also leave out documents whose score comes too close to the positive's or exceeds it (NV-Retriever,
+   Moreira et al. 2024, arXiv:2407.15831: TopK-MarginPos and TopK-PercPos). Rank the others; equal scores keep their
+   order in the file.
+3. Draw ``negatives`` of the ranks ``first_rank`` to ``last_rank``, seeded by the seed and the query's text, and keep
+   them in rank order. They replace `negative`; the rest of the row stays.
 
-A pure function of the files, the model and the arguments. One source's documents are held in memory, and their index;
-the vectors of an embedder are on disk.
+The result is a pure function of the files, the model and the arguments. Memory holds one source's documents and their
+index; an embedder's vectors are on disk.
 """
 
 import json
@@ -42,22 +42,23 @@ REPORT_NAME = "mine.json"
 def mine(
     pairs: Path, output: Path, window: Window, *, as_json: bool, model: Path | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Run the whole command and write its report to stdout.
+    """Run the command and write its report to stdout.
 
     Args:
         pairs: folder or file in E5 layout.
         output: new folder, in E5 layout.
-        window: what is drawn.
-        as_json: one JSON object instead of a table.
-        model: folder of a sentence-transformers model; BM25 when absent.
-        device: where it runs, as torch names it.
+        window: ranks to draw from, and how many negatives to draw.
+        as_json: write one JSON object instead of a table.
+        model: folder of a sentence-transformers model; None uses BM25.
+        device: torch device of the model.
 
     Returns:
         The report.
 
     Raises:
-        ConfigError: a missing path or device; a window that holds fewer ranks than negatives; a margin out of range.
-        DataError: a file that cannot be read; an output folder that exists.
+        ConfigError: if a path or device is missing, the window holds fewer ranks than negatives, or a margin is out of
+            range.
+        DataError: if a file cannot be read, or the output folder exists.
     """
     ranks = window.last_rank - window.first_rank + 1
     if window.first_rank < 1 or window.negatives < 1 or ranks < window.negatives:
@@ -99,10 +100,10 @@ def mine(
 
 
 class Corpus:
-    """The documents, queries and known positives of one source.
+    """Documents, queries and known positives of one source.
 
     Attributes:
-        documents: distinct documents, in the order of their first rows.
+        documents: distinct documents, in order of first appearance.
     """
 
     def __init__(self, name: str, file: Path) -> None:
@@ -112,7 +113,7 @@ class Corpus:
         self._queries: dict[int, str] = {}
         self._known: dict[int, set[int]] = {}
         for line in read_lines(file, f"reading {name}"):
-            # What `pack` refuses in one row must not become a negative of others.
+            # A text that `pack` refuses in one row must not become a negative in others.
             if line.row is None or not all(is_usable(line.row[side]) for side in SIDES):
                 continue
             query = line.row["query"]
@@ -130,7 +131,7 @@ class Corpus:
         return self._numbers[key]
 
     def mine(self, window: Window, scorer: Callable[[list[str], str], Scorer]) -> dict[int, list[int]]:
-        """Documents drawn for each query, by the query's text id."""
+        """Return the documents drawn for each query, by the query's text id."""
         queries = [
             Query(key, text, sorted(self._known[key]), sorted(self._known[key] | self._same_text(key)))
             for key, text in self._queries.items()
@@ -140,7 +141,7 @@ class Corpus:
         return {query.key: window.draw(ranks, query.key).tolist() for query, ranks in progress}
 
     def _same_text(self, key: int) -> set[int]:
-        """The document that is the query's own text, if there is one."""
+        """Return the document equal to the query's own text, if there is one."""
         return {self._numbers[key]} if key in self._numbers else set()
 
 
@@ -152,7 +153,7 @@ def _write(
         for line in read_lines(file, f"writing {name}"):
             counts["rows"] += 1
             if line.row is None or text_id(line.row["query"]) not in mined:
-                # `pack` refuses or skips it as its recipe says.
+                # Pass the line through: `pack` refuses or skips it as its recipe says.
                 counts["unreadable"] += 1
                 out.write(line.data)
                 continue
@@ -164,7 +165,7 @@ def _write(
 
 
 def _with_negatives(line: Line, texts: list[str]) -> bytes:
-    # Half a surrogate pair, which `pack` refuses, stays a JSON escape.
+    # A lone surrogate, which `pack` refuses, stays a JSON escape.
     return (json.dumps({**(line.row or {}), "negative": texts}, ensure_ascii=False) + "\n").encode(
         errors="backslashreplace"
     )

@@ -1,10 +1,10 @@
-"""Which batches an epoch has: pure arithmetic of the recipe, the seed and the number of pairs of each source.
+"""Batches of an epoch: pure arithmetic on the recipe, the seed and each source's number of pairs.
 
-1. A *pass* over a source is its pairs in an order of its own, cut into batches; the remainder of the pass is dropped.
-   The passes follow one another, so batch k of a source is batch ``k mod b`` of pass ``k div b``.
-2. The mixture says how many batches ``q`` of each source an epoch has. Epoch e has the batches ``e q ... (e+1) q``:
-   what one epoch leaves out comes in the next, and no pair comes again before the others of its pass.
-3. The batches of an epoch are permuted, and the epochs written one after another.
+1. A *pass* over a source is its pairs in the pass's own order, cut into ``b`` batches; the remainder is dropped. Passes
+   follow one another, so batch k of a source is batch ``k mod b`` of pass ``k div b``.
+2. The mixture sets the number of batches ``q`` of each source in an epoch. Epoch e has the batches ``e q ... (e+1) q``.
+   What one epoch leaves out comes in the next, and no pair repeats before the rest of its pass.
+3. The batches of an epoch are permuted, and the epochs are written one after another.
 """
 
 import zlib
@@ -21,10 +21,10 @@ class Share:
 
     Attributes:
         pairs: kept pairs of the source.
-        per_pass: batches of one pass.
-        per_epoch: batches of one epoch.
-        remainder_pairs: pairs that fill no batch of a pass.
-        passes: passes begun by the last epoch.
+        per_pass: batches in a pass.
+        per_epoch: batches in an epoch.
+        remainder_pairs: pairs of a pass that fill no batch.
+        passes: passes begun by the end of the last epoch.
     """
 
     pairs: int
@@ -35,12 +35,12 @@ class Share:
 
 
 def shares(pairs: dict[str, int], weights: dict[str, float], recipe: PackRecipe) -> dict[str, Share]:
-    """Batches per epoch of each source; a source with one batch or more gives at least one.
+    """Return each source's share; a source with at least one batch gives at least one per epoch.
 
     Args:
-        pairs: kept pairs by source.
-        weights: of the sources.
-        recipe: for the mixture, the size of a batch and the number of epochs.
+        pairs: number of kept pairs, by source.
+        weights: weight of each source.
+        recipe: gives the mixture, the batch size and the number of epochs.
     """
     size, mixture = recipe.batch.pairs, recipe.mixture
     per_pass = {name: count // size for name, count in pairs.items()}
@@ -60,12 +60,15 @@ def shares(pairs: dict[str, int], weights: dict[str, float], recipe: PackRecipe)
 
 
 def pass_order(seed: int, source: str, number: int) -> np.random.Generator:
-    """What shuffles a pass. Seeded by name, so that adding a source does not reshuffle the others."""
+    """Return the random generator that shuffles a pass.
+
+    Its seed includes the source's name, so adding a source does not reshuffle the others.
+    """
     return np.random.default_rng([seed, zlib.crc32(source.encode()), number])
 
 
 def epoch_batches(shares: list[Share], seed: int, epoch: int) -> np.ndarray:
-    """Batches of an epoch in the order in which they are written.
+    """Return the batches of an epoch, in the order they are written.
 
     Returns:
         int64 ``batches x 2``: position of the source in ``shares``, number of the batch in the source.

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Output folders that appear complete or not at all."""
 
 import os
 import shutil
@@ -15,14 +15,15 @@ _LOCK = ".lock"
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` to write into, renamed to it at the end and removed after an error.
+    """Yield a folder to write into, which is renamed to ``output`` at the end and removed after an error.
 
-    Its writer holds a lock in it, which ends with the process: what a killed run left is emptied and written again.
+    The folder lies beside ``output``, with the suffix ``.unfinished``. The writer locks it until the process ends. A
+    later run empties what a killed run left and writes again.
 
     Raises:
-        DataError: ``output`` exists; what lies beside it is being written or is no such folder.
+        DataError: if ``output`` exists, or the folder beside it is being written or was not made by this function.
     """
-    whole = output.resolve()  # `.` and `..` have no name of their own
+    whole = output.resolve()  # `.` and `..` have no name
     beside = whole.parent / (whole.name + ".unfinished")
     for path, shown in ((whole, output), (beside, beside)):
         if path.exists() and not (path == beside and (beside / _LOCK).is_file()):
@@ -35,11 +36,11 @@ def new_folder(output: Path) -> Iterator[Path]:
             os.replace(beside, whole)
             (whole / _LOCK).unlink()
         finally:
-            shutil.rmtree(beside, ignore_errors=True)  # there only after an error
+            shutil.rmtree(beside, ignore_errors=True)  # exists only after an error
 
 
 def _take(lock: IO[str], beside: Path) -> None:
-    """Lock and empty the folder."""
+    """Lock the folder and empty it."""
     if not take(lock, beside / _LOCK):
         raise DataError(f"{beside}: another process is writing it; wait for it or choose another --output")
     for path in beside.iterdir():

@@ -1,4 +1,4 @@
-"""What the command line of data preparation takes, command by command."""
+"""Command-line options of data preparation, command by command."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ class _Command(NamedTuple):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; overrides of a recipe may stand before and behind options."""
+    """Parse the command line; overrides of a recipe may stand before or after options."""
     parser = make_parser()
-    # `parse_intermixed_args` does not know commands.
+    # `parse_intermixed_args` does not support subcommands.
     found, others = parser.parse_known_args(arguments)
     if "overrides" in found and not any(other.startswith("-") for other in others):
         found.overrides += others
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``python -m data_prep``; ``command`` is the name of the command."""
+    """Return the parser of ``python -m data_prep``; ``command`` holds the name of the command."""
     parser = describe(
         argparse.ArgumentParser(prog="python -m data_prep"),
         "Raw pairs -> packed shards, without GPU; only respond, teach and mine --model need torch.",

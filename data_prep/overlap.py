@@ -1,15 +1,15 @@
-"""Which texts repeat an evaluation text: exactly, or by a share of their n-grams of words.
+"""Lookup of texts that repeat an evaluation text, exactly or by a share of their word n-grams.
 
-1. Every evaluation text is normalised to words; the hash of all its words is kept, and those of its n-grams, sorted.
-2. Texts are looked up in chunks: words become numbers through the evaluation's vocabulary, one polynomial hash over
-   all windows of the chunk at once, a bitmap that most windows do not pass, and binary search for the others. All words
-   that the evaluation does not know share the number 0 here, because no evaluation text holds it.
-3. A text matches exactly if its words are those of an evaluation text, and otherwise by overlap:
-   ``|shared n-grams| / min(|its n-grams|, |the evaluation text's n-grams|)``, distinct ones, at least the threshold.
-   Only texts with a hit get that far. There each unknown word has a number of its own, so that their n-grams count as
-   different ones.
+1. Normalise every evaluation text to words. Keep the hash of all its words, and the sorted hashes of its n-grams.
+2. Look up texts in chunks. The evaluation's vocabulary turns words into numbers, and one polynomial hash covers all
+   windows of the chunk at once. A bitmap rejects most windows, and binary search checks the others. Words unknown to
+   the evaluation share the number 0 here, because no evaluation text holds it.
+3. A text matches exactly if its words equal those of an evaluation text. Otherwise it matches by overlap, if
+   ``|shared n-grams| / min(|its n-grams|, |the evaluation text's n-grams|)`` over distinct n-grams reaches the
+   threshold. Only texts with a hit get this far. Here each unknown word has its own number, so n-grams with different
+   unknown words count as different.
 
-Hashes have 64 bits: among 10^9 windows and 10^7 n-grams one accidental hit is expected in 2,000 runs.
+Hashes have 64 bits: with 10^9 windows and 10^7 n-grams, expect one accidental hit in 2,000 runs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,12 +27,12 @@ _MAX_BITMAP_BITS = 28
 
 
 class Match(NamedTuple):
-    """A text that repeats an evaluation text.
+    """Match of a text with an evaluation text.
 
     Attributes:
         text: number of the evaluation text.
         overlap: share of n-grams; 1 for an exact match.
-        exact: whether all words are the same.
+        exact: True if all words are the same.
     """
 
     text: int
@@ -46,11 +46,11 @@ class _Vocabulary(dict[str, int]):
 
 
 class EvaluationTexts:
-    """Evaluation texts to look others up in.
+    """Evaluation texts, collected for lookup.
 
     Args:
-        ngram_words: words of an n-gram.
-        min_words: shorter evaluation texts are ignored; a title of one word says nothing.
+        ngram_words: words in an n-gram.
+        min_words: shorter evaluation texts are ignored, because a one-word title proves nothing.
     """
 
     def __init__(self, *, ngram_words: int, min_words: int) -> None:
@@ -65,7 +65,7 @@ class EvaluationTexts:
         self._num_grams: list[int] = []
 
     def add(self, task: str, texts: Iterable[str]) -> int:
-        """Add a task's texts; returns how many have enough words. Equal texts of a task are one."""
+        """Add a task's texts; return the number of distinct ones with enough words."""
         seen: set[int] = set()
         for text in texts:
             found = words(text)
@@ -87,7 +87,7 @@ class EvaluationTexts:
         return len(seen)
 
     def freeze(self) -> "Lookup":
-        """Sort for looking up."""
+        """Return the texts sorted for lookup."""
         hashes = np.concatenate([np.empty(0, np.uint64), *self._hashes])
         owners = np.concatenate([np.empty(0, np.int32), *self._owners])
         order = np.argsort(hashes, kind="stable")
@@ -97,7 +97,7 @@ class EvaluationTexts:
 
 
 class Lookup:
-    """Sorted evaluation texts; made by :meth:`EvaluationTexts.freeze`."""
+    """Sorted evaluation texts, made by :meth:`EvaluationTexts.freeze`."""
 
     def __init__(
         self,
@@ -111,14 +111,17 @@ class Lookup:
         self._vocabulary, self._exact = vocabulary, exact
         self._hashes, self._owners, self._num_grams = hashes, owners, num_grams
         self._ngram_words = ngram_words
-        # Sixteen bits per n-gram: one window in sixteen passes by accident.
+        # At least 16 bits per n-gram, up to the cap: at most one window in 16 passes by accident.
         bits = min(_MAX_BITMAP_BITS, max(10, 4 + len(hashes).bit_length()))
         self._shift = np.uint64(64 - bits)
         self._bitmap = np.zeros(1 << bits, dtype=bool)
         self._bitmap[hashes >> self._shift] = True
 
     def matches(self, texts: Sequence[str], overlap: float) -> list[list[Match]]:
-        """For each text its matches, at least ``overlap``, by number of the evaluation text."""
+        """Return the matches of each text: exact ones, then overlaps of at least ``overlap``.
+
+        Both are in the order of the evaluation texts.
+        """
         split = [words(text) for text in texts]
         found: list[list[Match]] = [
             [Match(number, 1.0, True) for number in self._exact.get(_text_key(one), ())] for one in split
@@ -133,7 +136,7 @@ class Lookup:
         known[known] = self._hashes[at[known]] == windows[passed[known]]
         hits = passed[known]
         owner = np.searchsorted(ends, hits, side="right")
-        whole = hits + self._ngram_words <= ends[owner]  # a window over the end of a text is none
+        whole = hits + self._ngram_words <= ends[owner]  # drop windows that cross the end of a text
         for i in np.unique(owner[whole]):
             exact = {match.text for match in found[i]}
             grams = np.unique(_windows(self._distinct_ids(split[i]), self._ngram_words))
@@ -141,7 +144,7 @@ class Lookup:
         return found
 
     def _distinct_ids(self, found: list[str]) -> np.ndarray:
-        """Number the words of one text, each word that the evaluation does not know by a number of its own."""
+        """Number the words of one text; each word unknown to the evaluation gets its own number."""
         known = len(self._vocabulary)
         unknown: dict[str, int] = {}
         ids = (self._vocabulary[word] or known + unknown.setdefault(word, len(unknown) + 1) for word in found)
@@ -161,10 +164,10 @@ def _text_key(found: list[str]) -> int:
 
 
 def _windows(ids: np.ndarray, length: int) -> np.ndarray:
-    """Polynomial hash of every run of ``length`` numbers, uint64."""
+    """Return the polynomial hash of every run of ``length`` numbers, uint64."""
     if len(ids) < length:
         return np.empty(0, np.uint64)
-    # Spread, so that small numbers do not make small hashes (the finaliser of splitmix64).
+    # Mix the bits (splitmix64's finaliser), so that small numbers do not give small hashes.
     value = ids.astype(np.uint64) * _BASE
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value ^= value >> np.uint64(27)

@@ -1,16 +1,16 @@
 """``python -m data_prep pack`` and ``merge``: raw pairs -> packed shards.
 
-1. Read, check and tokenise the input into ``work/part-III-of-NNN`` (:mod:`data_prep.reading`): all of it, or with
-   ``--part i/n`` one of n parts, on as many machines.
-2. Put all parts together (:mod:`data_prep.gathered`), leave out equal pairs, shuffle each source
-   (:mod:`data_prep.shuffle`), plan the epochs (:mod:`data_prep.mixture`).
-3. Write the batches (:mod:`data_prep.writing`), then the tokenizer, then ``index.json``. Steps 2 and 3 are
-   :mod:`data_prep.making`.
+1. Read, check and tokenise the input into ``work/part-III-of-NNN`` (:mod:`data_prep.reading`). ``--part i/n`` handles
+   one of n parts, so that up to n machines share the work.
+2. Combine all parts (:mod:`data_prep.gathered`), drop duplicate pairs, shuffle each source (:mod:`data_prep.shuffle`)
+   and plan the epochs (:mod:`data_prep.mixture`).
+3. Write the batches (:mod:`data_prep.writing`), then the tokenizer, then ``index.json``. :mod:`data_prep.making` holds
+   steps 2 and 3.
 
-``pack`` does all three, ``pack --part`` the first, ``merge`` the others. Everything is a pure function of the recipe
-and the inputs, for any number of worker processes and of parts. What was finished is kept when the program is run
-again after an interruption: units in step 1, files in step 3, also when only what steps 2 and 3 read of the recipe
-has changed. A lock beside ``work`` keeps each part, and steps 2 and 3, to one process at a time.
+``pack`` runs all three steps, ``pack --part`` the first, ``merge`` the other two. The result is a pure function of the
+recipe and the inputs, for any number of worker processes and parts. After an interruption, the next run keeps finished
+units of step 1 and finished files of step 3. The units also survive a change to recipe keys that only steps 2 and 3
+read. A lock beside ``work`` limits each part, and steps 2 and 3, to one process at a time.
 """
 
 import hashlib
@@ -41,24 +41,24 @@ log = logging.getLogger(__name__)
 _INPUTS, _LOCK = "inputs.json", ".lock"
 _PARTS, _MERGE = "part-*-of-*", "merge"
 _READ = ("tokenizer", "template", "sources", "text", "on_bad_row")
-"""Keys of the recipe that step 1 depends on; parts of one recipe agree in these."""
+"""Recipe keys that step 1 depends on; all parts of a run must agree on them."""
 
 
 def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[int, int] | None = None) -> Index | None:
-    """Run the recipe, or step 1 of one of its parts.
+    """Run the recipe, or step 1 for one of its parts.
 
     Args:
         recipe_path: YAML file.
-        overrides: ``section.key=value``.
-        workers: processes; the shards do not depend on it.
-        part: (number from 0, how many parts there are); everything when absent.
+        overrides: ``section.key=value`` strings.
+        workers: number of processes; the shards do not depend on it.
+        part: (part number from 0, number of parts); None runs everything.
 
     Returns:
-        The index written, or the one found when the folder is finished and of the same recipe; None for a part.
+        The new index, or the existing one if the folder is already finished with this recipe; None for a part.
 
     Raises:
-        AnchorError: bad recipe, bad row under ``on_bad_row: fail``, no pair left, folder of another recipe, or one that
-            another process writes.
+        AnchorError: if the recipe is bad, a row is bad under ``on_bad_row: fail``, no pair is left, the folder belongs
+            to another recipe, or another process is writing it.
     """
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
     found = _finished(recipe)
@@ -71,7 +71,7 @@ def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[i
     folder = _open_part(run, sources, number, parts)
     with _locked(run, folder.name):
         if found is None and (run.folder / INDEX_NAME).is_file():
-            raise DataError(_busy(run))  # it has just finished
+            raise DataError(_busy(run))  # another process has just finished
         if found is not None:
             log.warning("%s: %s missing or of another size; packing again", run.folder, ", ".join(missing))
             (run.folder / INDEX_NAME).unlink(missing_ok=True)
@@ -83,11 +83,11 @@ def pack(recipe_path: str, overrides: list[str], workers: int = 1, part: tuple[i
 
 
 def merge(recipe_path: str, overrides: list[str], workers: int = 1) -> Index:
-    """Make shards of the parts that ``pack --part`` has left; the inputs are not read again.
+    """Make shards from the parts that ``pack --part`` wrote, without reading the inputs again.
 
     Raises:
-        AnchorError: a missing, unfinished or double part, parts of different recipes, no pair left, a folder that
-            another process writes.
+        AnchorError: if a part is missing, unfinished or duplicated, parts belong to different recipes, no pair is left,
+            or another process is writing the folder.
     """
     recipe = load_recipe(recipe_path, PackRecipe, overrides)
     found = _finished(recipe)
@@ -106,7 +106,7 @@ def _run(path: str, recipe: PackRecipe) -> PackRun:
 
 
 def _kept_template(recipe: PackRecipe) -> Template | None:
-    """The template that a part of this recipe was begun with: some chat templates name the day."""
+    """Return the template stored by a part of this recipe, if any: some chat templates contain the date."""
     for part in sorted((recipe.output_dir / WORK).glob(f"{_PARTS}/{PART}")):
         content = read_json(part)
         if content["recipe"] == _read_by(recipe.model_dump(mode="json")):
@@ -115,12 +115,12 @@ def _kept_template(recipe: PackRecipe) -> Template | None:
 
 
 def _read_by(resolved: dict[str, Any]) -> dict[str, Any]:
-    """What step 1 reads of a recipe."""
+    """Return the recipe values that step 1 reads."""
     return {name: resolved[name] for name in _READ}
 
 
 def _identity(run: PackRun) -> dict[str, Any]:
-    """What all parts of a run have in common, but for their input."""
+    """Return what all parts of a run share, apart from their input."""
     return {
         "recipe": _read_by(run.resolved),
         "template": run.template.to_json(),
@@ -130,7 +130,11 @@ def _identity(run: PackRun) -> dict[str, Any]:
 
 
 def _finished(recipe: PackRecipe) -> Index | None:
-    """The index of a folder of this recipe that has one."""
+    """Return the index of a folder that already has one, or None.
+
+    Raises:
+        DataError: if the folder belongs to another recipe.
+    """
     if not (recipe.output_dir / INDEX_NAME).is_file():
         return None
     index = read_index(recipe.output_dir)
@@ -142,7 +146,7 @@ def _finished(recipe: PackRecipe) -> Index | None:
 
 
 def _same_recipe(stored: dict[str, Any], recipe: PackRecipe) -> bool:
-    """Compare an index's recipe with a present one; a field that the writing version lacked had its default."""
+    """Return whether an index was made from this recipe; fields unknown to its version take their defaults."""
     with suppress(ConfigError):
         return validate(stored, PackRecipe, INDEX_NAME).model_dump(mode="json") == recipe.model_dump(mode="json")
     return False
@@ -153,7 +157,7 @@ def _inputs(sources: list[Source]) -> list[tuple[str, int]]:
 
 
 def _refuse_other_input(recipe: PackRecipe, recipe_path: str) -> None:
-    """Refuse shards that were packed from other files than there are now; files that are gone are no matter."""
+    """Refuse shards if input files were added or changed size since; deleted files do not matter."""
     kept = recipe.output_dir / _INPUTS
     if not kept.is_file():
         return
@@ -170,7 +174,7 @@ def _refuse_other_input(recipe: PackRecipe, recipe_path: str) -> None:
 
 
 def _complete(folder: Path, index: Index) -> Index:
-    _clear(folder)  # of a run that was interrupted after its last file
+    _clear(folder)  # left by a run interrupted after its last file
     for lock in (*folder.glob(f"{_PARTS}{_LOCK}"), folder / f"{_MERGE}{_LOCK}"):
         lock.unlink(missing_ok=True)
     log.info("%s: already complete, %d batches", folder, index.num_batches)
@@ -178,7 +182,7 @@ def _complete(folder: Path, index: Index) -> Index:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the work of a run, and nothing else that may be there."""
+    """Remove a run's work, and nothing else."""
     work = folder / WORK
     for made in (*work.glob(_PARTS), work / PLAN):
         shutil.rmtree(made, ignore_errors=True)
@@ -187,7 +191,7 @@ def _clear(folder: Path) -> None:
 
 
 def _strange(folder: Path) -> list[Path]:
-    """What no run leaves in a folder before its first part is begun."""
+    """Return the paths in a folder that no run leaves there before its first part begins."""
     if not folder.is_dir():
         return []
     work = folder / WORK
@@ -197,7 +201,7 @@ def _strange(folder: Path) -> list[Path]:
 
 
 def _open_part(run: PackRun, sources: list[Source], part: int, parts: int) -> Path:
-    """The folder of a part; kept from an interrupted run of the same recipe and input, else made."""
+    """Return the folder of a part: an interrupted run's, if recipe and input are the same, or a new one."""
     content = {
         **_identity(run),
         "sources": [source.traits() for source in sources],
@@ -238,7 +242,7 @@ def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _locked(run: PackRun, name: str) -> AbstractContextManager[None]:
-    # Beside `work`, which is removed while the lock is held.
+    # Beside `work`, because `work` is removed while the lock is held.
     return locked(run.folder / f"{name}{_LOCK}", _busy(run))
 
 
@@ -247,7 +251,7 @@ def _busy(run: PackRun) -> str:
 
 
 def _finish(run: PackRun, workers: int) -> Index:
-    """Steps 2 and 3."""
+    """Run steps 2 and 3."""
     parts = find_parts(run.work, f"python -m data_prep pack {run.path}")
     made = read_json(parts[0] / PART)
     now = _identity(run)
@@ -264,7 +268,7 @@ def _finish(run: PackRun, workers: int) -> Index:
         )
     with _locked(run, _MERGE):
         if not parts[0].is_dir():
-            raise DataError(_busy(run))  # it has just finished
+            raise DataError(_busy(run))  # another process has just finished
         with closing(Gathered(parts, run.recipe.text.hard_negatives)) as gathered:
             write_json(run.folder / _INPUTS, made["inputs"])
             index = make_shards(run, gathered, made["sources"], fingerprint(parts, run.resolved), workers)

@@ -1,9 +1,10 @@
 """Questions -> prompts in batches: the plan of ``data_prep respond``, a pure function of files, tokenizer and settings.
 
-1. Read every row's ``id`` and question; a row that cannot be used is put aside with its reason.
-2. Put the question between what the model's chat template has before and behind a user's text. The name of a special
-   token inside a question is ordinary text. A prompt above the limit is put aside.
-3. Longest prompts first, cut into batches whose prompts, padded, and answers fit a token budget.
+1. Read every row's ``id`` and question. Set unusable rows aside with the reason.
+2. Put the text of the model's chat template before and after the question. The name of a special token inside a
+   question stays ordinary text. Set prompts above the limit aside.
+3. Sort the prompts, longest first, and cut them into batches. A batch's padded prompts and its answers fit a token
+   budget.
 """
 
 import json
@@ -28,12 +29,12 @@ _TEXTS_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A row.
+    """Question of a row.
 
     Attributes:
         number: position among all rows, from 0.
-        id: the row's own, else ``number``.
-        text: without spaces around it.
+        id: the row's own id, else ``number``.
+        text: question, stripped.
     """
 
     number: int
@@ -43,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row that is left out, and why."""
+    """Row that was set aside, and why."""
 
     number: int
     id: Any
@@ -55,12 +56,12 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What is to be answered.
+    """Prompts to answer, in batches.
 
     Attributes:
-        questions: with their prompts' token ids, longest prompt first.
-        batches: how many of them each batch has, in order.
-        rejects: rows put aside.
+        questions: questions with their prompts' token ids, longest prompt first.
+        batches: number of questions in each batch, in order.
+        rejects: rows set aside.
         fingerprint: xxh3 of all questions, ids and prompts in order, and of the batches.
     """
 
@@ -71,11 +72,11 @@ class Prompts:
 
 
 def read_questions(files: Sequence[Path], column: str) -> tuple[list[Question], list[Reject]]:
-    """All rows of some files or folders, in order.
+    """Read all rows of some files or folders, in order; return the questions and the rejects.
 
     Raises:
-        ConfigError: a missing path.
-        DataError: a file that cannot be read, or no row that can be used.
+        ConfigError: if a path is missing.
+        DataError: if a file cannot be read, or no row is usable.
     """
     questions: list[Question] = []
     rejects: list[Reject] = []
@@ -102,10 +103,10 @@ def read_questions(files: Sequence[Path], column: str) -> tuple[list[Question], 
 
 
 def _id(row: dict[str, Any], number: int, where: str) -> Any:
-    """The row's own id, else its number.
+    """Return the row's own id, else its number.
 
     Raises:
-        DataError: JSON in UTF-8 cannot hold it.
+        DataError: if JSON in UTF-8 cannot hold the id.
     """
     given = row.get("id")
     if given is None:
@@ -129,19 +130,19 @@ def plan_prompts(
     max_new_tokens: int,
     batch_tokens: int,
 ) -> Prompts:
-    """Tokenise and cut into batches.
+    """Tokenise the questions and cut them into batches.
 
     Args:
-        questions, rejects: of :func:`read_questions`.
-        tokenizer: transformers tokenizer of the model; changed.
-        frame: text before and behind a question, special tokens by name.
+        questions, rejects: results of :func:`read_questions`.
+        tokenizer: transformers tokenizer of the model; modified in place.
+        frame: text before and after a question, with special tokens by name.
         max_input_tokens: longest prompt.
         max_new_tokens: longest answer.
-        batch_tokens: of a batch: its prompts, padded to the longest, and answers of full length.
+        batch_tokens: token budget of a batch: prompts padded to the longest, plus answers of full length.
 
     Raises:
-        ConfigError: the limit leaves no room for a question.
-        DataError: no question fits.
+        ConfigError: if the limit leaves no room for a question.
+        DataError: if no question fits.
     """
     try:
         segmenter = SegmentTokenizer(tokenizer, Template(*frame, "{text}"), max_input_tokens)

@@ -1,4 +1,4 @@
-"""What every way of mining shares: which documents of a query have a rank, and which ranks negatives are drawn from."""
+"""Rules shared by all mining methods: which documents have a rank, and which ranks negatives are drawn from."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import numpy as np
 
 
 class Query(NamedTuple):
-    """A distinct query of a source.
+    """Distinct query of a source.
 
     Attributes:
-        key: its text id.
-        text: bare.
-        positives: numbers of the documents that are positives of it in any row.
-        excluded: these and the document that is its own text; ascending.
+        key: text id of the query.
+        text: bare text.
+        positives: numbers of the documents that are a positive of this query in any row.
+        excluded: the positives and the document equal to the query's own text; ascending.
     """
 
     key: int
@@ -25,14 +25,14 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Which ranks negatives are drawn from, and how many.
+    """Ranks to draw negatives from, and how many to draw.
 
     Attributes:
         negatives: negatives per query.
-        first_rank, last_rank: ranks from 1, both included, positives left out.
+        first_rank, last_rank: ranks from 1, both inclusive, not counting positives.
         seed: seed of the draw.
-        margin: documents that score more than the positive's score minus this have no rank; in units of the score.
-        relative_margin: documents that score more than the positive's score minus this share of it have no rank.
+        margin: documents that score above the positive's score minus this have no rank; in units of the score.
+        relative_margin: documents that score above the positive's score minus this share of it have no rank.
     """
 
     negatives: int
@@ -43,7 +43,10 @@ class Window:
     relative_margin: float | None = None
 
     def highest(self, positive: float) -> float:
-        """The score above which a document has no rank; ``positive`` is the lowest score of the query's positives."""
+        """Return the score above which a document has no rank.
+
+        ``positive`` is the lowest score among the query's positives.
+        """
         limits = [np.inf]
         if self.margin is not None:
             limits.append(positive - self.margin)
@@ -52,7 +55,7 @@ class Window:
         return min(limits)
 
     def draw(self, ranked: np.ndarray, query: int) -> np.ndarray:
-        """Some of the ranked documents, in the order of their ranks; fewer where there are no more."""
+        """Draw negatives from the ranked documents, in rank order; fewer if the window is too small."""
         window = ranked[self.first_rank - 1 : self.last_rank]
         if len(window) <= self.negatives:
             return window
@@ -61,21 +64,21 @@ class Window:
 
 
 class Scorer(Protocol):
-    """A corpus that queries are held against."""
+    """Corpus that ranks its documents for queries."""
 
     def rank(self, queries: Sequence[Query], window: Window) -> Iterator[np.ndarray]:
-        """For each query the first ``window.last_rank`` documents that have a rank, best first."""
+        """Yield for each query the first ``window.last_rank`` documents that have a rank, best first."""
         ...
 
 
 def ranked(scores: np.ndarray, excluded: Sequence[int], number: int, highest: float = np.inf) -> np.ndarray:
-    """The best ``number`` documents, best first; ties by number.
+    """Return the best ``number`` documents, best first; ties go by document number.
 
     Args:
-        scores: of all documents; minus infinity has no rank.
-        excluded: documents without rank.
-        number: how many.
-        highest: documents that score more have no rank.
+        scores: scores of all documents; minus infinity means no rank.
+        excluded: documents without a rank.
+        number: maximum number of documents.
+        highest: documents that score above this have no rank.
     """
     scores = np.where(scores > highest, -np.inf, scores)
     scores[[i for i in excluded if i < len(scores)]] = -np.inf

@@ -1,8 +1,8 @@
 """One part of the input -> its folder of tokenised pairs (:mod:`data_prep.spool`).
 
-Units are counted through all sources; part i of n takes those whose number leaves i when divided by n, checks and
-tokenises them in worker processes and appends them in order. Units of other parts and of an interrupted run's journal
-are passed over without being parsed.
+Units are numbered across all sources. Part i of n takes the units whose number modulo n is i, checks and tokenises them
+in worker processes, and appends them in order. It skips other parts' units, and units in an interrupted run's journal,
+without parsing them.
 """
 
 import logging
@@ -27,11 +27,11 @@ _MEBIBYTE = 1 << 20
 
 
 class Counting:
-    """The units of all sources, those of this part to be worked on, with a count of all.
+    """Iterable of this part's units that still need work, which counts the units of all parts.
 
     Args:
-        sources: all of them.
-        part, parts: this part, from 0, and how many there are.
+        sources: all sources.
+        part, parts: number of this part, from 0, and number of parts.
         finished: (source, number) of units that need no work.
     """
 
@@ -45,7 +45,7 @@ class Counting:
         for source in self._sources:
             for unit in units(source):
                 mine = number % self._parts == self._part and (unit.source, unit.number) not in self._finished
-                # Wherever reading stops is an error of every part.
+                # A read error stops every part, whichever part the unit belongs to.
                 if mine or unit.error is not None:
                     yield unit
                 else:
@@ -64,10 +64,11 @@ def read_part(
     parts: int,
     workers: int,
 ) -> None:
-    """Read, check and tokenise a part; what is there already is not done again.
+    """Read, check and tokenise a part; skip finished work.
 
     Raises:
-        DataError: a file that cannot be read; a row that cannot be used under ``on_bad_row: fail``.
+        DataError: if a file cannot be read, a row is unusable under ``on_bad_row: fail``, or the input changed since an
+            interrupted run.
     """
     if (folder / DONE).is_file():
         return
@@ -89,7 +90,7 @@ def read_part(
 
 
 def work(segmenter: SegmentTokenizer, checks: dict[str, Check], unit: Unit) -> Checked:
-    """What a worker does."""
+    """Check and tokenise one unit, in a worker."""
     return check_unit(segmenter, checks[unit.source], unit)
 
 
@@ -106,7 +107,7 @@ def _check_of(source: Source, recipe: PackRecipe) -> Check:
 
 
 def _tracked(done: Iterator[Checked], counting: Counting, sources: list[Source]) -> Iterator[Checked]:
-    """The units, with the input's bytes that they and all that was passed over before them took."""
+    """Yield the checked units, with progress in bytes of input, skipped units included."""
     total = sum(source.size_bytes for source in sources)
     passed = 0
 

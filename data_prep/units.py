@@ -1,7 +1,7 @@
-"""Sources cut into units: the rows that one process works on at a time, and what an interruption can lose.
+"""Sources cut into units: the rows that a process works on at a time, and that an interruption can lose.
 
-A unit ends after :data:`UNIT_ROWS` rows or with the row that reaches :data:`UNIT_BYTES`, so that where units end
-depends on the input alone: not on the number of processes, of parts or of interruptions.
+A unit ends after :data:`UNIT_ROWS` rows or with the row that reaches :data:`UNIT_BYTES`. So unit boundaries depend on
+the input alone, not on the number of processes, parts or interruptions.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ UNIT_BYTES = 8 << 20
 
 
 class Unit(NamedTuple):
-    """Rows that stand together in a source.
+    """Consecutive rows of a source.
 
     Attributes:
         source: name of the source.
-        number: of the unit in its source, from 0.
-        first_row: number of its first row in the source, as it is read.
-        rows: not yet parsed.
-        error: why there are no rows after these, if the source cannot be read further.
-        input_bytes: how much of the source's files it took to read them.
+        number: number of the unit in its source, from 0.
+        first_row: number of its first row in the source, as read.
+        rows: rows, not yet parsed.
+        error: error that ended reading after these rows, or None.
+        input_bytes: bytes of the source's files read for these rows.
     """
 
     source: str
@@ -36,7 +36,7 @@ class Unit(NamedTuple):
 
 
 def units(source: Source) -> Iterator[Unit]:
-    """The units of a source; an error in reading comes as part of the last one, after the rows before it."""
+    """Yield the units of a source. A read error comes with the last unit, after the rows before it."""
     meter = Meter()
     rows = source.rows(meter)
     number = first_row = read_bytes = 0
@@ -45,7 +45,7 @@ def units(source: Source) -> Iterator[Unit]:
         size, error = 0, None
         try:
             for row in rows:
-                found.append(row)  # one by one, so that those before an error stay
+                found.append(row)  # one by one, to keep the rows before an error
                 size += _size(row.value)
                 if len(found) == UNIT_ROWS or size >= UNIT_BYTES:
                     break
@@ -63,7 +63,7 @@ def units(source: Source) -> Iterator[Unit]:
 
 
 def _size(value: Any) -> int:
-    """About how many bytes a row has."""
+    """Return the approximate size of a row in bytes."""
     if isinstance(value, bytes | str):
         return len(value)
     if isinstance(value, dict):

@@ -1,11 +1,11 @@
-"""Every promise of the format of shards, checked batch by batch; the first broken one is a :class:`ShardError`.
+"""Checks of every promise of the shard format, batch by batch; the first broken one is a :class:`ShardError`.
 
-1. The index: what was read is what was kept and dropped; the batches are those of the passes and epochs it tells of.
+1. Index: the rows read are those kept and dropped, and the batches match the passes and epochs.
 2. Files: sizes, sha256, the tokenizer.
 3. Batches: checksums, number of pairs and packs, spans, anchor or special tokens, order of segments, target counts, the
    teacher's vectors.
-4. Coverage: no pair is in an epoch more often than there are passes in it, and none that was kept is left out but the
-   remainder of a pass: with one epoch of a proportional mixture every pair is in exactly one batch.
+4. Coverage: no pair appears in an epoch more often than the epoch has passes. No kept pair is left out, except the
+   remainder of a pass. With one epoch of a proportional mixture, every such pair is in exactly one batch.
 """
 
 from collections.abc import Iterator
@@ -23,29 +23,29 @@ from anchor.progress import tracked
 
 
 def batches_of(reader: ShardReader, description: str) -> Iterator[tuple[int, Batch]]:
-    """(number, batch) of all batches, with progress."""
+    """Yield (number, batch) for all batches, with progress."""
     for number in tracked(range(len(reader)), description, len(reader), unit=" batches"):
         yield number, reader.read(number)
 
 
 UNIT_TOLERANCE = 1e-2
-"""How far the length of a unit vector in float16 may be from 1."""
+"""Largest deviation from 1 of the length of a unit vector in float16."""
 
 
 class _Coverage:
-    """How often the rows of a source are in batches.
+    """Counts of how often each row of a source appears in batches.
 
     Args:
-        source: its entry in the index.
-        pairs: of a batch.
-        epochs: in the folder.
+        source: the source's entry in the index.
+        pairs: pairs in a batch.
+        epochs: epochs in the folder.
     """
 
     def __init__(self, source: dict[str, Any], pairs: int, epochs: int) -> None:
         self.batches = 0
         self._pairs = pairs
         self._per_epoch = source["batches"] // epochs
-        # Absent where the program that packed knew only one pass.
+        # Absent in shards packed by a version that knew only one pass.
         self._per_pass = source.get("batches_per_pass", source["batches"])
         self._expected = source["batches"]
         self._in_epoch = np.zeros(source["rows_read"], dtype=np.uint16)
@@ -55,7 +55,7 @@ class _Coverage:
         self._in_epoch[:] = 0
 
     def take(self, packs: tuple[Pack, ...], epoch: int) -> str | None:
-        """Count a batch's rows; what is wrong with them, by pack."""
+        """Count a batch's rows; return what is wrong with them and in which pack, or None."""
         first = epoch * self._per_epoch
         walks = (first + self._per_epoch - 1) // self._per_pass - first // self._per_pass + 1 if self._per_pass else 1
         self.batches += 1
@@ -76,7 +76,7 @@ class _Coverage:
         return None
 
     def problem(self, name: str) -> str | None:
-        """What is wrong with the whole."""
+        """Return what is wrong with the source as a whole, or None."""
         if self.batches != self._expected:
             return f"source '{name}' has {self.batches} batches, the index says {self._expected}"
         least = min(self._expected, self._per_pass) * self._pairs
@@ -89,7 +89,7 @@ def verify(reader: ShardReader) -> None:
     """Check all promises.
 
     Raises:
-        ShardError: the first broken promise, by file and batch.
+        ShardError: at the first broken promise; the message names file and batch.
     """
     index = reader.index
     tokenizer = shards_tokenizer(reader.folder, index.tokenizer_sha256)
@@ -129,10 +129,10 @@ def _check_counts(reader: ShardReader) -> None:
 
 
 def _special_ids(reader: ShardReader, backend: Tokenizer) -> np.ndarray:
-    """Ids that every segment ends in: the trained special tokens, or the anchor token alone.
+    """Return the ids that every segment ends in: the trained special tokens, or the anchor token alone.
 
     Raises:
-        ShardError: the end token, or the number of special tokens, is not what the tokenizer says.
+        ShardError: if the end token or the special tokens differ from the tokenizer's.
     """
     index = reader.index
     template = Template(**index.template)
@@ -200,11 +200,11 @@ def _broken_pack(pack: Pack, pack_tokens: int, limits: dict[str, int], special: 
     ends = np.cumsum(lengths) - 1
     if (pack.input_ids[ends] != special[-1]).any():
         return f"segment {int(np.argmax(pack.input_ids[ends] != special[-1]))} does not end in the anchor token"
-    # The anchor token is behind the body, so a body ends before the segment's last token.
+    # The anchor token follows the body, so a body ends before the segment's last token.
     inside = (pack.body_starts >= 0) & (pack.body_starts < pack.body_ends) & (pack.body_ends < lengths)
     if not inside.all():
         return f"the body of segment {int(np.argmin(inside))} is empty or not inside the segment"
-    # So are all special tokens, where there are several.
+    # If there are several special tokens, all of them follow the body.
     behind = lengths - pack.body_ends >= len(special)
     if not behind.all() or (pack.input_ids[ends[:, None] - np.arange(len(special))[::-1]] != special).any():
         return f"a segment does not end in its {len(special)} special tokens"

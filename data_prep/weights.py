@@ -1,4 +1,4 @@
-"""Which model it is: a hash of its weights, so that a folder is never continued by another one of the same path."""
+"""Hash of a model's weights, so that a run never resumes with another model at the same path."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".m
 
 
 def weights_sha256(files: Iterable[Path], where: str) -> str:
-    """Of those of the files that hold weights, in the order of their paths.
+    """Return the sha256 (hex) of the weight files among some files, in the order of their paths.
 
     Args:
-        files: of a model.
-        where: the model, for the message.
+        files: files of a model.
+        where: name of the model, for the message.
 
     Raises:
-        ModelError: none of them does.
+        ModelError: if no file holds weights.
     """
     weights = sorted(file for file in files if file.suffix in _SUFFIXES and file.is_file())
     if not weights:

@@ -1,4 +1,4 @@
-"""One function over many tasks, in order: in this process, or in others that work a few tasks ahead."""
+"""Ordered map of a function over tasks, in this process or in workers that run a few tasks ahead."""
 
 import os
 from collections import deque
@@ -21,17 +21,18 @@ _TASKS_PER_WORKER = 2
 def open_workers(
     number: int, function: Callable[[Task], Result]
 ) -> Iterator[Callable[[Iterable[Task]], Iterator[Result]]]:
-    """What maps ``function`` over tasks: this process when ``number`` is 1, else so many others.
+    """Yield a function that maps ``function`` over tasks, in order.
 
-    ``function`` is sent to each process once, with all that it holds; tasks and results are sent one by one.
+    It runs in this process if ``number`` is 1, else in that many worker processes. Each worker receives ``function``
+    once, with everything it holds. Tasks and results are sent one by one.
 
     Raises:
-        DataError: a process was killed.
+        DataError: if a process was killed.
     """
     if number == 1:
         yield lambda tasks: map(function, tasks)
         return
-    # A fresh interpreter each: a fork would copy threads of the tokenizer in whatever state they are.
+    # Spawn fresh interpreters: a fork would copy the tokenizer's threads in an unknown state.
     pool = ProcessPoolExecutor(number, get_context("spawn"), _start, (function,))
 
     def work(tasks: Iterable[Task]) -> Iterator[Result]:
@@ -54,11 +55,11 @@ def open_workers(
 
 
 _function: list[Callable[[Any], Any]] = []
-"""What a worker process does."""
+"""Function that this worker process runs."""
 
 
 def _start(function: Callable[[Any], Any]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes already run in parallel
     _function.append(function)
 
 

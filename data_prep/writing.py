@@ -1,4 +1,4 @@
-"""The plan of a folder of shards, and the shards themselves: each file a pure function of the plan and its number."""
+"""Plan of a folder of shards, and its writer. Each file is a pure function of the plan and the file's number."""
 
 import hashlib
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from data_prep.workers import open_workers
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All batches of a folder, in the order in which they are written.
+    """All batches of a folder, in the order they are written.
 
     Attributes:
-        gathered: the tokenised pairs.
-        names: of the sources.
-        per_pass: batches of a pass, by source.
+        gathered: tokenised pairs.
+        names: names of the sources.
+        per_pass: batches in a pass, by source.
         passes: files of each source's passes.
-        batches: int64 ``batches x 2``: source, number of the batch in it.
-        shape: of a batch.
-        folder: of the shards.
-        written: what is known of finished files, one JSON file each.
-        batches_per_shard: batches of a file.
+        batches: int64 ``batches x 2``: source, and number of the batch within the source.
+        shape: shape of a batch.
+        folder: folder of the shards.
+        written: folder of the finished files' index entries, one JSON file each.
+        batches_per_shard: batches in a file.
     """
 
     gathered: Gathered
@@ -54,7 +54,10 @@ class Plan:
 
 
 def missing_files(folder: Path, index: Index) -> list[str]:
-    """Names of what a finished folder lacks: files of shards that are gone or of another size, the tokenizer."""
+    """Return the names of shards that are missing or of the wrong size in a finished folder.
+
+    The list includes ``tokenizer`` if the folder has none.
+    """
     names = {shard["file"]: shard["bytes"] for shard in index.shards}
     gone = [n for n, size in names.items() if not (folder / n).is_file() or (folder / n).stat().st_size != size]
     return gone + ["tokenizer"] * (not (folder / "tokenizer" / "tokenizer.json").is_file())
@@ -81,7 +84,7 @@ def make_plan(
 
 
 def write_shards(plan: Plan, workers: int) -> list[dict[str, Any]]:
-    """Write the files that are not finished yet; what the index says of all of them."""
+    """Write the files that are not finished yet; return the index entries of all files."""
     missing = [shard for shard in range(plan.num_shards) if not _finished(plan, shard)]
     with open_workers(max(1, min(workers, len(missing))), partial(write_shard, plan)) as work:
         for _ in tracked(work(missing), "packing", len(missing), unit=" files"):
@@ -101,7 +104,7 @@ def _finished(plan: Plan, shard: int) -> bool:
 
 
 def write_shard(plan: Plan, shard: int) -> None:
-    """Write one file, and then what the index will say of it."""
+    """Write one file, then its index entry."""
     size = plan.batches_per_shard
     writer = ShardWriter(plan.folder, size, shard)
     for source, number in plan.batches[shard * size : (shard + 1) * size].tolist():
