@@ -1,9 +1,10 @@
-"""Packed attention, forward and backward of one layer: our kernels against padded SDPA on the same segments.
+"""Packed attention against padded SDPA on the same segments: forward and backward of one layer.
 
     python bench/attention.py --shards data/squad [--heads 9 --key-value-heads 3 --head-dim 64] [--calls 20]
 
-A turn is ``calls`` forwards and backwards: on a GPU one alone is too short to time. Segment lengths are those of the
-first batch of the shards. ``varlen`` takes part on CUDA, and ``flash`` where the flash-attn package is installed too.
+A turn is ``calls`` forwards and backwards, because a single one is too short to time on a GPU. Segment lengths are
+those of the first batch of the shards. ``varlen`` takes part on CUDA, and so does ``flash`` if the flash-attn package
+is installed.
 """
 
 import importlib

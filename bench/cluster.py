@@ -1,11 +1,12 @@
-"""What a step sends over the links of a cluster, and how long that takes beside its computing: arithmetic, no GPU.
+"""Communication of a step over the links of a cluster, beside its computing time: arithmetic, no GPU.
 
     python bench/cluster.py [--gpu h100-80gb] [--network 50] [--mfu 0.4] [--packs 2] [--json PATH]
 
-The functions are those of ``anchor.train --dry-run``; `tests/engine/test_traffic.py` holds their volumes against the
-bytes of real collectives. Stage I (full fine-tuning, two passes) and Stage II (LoRA) of Llama-3.2-1B's and
-Llama-3.1-8B's shapes with packs of 8,192 tokens, so many per GPU and step, on 8, 64 and 512 GPUs, 8 a node, under every
-file of ds_configs/ but offloading. ``--reuse`` replaces ``stage3_max_reuse_distance`` (elements).
+The functions are those of ``anchor.train --dry-run``; `tests/engine/test_traffic.py` compares their volumes with the
+bytes of real collectives. The table has Stage I (full fine-tuning, two passes) and Stage II (LoRA) of the shapes of
+Llama-3.2-1B and Llama-3.1-8B. Each GPU gets ``--packs`` packs of 8,192 tokens per step, on 8, 64 and 512 GPUs, 8 per
+node. Every file of ds_configs/ is in the table except the offloading ones. ``--reuse`` replaces
+``stage3_max_reuse_distance`` (elements).
 """
 
 import json
@@ -40,7 +41,7 @@ STAGES = {"I": {"kind": "full"}, "II": LORA}
 
 
 def shape(model: str, trained: dict[str, Any]) -> ModelShape:
-    """A Llama of that size on the meta device, adapters included."""
+    """Return the shape of a Llama of that size, built on the meta device with its adapters."""
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(llama_config(model))
         causal_lm.tie_weights()
@@ -50,7 +51,7 @@ def shape(model: str, trained: dict[str, Any]) -> ModelShape:
 
 
 def step_of(stage: str, packs: int, num_ranks: int) -> StepShape:
-    """So many full packs per rank: pairs of two texts (Stage I), or of three (Stage II)."""
+    """Return a step of ``packs`` full packs per rank, in pairs of two texts (Stage I) or three (Stage II)."""
     tokens, texts = packs * PACK_TOKENS * num_ranks, 2 if stage == "I" else 3
     decode = tokens if stage == "I" else 0
     pairs, segments = tokens // TEXT_TOKENS // texts, tokens // TEXT_TOKENS
@@ -68,7 +69,7 @@ def step_of(stage: str, packs: int, num_ranks: int) -> StepShape:
 
 
 def row(model: str, stage: str, file: str, num_ranks: int, options: Any) -> dict[str, Any]:
-    """One run: volume and time of its communication beside the time of its computing, and whether it fits."""
+    """Return one run: volume and time of its communication, its computing time, and whether it fits in memory."""
     zero = dict(read_ds_config(ROOT / "ds_configs" / f"{file}.json")["zero_optimization"])
     if options.reuse and zero["stage"] == 3:
         zero["stage3_max_reuse_distance"] = options.reuse

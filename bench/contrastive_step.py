@@ -1,10 +1,10 @@
-"""Stage II, forward and backward of one step at equal pool, against sentence-transformers' two losses.
+"""Forward and backward of one Stage II step at equal pool, against sentence-transformers' two losses.
 
     python bench/contrastive_step.py --shards data/squad --model EXPORTED_FOLDER [--json PATH]
 
-The same weights, texts (query, positive, one hard negative), temperature and dtype. ``plain`` and MNRL hold the whole
-batch in one forward; ``cached`` and CachedMNRL hold as many texts at a time: ours all of ``mini`` pairs, theirs as many
-of one column.
+All contestants use the same weights, texts (query, positive, one hard negative), temperature and dtype. ``plain`` and
+MNRL run the whole batch in one forward. ``cached`` and CachedMNRL run equally many texts at a time: ours all texts of
+``mini`` pairs, theirs as many texts of one column.
 """
 
 import sys
@@ -34,7 +34,7 @@ TEMPERATURE = 0.02
 
 
 class LocalEngine:
-    """One process without DeepSpeed: what :func:`pooled_backward` needs of an engine."""
+    """Single process without DeepSpeed, with the parts of an engine that :func:`pooled_backward` needs."""
 
     def __init__(self, objective: nn.Module) -> None:
         self.objective = objective
@@ -45,7 +45,7 @@ class LocalEngine:
 
 
 def split(pack: Pack, pairs: int) -> list[Pack]:
-    """A pack cut into packs of so many pairs."""
+    """Cut a pack into packs of ``pairs`` pairs."""
     ordinal = (pack.roles == QUERY).cumsum() - 1
     return [pack.select(ordinal // pairs == part) for part in range(-(-pack.num_pairs // pairs))]
 
@@ -82,7 +82,7 @@ def main() -> None:
     objective = ContrastiveObjective(model, schema.ContrastiveObjective(kind="contrastive", temperature=TEMPERATURE))
     st = SentenceTransformer(options.model, device=str(device), model_kwargs={"torch_dtype": dtype})
 
-    # What the teacher's embeddings are needed for is not measured here.
+    # Leave out the teacher's embeddings: this benchmark does not use them.
     fields = [name for name in Pack.__slots__ if name != "teacher"]
     merged = Pack(*(np.concatenate([getattr(pack, name) for pack in batch.packs]) for name in fields))
     columns = []

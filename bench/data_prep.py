@@ -1,17 +1,18 @@
-"""data_prep pack end to end, against the tokenizer alone and against `datasets.map` with the same tokenizer.
+"""`data_prep pack` end to end, against the tokenizer alone and `datasets.map` with the same tokenizer.
 
     python bench/data_prep.py [--data ../shared/data/pairs --tokenizer MODEL_FOLDER --rows 3000 --max-tokens 512
                                --processes 1 --growth 2100] [--json PATH]
 
-All three work on the same texts (query with its instruction, positive, one negative), on the same number of processes:
+All contestants work on the same texts (query with its instruction, positive, one negative), on the same number of
+processes:
 
 * ours: read gzipped JSON lines, check, tokenise, shuffle, pack, checksum and write shards;
-* encode_batch: the tokenizer's own call on the texts, already in memory, and nothing else;
-* encode_batch, distinct: the same on the distinct texts only, as ours encodes equal texts of 2,048 rows once;
+* encode_batch: only the tokenizer's own call, on texts already in memory;
+* encode_batch, distinct: the same on distinct texts only, because ours encodes equal texts within 2,048 rows once;
 * datasets.map: read the same files, tokenise with the same number of processes, write its cache.
 
-``tokens`` are those of the uncut texts without template. Growth runs the command on 1, 4 and 16 times the rows (every
-copy with a number before its texts, so that none are equal) of the first two sources and reads its peak memory.
+``tokens`` counts the uncut texts without template. Growth runs the command on 1, 4 and 16 times the rows of the first
+two sources and reads its peak memory. Each further copy has a number before its texts, so that no texts are equal.
 """
 
 import gzip
@@ -33,7 +34,7 @@ from anchor.errors import exit_on_user_error
 from bench.harness import alternate, arguments, report
 from data_prep.pack import pack
 
-# The command, and then what its main process took: `wait4` would count the memory of this one before the exec, too.
+# Run the command, then print what its main process used. `wait4` would also count this process's memory before exec.
 PROGRAM = """
 import re, sys, time
 from data_prep.__main__ import main
@@ -44,7 +45,7 @@ INSTRUCTION = "Given a question, retrieve passages that answer the question"
 
 
 def read(data: Path, rows: int) -> dict[str, list[dict[str, str]]]:
-    """The first rows of every source."""
+    """Read the first rows of every source."""
     out = {}
     for file in sorted(data.glob("*.jsonl.gz")):
         with gzip.open(file, "rt", encoding="utf-8") as lines:
@@ -53,7 +54,10 @@ def read(data: Path, rows: int) -> dict[str, list[dict[str, str]]]:
 
 
 def write(folder: Path, sources: dict[str, list[dict[str, str]]], copies: int = 1) -> Path:
-    """The rows as gzipped files of an E5 folder, several times over with a number before every text."""
+    """Write the rows as gzipped files of an E5 folder, ``copies`` times.
+
+    Each further copy has a number before every text.
+    """
     folder.mkdir(parents=True)
     for name, rows in sources.items():
         with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8", compresslevel=1) as out:
@@ -65,7 +69,7 @@ def write(folder: Path, sources: dict[str, list[dict[str, str]]], copies: int = 
 
 
 def recipe(folder: Path, data: Path, names: list[str], options: Any) -> Path:
-    """A recipe for the rows."""
+    """Write a pack recipe for the rows."""
     content = {
         "output_dir": str(folder / "shards"),
         "seed": 0,
@@ -81,7 +85,7 @@ def recipe(folder: Path, data: Path, names: list[str], options: Any) -> Path:
 
 
 def growth(folder: Path, sources: dict[str, list[dict[str, str]]], options: Any) -> list[dict[str, Any]]:
-    """Seconds and peak memory of the command on more and more rows."""
+    """Measure seconds and peak memory of the command on 1, 4 and 16 copies of the rows."""
     rows = []
     small = {name: sources[name][: options.growth] for name in sorted(sources)[:2]}
     for copies in (1, 4, 16):
@@ -169,7 +173,7 @@ def main() -> None:
     mine = by_name["ours"]
     ratios = {f"speed over {name}": by_name[name]["seconds"] / mine["seconds"] for name in list(contestants)[1:]}
     ratios["peak_memory of 16 x over 1 x"] = grown[-1]["peak_gib"] / grown[0]["peak_gib"]
-    # 1 where time is linear: a constant start, and as much for each further row.
+    # 1 if time is linear: a constant start, plus the same time for each further row.
     first, second, third = (row["cpu_seconds"] for row in grown)
     ratios["cpu_time per row of 4 x to 16 x over 1 x to 4 x"] = (third - second) / (second - first) / 4
     report("data_prep", table + grown, ratios, options)

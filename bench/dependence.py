@@ -1,13 +1,13 @@
-"""Does the decoder use the embedding? Stage I in several forms, and what a wrong partner costs each of them.
+"""Measure whether the decoder uses the embedding: Stage I in several forms, and what a wrong partner costs in each.
 
-    python bench/dependence.py [--arms NAME,NAME] [--steps 40] [--stage2-steps 0] [--json PATH]
+    python bench/dependence.py [--arms "NAME; NAME"] [--steps 40] [--stage2-steps 0] [--json PATH]
 
-1. Four real sources, split once: pairs to train on, and held-out pairs no text of which is trained on; 16 pairs of one
-   source a step, texts of at most 40 tokens.
-2. ``python -m anchor.train`` for each arm: the same batches, seed and rate; only the decode pass differs. A finished
-   arm is not trained again, so the command may be stopped at any time.
-3. With ``--stage2-steps``: as many contrastive steps (LoRA) on each export.
-4. A table of the held-out figures.
+1. Split four real sources once into training pairs and held-out pairs that share no text with them. A step is 16 pairs
+   of one source, with texts of at most 40 tokens.
+2. Run ``python -m anchor.train`` for each arm with the same batches, seed and learning rate; only the decode pass
+   differs. A finished arm is not trained again, so the command can be stopped at any time.
+3. With ``--stage2-steps``: train that many contrastive steps (LoRA) on each export.
+4. Print a table of the held-out figures.
 """
 
 import argparse
@@ -58,7 +58,7 @@ COLUMNS = {
 
 
 def prepare() -> None:
-    """Split and pack the pairs; what is there already stays."""
+    """Split and pack the pairs; keep what already exists."""
     for name in SOURCES:
         file = PAIRS / f"{name}.jsonl.gz"
         if not file.is_file():
@@ -115,7 +115,7 @@ def run(module: str, *arguments: str) -> None:
 
 
 def rows_of(arm: str, folder: Path) -> list[dict[str, Any]]:
-    """The held-out figures of a run by step, with the median gradient norm of the 25 steps before."""
+    """Return the held-out figures of a run by step, with the median gradient norm of the 25 steps before."""
     norms = [json.loads(line)["optim/grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = []
     for line in (folder / "held_out.jsonl").read_text().splitlines():

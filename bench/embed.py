@@ -1,12 +1,12 @@
-"""``eval embed``'s encoder against ``SentenceTransformer.encode``: same folder, texts, dtype and token budget.
+"""Encoder of ``eval embed`` against ``SentenceTransformer.encode``: same folder, texts, dtype and token budget.
 
     python bench/embed.py --model runs/x/export --pairs ../shared/data/pairs [--texts 5000] [--json PATH]
 
-Texts are distinct queries and documents of all sources, drawn evenly, so lengths are mixed; both cut them to
-``max_tokens``. The token budget is that of a padded batch: ``SentenceTransformer`` gets ``pack_tokens // max_tokens``
-texts a batch (by default 32, which is its own default), ours packs of at most ``pack_tokens``. On a CPU ours keeps to
-passes of 4,096 tokens, so a third contestant is ``SentenceTransformer`` with batches of that budget. The smallest
-cosine to ours is in the table.
+Texts are distinct queries and documents drawn evenly from all sources, so lengths are mixed. Both sides cut them to
+``max_tokens``. The token budget is for a padded batch: ``SentenceTransformer`` gets ``pack_tokens // max_tokens`` texts
+per batch (by default 32, which is its own default), ours packs of at most ``pack_tokens``. On a CPU ours limits its
+passes to 4,096 tokens, so a third contestant is ``SentenceTransformer`` with batches of that budget. The table has the
+smallest cosine to ours.
 """
 
 import gzip
@@ -29,7 +29,7 @@ from eval.encoder import Encoder
 
 
 def draw_texts(folder: Path, number: int) -> list[str]:
-    """Distinct texts, as evenly from every source as there are."""
+    """Draw distinct texts, as evenly from every source as possible."""
     draw = random.Random(0)
     sources = []
     for file in sorted(folder.glob("*.jsonl.gz")):

@@ -1,6 +1,7 @@
-"""Alternating contestants in one process, so that a noisy machine favours none; medians, spread, peak memory, JSON.
+"""Benchmark harness: contestants alternate in one process, so that a noisy machine favours none.
 
-Peak memory is the process's highest resident size during a turn (CUDA: highest allocated), reset before each turn.
+It reports medians, spread and peak memory, and writes JSON. Peak memory is the process's highest resident size during a
+turn (CUDA: highest allocated), reset before each turn.
 """
 
 import argparse
@@ -29,7 +30,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "sentence-transformers", "toke
 
 
 def arguments(description: str, **defaults: Any) -> argparse.Namespace:
-    """``--json PATH``, ``--turns N`` and one option per default."""
+    """Parse ``--json PATH``, ``--turns N`` and one option per default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--turns", type=int, default=5, help="turns of every contestant (5)")
@@ -39,7 +40,7 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
 
 
 def reset_peak() -> None:
-    """Begin anew with :func:`peak_gib`; on CUDA the allocator keeps what it holds, as it does in training."""
+    """Reset :func:`peak_gib`; on CUDA the allocator keeps its memory, as it does in training."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -50,7 +51,7 @@ def reset_peak() -> None:
 
 
 def peak_gib() -> float:
-    """Highest memory since :func:`reset_peak`: allocated on the GPU where there is one, else resident."""
+    """Return the highest memory since :func:`reset_peak`: allocated on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 2**30
@@ -59,7 +60,7 @@ def peak_gib() -> float:
 
 
 def alternate(contestants: dict[str, Callable[[], dict[str, float]]], turns: int) -> list[dict[str, Any]]:
-    """Run every contestant once to warm up, then in turn; each returns figures of its own (``loss``, ``pairs``, ...).
+    """Run every contestant once to warm up, then in turn; each returns figures such as ``loss`` or ``pairs``.
 
     Returns:
         One row per contestant: median, lowest and highest seconds, peak GiB, and its figures.
@@ -93,7 +94,7 @@ def alternate(contestants: dict[str, Callable[[], dict[str, float]]], turns: int
 
 
 def _processor() -> str:
-    """Name of the CPU, with what makes bfloat16 fast on it."""
+    """Return the CPU's name, with its instructions for fast bfloat16."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     named = {name.strip(): value.strip() for name, value in (line.split(":", 1) for line in lines if ":" in line)}
     fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in named.get("flags", "").split()]
@@ -101,7 +102,10 @@ def _processor() -> str:
 
 
 def report(name: str, rows: list[dict[str, Any]], ratios: dict[str, float], options: argparse.Namespace) -> None:
-    """Print the table and, when asked, write ``{"name", "hardware", "commit", "versions", "rows", "ratios"}``."""
+    """Print the table and, if asked, write the result as JSON.
+
+    Its keys are name, hardware, commit, versions, settings, rows and ratios.
+    """
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     hardware = f"{hardware}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}

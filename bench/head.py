@@ -1,8 +1,8 @@
-"""The LM head with cross-entropy, forward and backward: ours, torch's chunked one, Liger's, and full logits.
+"""LM head with cross-entropy, forward and backward: ours, torch's chunked one, Liger's, and full logits.
 
     python bench/head.py [--rows 2048 --hidden 576 --vocabulary 49152 --dtype bf16] [--json PATH]
 
-``loss_error`` is relative to float64 on the same (rounded) inputs. Liger's fused kernel takes part on CUDA where
+``loss_error`` is relative to float64 on the same (rounded) inputs. Liger's fused kernel takes part on CUDA if
 ``liger_kernel`` is installed.
 """
 

@@ -1,11 +1,11 @@
-"""Reading batches: opening many, fetching one, and what stays resident.
+"""Reading of batches: opening many, fetching one, and the memory that stays resident.
 
     python bench/loader.py [--batches 100000 --gigabytes 10 --folder /tmp] [--json PATH]
 
-1. ``open``: a folder of ``batches`` small batches is opened and the first step's batch is read.
-2. ``warm`` and ``cold``: one 32k-token batch, with its pages in the page cache and after they were dropped from it.
-   ``arrow``: pyarrow alone reads the same record batch, without checksum.
-3. ``read all``: ``gigabytes`` of shards are read from end to end; growth of resident memory.
+1. ``open``: open a folder of ``batches`` small batches and read the first step's batch.
+2. ``warm`` and ``cold``: read one 32k-token batch, with its pages in the page cache and after dropping them. ``arrow``:
+   read the same record batch with pyarrow alone, without checksum.
+3. ``read all``: read ``gigabytes`` of shards from end to end, and measure the growth of resident memory.
 """
 
 import os
@@ -30,7 +30,7 @@ PACK_TOKENS = 32_768
 
 
 def random_batch(tokens: int, pairs: int, draw: np.random.Generator) -> Batch:
-    """One pack of so many tokens: pairs of a query (a quarter of the tokens) and a document."""
+    """Return a batch of one pack of ``tokens`` tokens: pairs of a query (a quarter of the tokens) and a document."""
     per_pair = tokens // pairs
     lengths = np.tile(np.array([per_pair // 4, per_pair - per_pair // 4], dtype=np.int32), pairs)
     pack = Pack(
@@ -46,7 +46,7 @@ def random_batch(tokens: int, pairs: int, draw: np.random.Generator) -> Batch:
 
 
 def write_shards(folder: Path, batches: int, tokens: int, pairs: int) -> int:
-    """Write batches (ten different ones, over and over) and the index; returns the bytes."""
+    """Write batches (ten different ones, over and over) and the index; return the bytes written."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     made = [random_batch(tokens, pairs, draw) for _ in range(10)]
@@ -60,7 +60,7 @@ def write_shards(folder: Path, batches: int, tokens: int, pairs: int) -> int:
 
 
 def drop_pages(folder: Path) -> None:
-    """Ask the kernel to forget the files' pages."""
+    """Ask the kernel to drop the files' pages from the page cache."""
     for path in folder.glob("*.arrow"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -112,7 +112,7 @@ def measure(folder: Path, options) -> list[dict]:
 
 
 def read_all(folder: Path) -> dict:
-    """Resident memory before and after reading everything once, in the trainer's way."""
+    """Read everything once as the trainer does, and return the growth of resident memory."""
     process = psutil.Process()
     reader = ShardReader(folder)
     total = sum(shard["bytes"] for shard in reader.index.shards)

@@ -2,10 +2,10 @@
 
     python bench/memory_estimate.py --shards data/squad --model MODEL [--ranks 2 --stage 1 --trained full] [--json PATH]
 
-Measured is the growth of one rank's resident memory, from behind the imports to the highest point of one step; loading
-is left out, and a step of one pair per pack comes first, which makes the optimiser's state. What is freed is given back
-to the system at once (``MALLOC_MMAP_THRESHOLD_``), else the C library's reserve would be measured. ``--stage 1`` is
-reconstruction, ``2`` contrastive; ``--trained lora`` is the paper's adapter.
+The measurement is the growth of one rank's resident memory, from after the imports to the highest point of one step.
+The peak of loading is left out, and a step of one pair per pack comes first, which creates the optimiser's state. Freed
+memory goes back to the system at once (``MALLOC_MMAP_THRESHOLD_``); otherwise the C library's reserve would be
+measured. ``--stage 1`` is reconstruction, ``2`` contrastive; ``--trained lora`` is the paper's adapter.
 """
 
 import functools
@@ -36,7 +36,7 @@ def resident_gib() -> float:
 
 
 def measure(rank: int, options: Namespace, folder: str) -> None:
-    """One rank: a few real steps, then its figures beside the estimate, as JSON into the folder."""
+    """Run two real steps on one rank, then write the measured and the estimated memory as JSON into the folder."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(options.ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     from anchor import dist

@@ -1,16 +1,17 @@
-"""Stage I, forward and backward of one step: two packed passes against the paper's scheme of four padded ones.
+"""Forward and backward of one Stage I step: two packed passes against the paper's scheme of four padded ones.
 
     python bench/reconstruction_step.py --shards data/squad --model MODEL [--json PATH]
     python bench/reconstruction_step.py --shards data/squad --shape 8B --attention varlen,flash --checkpointing yes
 
-The padded scheme is written from the paper's description: encode queries, encode documents, decode each side from
-the other, every pass padded to its longest text, full logits. Targets are the same, so the losses must agree, to
-bfloat16's noise where that is the dtype. ``--checkpointing yes`` recomputes layers on both sides: without it the padded
-scheme needs more than 24 GiB for 32 SQuAD pairs and 135M parameters. ``--shape`` takes random weights of
-Llama-3.2-1B's (1B) or Llama-3.1-8B's (8B) dimensions instead of a model; several kernels, separated by commas, are one
-contestant each. MFU is the model's FLOPs (arXiv:2204.02311, appendix B; what is computed twice or padded counts once)
-over the datasheet's peak, where the GPU is known. All contestants share one copy of the weights. Shards of ``pairs``
-real pairs a batch are made by ``data_prep pack``; the first batch is used.
+The padded scheme follows the paper's description: encode queries, encode documents, decode each side from the other.
+Every pass is padded to its longest text and computes full logits. Targets are the same, so the losses must agree, up to
+bfloat16's noise if that is the dtype. ``--checkpointing yes`` recomputes layers on both sides: without it the padded
+scheme needs more than 24 GiB for 32 SQuAD pairs and 135M parameters.
+
+``--shape`` takes random weights with the dimensions of Llama-3.2-1B (1B) or Llama-3.1-8B (8B) instead of a model.
+Several kernels, separated by commas, are one contestant each. All contestants share one copy of the weights. MFU is the
+model's FLOPs (arXiv:2204.02311, appendix B; recomputation and padding add nothing) over the datasheet's peak, if the
+GPU is known. ``data_prep pack`` makes shards of ``pairs`` real pairs per batch; the first batch is used.
 """
 
 import sys
@@ -47,7 +48,7 @@ ALPHA = 0.2
 
 
 def texts(batch: Batch, role: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Ids of every segment of a role, and of its bare text."""
+    """Return the ids of every segment of a role, and of its bare text."""
     whole, bodies = [], []
     for pack in batch.packs:
         starts = pack.segment_lengths.cumsum() - pack.segment_lengths
@@ -59,7 +60,7 @@ def texts(batch: Batch, role: int, device: torch.device) -> tuple[list[Tensor], 
 
 
 def padded_step(model, batch: Batch, device: torch.device) -> dict[str, float]:
-    """Four padded passes with full logits."""
+    """Run four padded passes with full logits."""
     sides, real, slots = [], 0, 0
     for role in (0, 1):
         whole, bodies = texts(batch, role, device)
@@ -86,7 +87,7 @@ def padded_step(model, batch: Batch, device: torch.device) -> dict[str, float]:
 
 
 def packed_step(objective: ReconstructionObjective, batch: Batch, device: torch.device) -> dict[str, float]:
-    """Two packed passes per pack, chunked head."""
+    """Run two packed passes per pack, with the chunked head."""
     total = 0.0
     for pack in batch.packs:
         loss = objective(to_tensors(objective.prepare(pack), device), batch)[0]
@@ -97,7 +98,7 @@ def packed_step(objective: ReconstructionObjective, batch: Batch, device: torch.
 
 
 def model_flops(causal_lm: PreTrainedModel, objective: ReconstructionObjective, reader: ShardReader) -> float:
-    """FLOPs of one step that the mathematics asks for."""
+    """Return the FLOPs of one step that the mathematics needs."""
     recipe = TrainRecipe.model_validate(
         {
             "output_dir": "none",
@@ -115,7 +116,7 @@ def model_flops(causal_lm: PreTrainedModel, objective: ReconstructionObjective, 
 
 
 def load(options: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model folder's weights, or random ones of a shape."""
+    """Load a model folder's weights, or make random ones of a shape."""
     if not options.shape:
         causal_lm: Any = load_causal_lm(options.model, dtype, "sdpa")
         return causal_lm.to(device)

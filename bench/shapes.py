@@ -1,4 +1,4 @@
-"""Llama-3.2-1B's and Llama-3.1-8B's dimensions, for what needs a model's size and not its weights."""
+"""Dimensions of Llama-3.2-1B and Llama-3.1-8B, for code that needs a model's size but not its weights."""
 
 from transformers import LlamaConfig
 
@@ -7,9 +7,9 @@ SHAPES = {
     "1B": dict(zip(_NAMES, (2048, 8192, 16, 32, 8), strict=True)) | {"head_dim": 64, "tie_word_embeddings": True},
     "8B": dict(zip(_NAMES, (4096, 14336, 32, 32, 8), strict=True)) | {"head_dim": 128, "tie_word_embeddings": False},
 }
-"""By name; "1B" is Llama-3.2-1B, "8B" Llama-3.1-8B."""
+"""Dimensions by name; "1B" is Llama-3.2-1B, "8B" Llama-3.1-8B."""
 
 
 def llama_config(name: str) -> LlamaConfig:
-    """The configuration of a shape."""
+    """Return the configuration of a shape."""
     return LlamaConfig(vocab_size=128_256, **SHAPES[name])

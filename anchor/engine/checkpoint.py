@@ -1,16 +1,17 @@
-"""Checkpoints: DeepSpeed's sharded state and what a run is, written beside and renamed, ``latest`` moved last.
+"""Checkpoints: DeepSpeed's sharded state and a description of the run, written to a temporary folder and renamed.
 
-``checkpoints/step-00000100/`` holds ``engine/`` (every rank's share) and ``state.json``: step, recipe, data index
-hash, number of ranks, and size and xxh3 of every file. Batch order and dropout are functions of (seed, step), so no
+``checkpoints/step-00000100/`` holds ``engine/`` (every rank's share) and ``state.json``: step, recipe, data index hash,
+number of ranks, and the size and xxh3 of every file. Batch order and dropout are functions of (seed, step), so no
 generator state is stored.
 
-1. Every rank writes its share into ``.writing-step-...`` and flushes it to the disk; rank 0 adds ``state.json``,
-   renames the folder and then moves ``latest``. A folder without ``state.json`` was interrupted.
-2. Before, the free disk is compared with what the trained parameters need; a full disk is an error that leaves the
-   earlier checkpoints as they were.
-3. On resume every file is compared with ``state.json``, and that with its own checksum. A damaged checkpoint is named
-   and the one before it is used; training it again gives the same bits on CPUs, on CUDA as far as its kernels repeat
-   their own. Folders of other names, such as a copy ``step-00000100.bak``, are left alone.
+1. Compare the free disk with what the trained parameters need. A full disk is an error that leaves earlier checkpoints
+   unchanged.
+2. Every rank writes its share into ``.writing-step-...`` and flushes it to the disk. Rank 0 adds ``state.json``,
+   renames the folder, and moves ``latest`` last. A folder without ``state.json`` was interrupted.
+3. On resume, every file is compared with ``state.json``, and that file with its own checksum. A damaged checkpoint is
+   reported by name, and the run falls back to the one before it. Training it again is bit-identical on CPUs, and on
+   CUDA as far as its kernels are deterministic. Folders with other names, such as a copy ``step-00000100.bak``, are
+   left alone.
 """
 
 import hashlib
@@ -42,21 +43,21 @@ _UNIVERSAL = "universal"
 _UNFINISHED = (".writing-", ".deleting-")
 _NAME = re.compile(r"step-\d{8,}")
 _STATE = {"step": int, "recipe": dict, "data_index_sha256": str, "num_ranks": int, "zero_stage": int, "files": dict}
-"""Keys of ``state.json`` and their types; ``xxh3`` is the checksum of all others, absent in earlier versions."""
+"""Keys of ``state.json`` and their types. ``xxh3`` is the checksum of all other keys; earlier versions lack it."""
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after so many steps."""
+    """Return the folder name of the checkpoint after ``step`` steps."""
     return f"step-{step:08d}"
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The number of steps in a folder's name."""
+    """Return the number of steps in a folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Return the finished checkpoints, oldest first."""
     found = [path.parent for path in folder.glob("step-*/state.json") if _NAME.fullmatch(path.parent.name)]
     return sorted(found, key=checkpoint_step)
 
@@ -65,7 +66,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read ``state.json`` of a complete checkpoint.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     state = read_object(checkpoint / "state.json")
     wrong = [key for key, kind in _STATE.items() if type(state.get(key)) is not kind]
@@ -87,17 +88,17 @@ def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep
     """Write the checkpoint after ``state["step"]`` steps; every rank calls it.
 
     Args:
-        engine: whose trained parameters and optimiser state are written.
+        engine: holds the trained parameters and optimiser state to write.
         folder: the run's ``checkpoints``.
-        state: ``step`` and what identifies the run, see :mod:`anchor.engine.resume`.
-        keep: how many of the newest checkpoints stay.
-        keep_every: checkpoints at multiples of so many steps stay too.
+        state: ``step`` and the keys that identify the run, see :mod:`anchor.engine.resume`.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep the checkpoints at multiples of this many steps.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        TrainingError: the disk is too full; earlier checkpoints are as they were.
+        TrainingError: the disk is too full; earlier checkpoints are unchanged.
     """
     final = folder / checkpoint_name(state["step"])
     beside = folder / f".writing-{final.name}"
@@ -128,9 +129,9 @@ def save_checkpoint(engine: Engine, folder: Path, state: dict[str, Any], *, keep
 
 
 def superseded(checkpoints: list[Path], step: int, keep: int, keep_every: int | None) -> list[Path]:
-    """Which of the checkpoints, oldest first, are no longer wanted when that of ``step`` is written.
+    """Return which of the checkpoints, oldest first, can be deleted once the checkpoint of ``step`` is written.
 
-    One of a later step counts for nothing: it is damaged, or the run would have gone on from it.
+    Checkpoints of later steps are ignored: they are damaged, or the run would have resumed from them.
     """
     done = [checkpoint for checkpoint in checkpoints if checkpoint_step(checkpoint) <= step]
     return [old for old in done[:-keep] if keep_every is None or checkpoint_step(old) % keep_every]
@@ -153,7 +154,10 @@ def _goes_on_from(folder: Path) -> str:
 
 @contextmanager
 def _full_disk_explained(beside: Path, rank: int, step: int) -> Iterator[None]:
-    """Turn a failed write into one line. A rank removes only what it wrote itself: others may still be writing."""
+    """Turn a failed write into a one-line error.
+
+    A rank removes only its own files: others may still be writing.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -168,13 +172,16 @@ def _full_disk_explained(beside: Path, rank: int, step: int) -> Iterator[None]:
 
 
 def _is_write_error(error: OSError | RuntimeError) -> bool:
-    """torch reports a failed write as a RuntimeError of its zip writer, from one of three places in it."""
+    """Return whether the error is a failed write.
+
+    torch reports a failed write as a RuntimeError of its zip writer, from one of three places in it.
+    """
     in_torch = ("PytorchStreamWriter", "inline_container", "iostream error")
     return isinstance(error, OSError) or any(part in str(error) for part in in_torch)
 
 
 def _own_files(beside: Path, rank: int) -> list[Path]:
-    """The files that this rank writes: its shares; on rank 0 also what belongs to none."""
+    """Return the files that this rank writes: its shares and, on rank 0, the files that belong to no rank."""
     share = f"zero_pp_rank_{rank}_"
     return [
         path
@@ -184,7 +191,7 @@ def _own_files(beside: Path, rank: int) -> list[Path]:
 
 
 def _flushed(beside: Path, rank: int) -> dict[str, dict[str, int | str]]:
-    """Flush the files that this rank wrote to the disk; their sizes and checksums by name."""
+    """Flush this rank's files to the disk; return their sizes and checksums by name."""
     mine = _own_files(beside, rank)
     for path in mine:
         with path.open("rb+") as file:
@@ -225,7 +232,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
+    """Delete a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -240,17 +247,17 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def newest_intact(folder: Path, rank: int, world_size: int) -> Path | None:
-    """The newest checkpoint whose files are as they were written; every rank calls it and reads a share of them.
+    """Return the newest checkpoint whose files are unchanged; every rank calls it and reads a share of them.
 
     Args:
         folder: the run's ``checkpoints``.
-        rank, world_size: which files are this rank's to read.
+        rank, world_size: decide which files this rank reads.
 
     Returns:
-        A checkpoint, or None when there is none at all.
+        A checkpoint, or None if there are no checkpoints.
 
     Raises:
-        TrainingError: there are checkpoints and all are damaged.
+        TrainingError: there are checkpoints, but all are damaged.
     """
     found: list[Path] = dist.broadcast_object(complete_checkpoints(folder))
     for checkpoint in reversed(found):
@@ -289,8 +296,8 @@ def _damages(checkpoint: Path, rank: int, world_size: int) -> Iterator[str]:
 def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     """Load an intact checkpoint of this run; every rank calls it.
 
-    One of another number of ranks is converted to DeepSpeed's universal format beside it first, by rank 0; the engine
-    must have been made with ``universal=True`` then.
+    If another number of ranks wrote it, rank 0 first converts it to DeepSpeed's universal format beside it. The engine
+    must then have been created with ``universal=True``.
     """
     if (centres := objective_of(engine).centres) is not None:
         centres.read(checkpoint / CENTRES_NAME)

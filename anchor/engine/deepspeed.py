@@ -1,9 +1,9 @@
-"""Recipe + ds_configs JSON -> DeepSpeed engine. The only import of deepspeed.
+"""Build a DeepSpeed engine from a recipe and a ds_configs JSON. No other module imports deepspeed.
 
-1. The JSON may hold ZeRO and communication settings only; everything that the recipe says is refused there.
-2. Batch sizes, clipping and dtype are filled in from the recipe: one pack is one micro-batch, and the step
-   decides where accumulation ends.
-3. Weights load under the ZeRO configuration, the objective wraps them, the engine wraps the objective.
+1. The JSON may hold ZeRO and communication settings only. Settings that the recipe states are refused there.
+2. The recipe supplies batch sizes, clipping and dtype. One pack is one micro-batch, and the training step decides where
+   accumulation ends.
+3. The weights load under the ZeRO configuration, the objective wraps them, and the engine wraps the objective.
 """
 
 import json
@@ -44,10 +44,11 @@ _FROM_THE_RECIPE = {
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """Read a file of ds_configs/ and refuse what belongs into the recipe.
+    """Read a file of ds_configs/ and refuse settings that belong in the recipe.
 
     Raises:
-        ConfigError: missing file, malformed JSON, a key of the recipe's, or a value "auto".
+        ConfigError: the file is missing or malformed, has no valid ZeRO stage, sets a key that the recipe states, or
+            holds a value "auto".
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such DeepSpeed configuration; see ds_configs/")
@@ -55,7 +56,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nested too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, an integer of thousands of digits, or nested too deep
         raise ConfigError(f"{path}: not readable as JSON ({first_line(error)}); see ds_configs/") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {str(config)[:60]}; see ds_configs/")
@@ -80,7 +81,10 @@ def _refuse_auto(node: Any, where: str, name: str) -> None:
 
 
 def _refuse_unknown_zero(zero: Any, path: Path) -> None:
-    """Let DeepSpeed's own schema judge the section now: it would do so after the model is loaded, in many lines."""
+    """Check the section against DeepSpeed's own schema now.
+
+    DeepSpeed itself would do so only after the model is loaded, and with an error of many lines.
+    """
     if not isinstance(zero, dict):
         raise ConfigError(f"{path}: zero_optimization is {shortened(zero)}, expected an object")
     if isinstance(zero.get("stage"), bool):
@@ -99,16 +103,16 @@ def _refuse_unknown_zero(zero: Any, path: Path) -> None:
 
 
 def complete_ds_config(config: dict[str, Any], recipe: TrainRecipe, world_size: int) -> dict[str, Any]:
-    """The JSON with what the recipe says, as DeepSpeed wants it.
+    """Return the JSON with the recipe's settings filled in, as DeepSpeed wants it.
 
     Raises:
-        ConfigError: a section that DeepSpeed does not understand; bf16 under ZeRO-0 or ZeRO-1.
+        ConfigError: DeepSpeed does not understand a section, or the recipe asks for bf16 under ZeRO-0 or ZeRO-1.
     """
     _refuse_unknown_zero(config["zero_optimization"], recipe.engine.deepspeed)
     stage = config["zero_optimization"].get("stage", 0)
     if recipe.engine.dtype == "bf16" and stage < 2:
-        # Stage 0: "unsupported mix" of bf16 parameters and fp32 sums. Stage 1: DeepSpeed's BF16_Optimizer, which
-        # cannot be asked about overflow before it moves.
+        # Stage 0: DeepSpeed refuses bf16 parameters with fp32 sums as an "unsupported mix". Stage 1: DeepSpeed uses
+        # its BF16_Optimizer, which cannot report an overflow before the update.
         raise ConfigError(
             f"{recipe.engine.deepspeed}: zero_optimization.stage is {stage}, at which DeepSpeed cannot both sum "
             "gradients of bf16 parameters in float32 and check them before the update; use stage 2 or 3, or "
@@ -120,7 +124,7 @@ def complete_ds_config(config: dict[str, Any], recipe: TrainRecipe, world_size: 
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.max_grad_norm,
         "bf16": {"enabled": recipe.engine.dtype == "bf16"},
-        # Gradients of several packs are summed in float32, whatever the compute dtype.
+        # Sum the gradients of several packs in float32, whatever the compute dtype.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": False,
@@ -128,14 +132,14 @@ def complete_ds_config(config: dict[str, Any], recipe: TrainRecipe, world_size: 
 
 
 class Engine:
-    """A thin face of DeepSpeed's engine: forward, backward, step, and what checkpoints and export need.
+    """Thin wrapper of DeepSpeed's engine: forward, backward, step, and the calls that checkpoints and export need.
 
     Args:
-        objective: the module; its parameters are partitioned by ZeRO.
+        objective: the module; ZeRO partitions its parameters.
         ds_config: result of :func:`complete_ds_config`.
-        optim: the recipe's ``optim``.
-        ranks: this process among all.
-        universal: :meth:`load` will read a checkpoint that :meth:`convert_to_universal` wrote.
+        optim: the recipe's ``optim`` section.
+        ranks: this process among all ranks.
+        universal: True if :meth:`load` will read a checkpoint that :meth:`convert_to_universal` wrote.
     """
 
     def __init__(
@@ -159,30 +163,30 @@ class Engine:
         )[0]
         self._engine.train()
         self.zero_stage: int = ds_config["zero_optimization"].get("stage", 0)
-        # ZeRO-0 leaves plain AdamW and whole gradients, equal on all ranks once they are reduced.
+        # ZeRO-0 keeps plain AdamW and whole gradients, which are equal on all ranks after the reduction.
         self._replicated = self.zero_stage == 0
 
     @property
     def objective(self) -> nn.Module:
-        """The wrapped module; call it through :meth:`forward` only."""
+        """The wrapped module. Call it only through :meth:`forward`."""
         return self._engine.module
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of a weight in the compute dtype."""
+        """Bytes per weight in the compute dtype."""
         return next(self.objective.parameters()).element_size()
 
     def num_parameters(self, *, trained: bool) -> int:
-        """Trained or frozen parameters, over all ranks; a tied matrix counts once."""
+        """Return the number of trained or frozen parameters over all ranks; a tied matrix counts once."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters() if p.requires_grad == trained)
 
     def forward(self, *args: Any) -> Any:
-        """The objective's forward, with parameters gathered as needed."""
+        """Run the objective's forward; DeepSpeed gathers parameters as needed."""
         return self._engine(*args)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradient and no dropout meanwhile."""
+        """Turn off gradients and dropout inside the context."""
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -191,17 +195,19 @@ class Engine:
             self._engine.train()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of a loss share; DeepSpeed's mean over ranks becomes the sum.
+        """Accumulate the gradient of this pack's share of the loss.
+
+        DeepSpeed averages gradients over ranks. Scaling the loss by the world size turns that mean into a sum.
 
         Args:
             loss: this pack's share of the step's loss.
-            last: whether the optimiser step follows.
+            last: True if the optimiser step follows.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.ranks.world_size)
 
     def gradient_overflows(self) -> bool:
-        """Whether any rank's accumulated gradient is not finite; all ranks agree."""
+        """Return whether any rank's accumulated gradient is not finite; all ranks get the same answer."""
         if self._replicated:
             return not math.isfinite(self._replicated_norm())
         optimizer = self._engine.optimizer
@@ -210,7 +216,7 @@ class Engine:
         return overflow
 
     def step(self, lr: float) -> float:
-        """Clip, move the parameters, clear the gradients.
+        """Clip the gradients, update the parameters, and clear the gradients.
 
         Returns:
             The global gradient norm before clipping.
@@ -231,13 +237,14 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=partly)
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read what :meth:`save` wrote; frozen parameters are left as they are."""
+        """Read a checkpoint that :meth:`save` wrote; frozen parameters keep their values."""
         partly = self.num_parameters(trained=False) > 0
         decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not partly)
         if self.universal:
-            # DeepSpeed gives every parameter one and the same step counter, which each of them then counts up, and
-            # leaves it on the CPU, where a GPU's kernel does not reach it. Every group gets the settings of the first.
+            # DeepSpeed shares one step counter among all parameters, so each of them would increment it. It also
+            # leaves the counter on the CPU, where a CUDA kernel cannot read it, and gives every group the settings
+            # of the first.
             optimizer = self._engine.optimizer
             for state in getattr(optimizer, "optimizer", optimizer).state.values():
                 if isinstance(state.get("step"), Tensor):
@@ -247,10 +254,12 @@ class Engine:
 
     @staticmethod
     def convert_to_universal(folder: Path, universal: Path) -> None:
-        """Rewrite all ranks' shares of a checkpoint parameter by parameter, for any number of ranks; one rank does it.
+        """Rewrite all ranks' shares of a checkpoint parameter by parameter, so that any number of ranks can load it.
+
+        Only one rank calls it.
 
         Raises:
-            RuntimeError: DeepSpeed's converter failed; the message holds the end of what it printed.
+            RuntimeError: DeepSpeed's converter failed; the message holds the end of its error output.
         """
         workers = str(min(8, os.cpu_count() or 1))
         done = subprocess.run(
@@ -267,20 +276,20 @@ class Engine:
             raise RuntimeError(f"{folder}: conversion to another number of ranks failed: {done.stderr[-2000:]}")
 
     def gathered(self, parameter: nn.Parameter) -> Tensor:
-        """A whole parameter on the CPU of rank 0 (elsewhere an empty tensor); every rank calls it."""
+        """Return a whole parameter on the CPU of rank 0 and an empty tensor elsewhere; every rank calls it."""
         with whole(parameter):
             return parameter.detach().cpu().clone() if self.ranks.rank == 0 else torch.empty(0)
 
 
 @contextmanager
 def whole(parameter: Tensor) -> Iterator[None]:
-    """Meanwhile a parameter that ZeRO-3 has partitioned is whole on every rank, to be read; every rank calls it."""
+    """Gather a parameter that ZeRO-3 has partitioned, for reading inside the context; every rank calls it."""
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         yield
 
 
 def _adamw(module: nn.Module, optim: OptimSection, *, cpu_offload: bool) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); DeepSpeed's CPU kernel when its state is offloaded."""
+    """Build AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), on DeepSpeed's CPU kernel if offloaded."""
     groups = parameter_groups(module, optim)
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a kernel when first used
@@ -291,14 +300,14 @@ def _adamw(module: nn.Module, optim: OptimSection, *, cpu_offload: bool) -> torc
 
 
 def init_communication() -> None:
-    """Let DeepSpeed use the process group that :func:`anchor.dist.init` made."""
+    """Make DeepSpeed use the process group that :func:`anchor.dist.init` created."""
     accelerator: Any = get_accelerator()
     builder = accelerator.create_op_builder("ShareMemCommBuilder")
     if builder is not None and __compatible_ops__.get(builder.NAME, False):
         with one_at_a_time():
-            builder.load()  # DeepSpeed keeps it: the next line, where ranks wait for one another, loads nothing
+            builder.load()  # cached, so the next line, where ranks wait for one another, loads nothing
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False
     )
-    dist.barrier()  # now every rank has mapped every buffer
+    dist.barrier()  # by now every rank has mapped every buffer
     unlink_shared_buffer(torch.distributed.get_rank())

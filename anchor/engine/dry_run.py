@@ -1,9 +1,9 @@
-"""``anchor.train RECIPE --dry-run``: what can be known before a GPU is taken, in seconds and without weights.
+"""Dry run (``anchor.train RECIPE --dry-run``): estimate a run in seconds, without a GPU or weights.
 
-1. Check recipe, DeepSpeed file, shards, number of ranks and model configuration against one another.
-2. The shape of a step: from a sample of the shards' batches; from a pack recipe, where nothing is packed yet, as an
-   upper bound: every text as long as ``text.max_tokens`` allows.
-3. Memory, work, communication and disk by arithmetic (:mod:`anchor.engine.estimate`, ``estimate_work``).
+1. Check the recipe, DeepSpeed file, shards, number of ranks and model configuration against one another.
+2. Find the shape of a step from a sample of the shards' batches. Before packing, a pack recipe gives an upper bound
+   instead: every text is as long as ``text.max_tokens`` allows.
+3. Compute memory, work, communication and disk by arithmetic (:mod:`anchor.engine.estimate`, ``estimate_work``).
 """
 
 import json
@@ -42,20 +42,20 @@ log = logging.getLogger(__name__)
 
 SAMPLED_BATCHES = 8
 USABLE_FRACTION = 0.9
-"""Of a GPU's memory; the rest is left to CUDA's context, NCCL and fragmentation. An assumption."""
+"""Assumed usable share of a GPU's memory; CUDA's context, NCCL and fragmentation take the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of the command line.
+    """Command-line options.
 
     Attributes:
         num_ranks: ranks of the run.
-        ranks_per_node: ranks of one node, for the links.
+        ranks_per_node: ranks per node, which decides the links.
         gpu: name of the accelerator.
-        mfu: share of the peak FLOP/s that is reached, work done twice included.
+        mfu: share of the peak FLOP/s that the run reaches, recomputation included.
         pack_recipe: pack recipe that stands in for shards that do not exist yet.
-        adapter_bytes_per_second: of one GPU's network adapter, one direction.
+        adapter_bytes_per_second: speed of one GPU's network adapter, one direction.
     """
 
     num_ranks: int = 1
@@ -72,13 +72,13 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     Args:
         recipe: the training recipe.
         recipe_path: its name in messages.
-        options: of the command line.
+        options: command-line options.
 
     Returns:
-        What the tables show and ``--json`` writes; bytes, seconds, FLOPs and counts are plain numbers.
+        The report that the tables show and ``--json`` writes; bytes, seconds, FLOPs and counts are plain numbers.
 
     Raises:
-        AnchorError: recipe, DeepSpeed file, shards, ranks or model do not fit together, or are not there.
+        AnchorError: the recipe, DeepSpeed file, shards, ranks or model are missing or do not fit together.
     """
     if not 0 < options.mfu <= 1:
         raise ConfigError(f"--mfu: got {options.mfu}, expected a share of the peak above 0 and at most 1, such as 0.4")
@@ -87,7 +87,7 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
     gpu = find_gpu(options.gpu, options.num_ranks)
     ds_config = read_ds_config(recipe.engine.deepspeed)
     complete_ds_config(ds_config, recipe, options.num_ranks)
-    # The data first: a missing model must not hide that the ranks do not fit.
+    # Check the data first, so that a missing model does not hide a wrong number of ranks.
     if options.pack_recipe is None:
         reader = _plan_reader(recipe, recipe_path, options)
         packing = validate(reader.index.recipe, PackRecipe, f"{recipe.data.shards}/index.json: recipe")
@@ -135,7 +135,7 @@ def _plan_reader(recipe: TrainRecipe, recipe_path: str, options: Options) -> Sha
 
 
 def setting_of(recipe: TrainRecipe, zero: dict[str, Any], options: Options) -> Setting:
-    """What the estimate needs of a recipe and its DeepSpeed file's ``zero_optimization``."""
+    """Return the settings that the estimate needs from a recipe and its ``zero_optimization`` section."""
     trained = recipe.backbone.trained
     lora = trained if isinstance(trained, LoraTraining) else None
     return Setting(
@@ -249,7 +249,7 @@ def _disk(recipe: TrainRecipe, shape: ModelShape, setting: Setting) -> dict[str,
 
 
 def _checkpoints_at_once(recipe: TrainRecipe) -> int:
-    """Most checkpoints on the disk at a time, without those of signals."""
+    """Return the largest number of checkpoints on disk at once, not counting those written on a signal."""
     section, total = recipe.engine, recipe.optim.total_steps
     if section.checkpoint_every_steps is None:
         return 1
@@ -257,7 +257,7 @@ def _checkpoints_at_once(recipe: TrainRecipe) -> int:
     for_good = 0
     if section.keep_every_steps is not None:
         for_good = total // math.lcm(section.checkpoint_every_steps, section.keep_every_steps)
-    # The newest is written before the oldest goes.
+    # The newest checkpoint is written before the oldest is deleted.
     return min(written, for_good + section.keep_checkpoints + 1)
 
 

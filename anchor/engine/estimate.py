@@ -1,17 +1,17 @@
-"""Memory of a run before it is started: pure arithmetic, no tensors, no files.
+"""Estimate a run's memory before it starts: pure arithmetic, no tensors, no files.
 
-Notation: P parameters, Pt trained ones, W ranks, e bytes of the compute dtype; T tokens of a pack, R tokens of its
-decode pass (reconstruction), h hidden, f intermediate, a query and k key-value size, L layers, V vocabulary.
+Notation: P parameters, Pt trained parameters, W ranks, e bytes of the compute dtype; T tokens of a pack, R tokens of
+its decode pass (reconstruction), h hidden, f intermediate, a query and k key-value size, L layers, V vocabulary.
 
 **State** (ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, sections 3 and 5, figure 1). AdamW keeps 12 bytes per
-trained parameter: fp32 master, momentum, variance; gradients of several packs are summed in fp32, 4 bytes. ZeRO-2
-divides these 16 by W, ZeRO-3 the weights too; ZeRO-0 (fp32 only) has no master copy and divides nothing. hpZ keeps the
-weights a second time, divided by the node's ranks (ZeRO++: Wang et al. 2023, arXiv:2306.10209, section 3.2).
+trained parameter: fp32 master weight, momentum and variance. The gradients of several packs are summed in fp32, 4 bytes
+more. ZeRO-2 divides these 16 bytes by W, and ZeRO-3 divides the weights too. ZeRO-0 (fp32 only) has no master copy and
+divides nothing. hpZ keeps a second copy of the weights, divided by the ranks of a node (ZeRO++: Wang et al. 2023,
+arXiv:2306.10209, section 3.2).
 
-**Activations**: what autograd saves, layer by layer, in the manner of Korthikanti et al. 2022, arXiv:2205.05198,
-section 4.1, for the layer that is used here: RMSNorm in fp32, SwiGLU, grouped queries, no dropout but LoRA's, and
-attention kernels that do not keep scores (their term ``5 a s^2 b`` vanishes). :func:`layer_bytes_per_token` has the
-terms.
+**Activations**: the tensors that autograd saves, layer by layer, as in Korthikanti et al. 2022, arXiv:2205.05198,
+section 4.1. The layer here has RMSNorm in fp32, SwiGLU, grouped queries, and no dropout except LoRA's. Its attention
+kernels do not keep scores, so the paper's term ``5 a s^2 b`` vanishes. :func:`layer_bytes_per_token` lists the terms.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from anchor.models.shape import ModelShape
 
-# DeepSpeed's defaults of what a ds_configs file leaves out.
+# DeepSpeed's defaults for settings that a ds_configs file leaves out.
 _BUCKET, MAX_LIVE = 500_000_000, 1_000_000_000
 _HEAD_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
 _SIMILARITY_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
@@ -27,21 +27,21 @@ _SIMILARITY_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """One optimiser step.
+    """Shape of one optimiser step.
 
     Attributes:
-        num_pairs: over all ranks.
-        num_packs: over all ranks, on average.
-        pack_tokens: T, encoded, of the pack that memory is estimated for.
+        num_pairs: pairs over all ranks.
+        num_packs: packs over all ranks, on average.
+        pack_tokens: T, the encoded tokens of the pack that memory is estimated for.
         decode_tokens: R of that pack; 0 without a decode pass.
         step_tokens: tokens of all encode passes.
         step_decode_tokens: tokens of all decode passes, which are also the head's rows.
-        squared_lengths: sum over all segments of both passes of their squared length.
+        squared_lengths: sum of the squared lengths of all segments of both passes.
         step_segments: texts encoded, over all ranks.
         gathered_segments: embeddings that a pooled loss gathers from all ranks; 0 when the loss is a sum over packs.
-        predicted_tokens, step_predicted_tokens: rows of the head beyond those of the decode pass, of that pack and over
-            all ranks: positive without a decode pass (language model), negative where the decode pass has positions
-            that predict nothing (soft prompts but the last).
+        predicted_tokens, step_predicted_tokens: rows of the head beyond those of the decode pass, for that pack and
+            over all ranks. Positive without a decode pass (language model). Negative if some decode positions predict
+            nothing (all soft prompts but the last).
     """
 
     num_pairs: int
@@ -58,13 +58,13 @@ class StepShape:
 
     @property
     def pooled(self) -> bool:
-        """Whether the loss needs the embeddings of all packs."""
+        """Return whether the loss needs the embeddings of all packs."""
         return self.gathered_segments > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How the run is run.
+    """Settings of a run that the estimate depends on.
 
     Attributes:
         num_ranks: W.
@@ -74,9 +74,9 @@ class Setting:
         kernel: ``backbone.attention``.
         checkpointing: ``backbone.gradient_checkpointing``.
         lora_rank: r, or None without adapters.
-        lora_dropout: whether adapters drop out.
-        device: ``cpu`` or ``cuda``: decides the size of chunks, and of what is allocated but never touched.
-        frozen: whether nothing of the model is trained, only special tokens and projections beside it.
+        lora_dropout: True if the adapters use dropout.
+        device: ``cpu`` or ``cuda``. It decides chunk sizes, and whether untouched allocations count.
+        frozen: True if the model itself is not trained, only special tokens and projections beside it.
     """
 
     num_ranks: int
@@ -92,7 +92,7 @@ class Setting:
 
     @property
     def full(self) -> bool:
-        """Whether all of the model is trained."""
+        """Return whether the whole model is trained."""
         return self.lora_rank is None and not self.frozen
 
     @property
@@ -101,16 +101,16 @@ class Setting:
 
 
 def layer_bytes_per_token(shape: ModelShape, setting: Setting) -> int:
-    """Bytes that autograd saves per token in one transformer layer.
+    """Return the bytes that autograd saves per token in one transformer layer.
 
-    * two norms: the input in fp32 (the residual itself when e = 4), one factor, and, where the weight is trained, the
-      normalised input: ``2 (4 h + 4 + e h)``; Qwen3 has two more over a + k;
-    * inputs of trained matrices: ``e (h + a + h + f)`` for q/k/v, o, gate/up, down; a frozen matrix saves none, but
-      each adapter of it ``e (i + r)`` of its own dropped-out input of size i and ``i`` bytes of mask
-      (``e i`` on a CPU);
-    * attention: ``e`` times q, k, v (k and v repeated to a by ``segments`` and ``varlen``) and output, 4 bytes per
-      head; ``segments`` also joins its outputs anew, which is the input of o counted above;
-    * SwiGLU: ``3 e f``: gate, its activation, up.
+    * two norms: the input in fp32 (the residual itself when e = 4), one factor, and, if the weight is trained, the
+      normalised input: ``2 (4 h + 4 + e h)``. Qwen3 has two more, over a + k.
+    * inputs of trained matrices: ``e (h + a + h + f)`` for q/k/v, o, gate/up, down. A frozen matrix saves nothing. Each
+      of its adapters saves ``e (i + r)`` for its own dropped-out input of size i, and ``i`` bytes of mask (``e i`` on a
+      CPU).
+    * attention: ``e`` times q, k, v and the output, plus 4 bytes per head. ``segments`` and ``varlen`` repeat k and v
+      to size a. ``segments`` also concatenates its outputs, which gives the input of o counted above.
+    * SwiGLU: ``3 e f`` for the gate, its activation, and up.
     """
     e, h, f, a, k = (
         setting.element_bytes,
@@ -138,10 +138,10 @@ def layer_bytes_per_token(shape: ModelShape, setting: Setting) -> int:
 
 
 def activation_bytes(shape: ModelShape, setting: Setting, step: StepShape, *, checkpointing: bool) -> int:
-    """Saved by the passes of one pack: encode, and decode where there is one.
+    """Return the bytes saved by the passes of one pack: encode, and decode if there is one.
 
-    With checkpointing only each layer's input stays, ``e h`` per token (arXiv:2205.05198, section 5), and one layer is
-    whole at a time. Added to both: input embeddings, final norm, and gradients in flight, ``3 e f`` per token.
+    With checkpointing only each layer's input stays, ``e h`` per token (arXiv:2205.05198, section 5), plus one whole
+    layer at a time. Both cases add the input embeddings, the final norm, and gradients in flight, ``3 e f`` per token.
     """
     tokens, e, h = step.pack_tokens + step.decode_tokens, setting.element_bytes, shape.hidden_size
     layer = layer_bytes_per_token(shape, setting)
@@ -153,10 +153,11 @@ def activation_bytes(shape: ModelShape, setting: Setting, step: StepShape, *, ch
 
 
 def head_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:
-    """The chunked head: a chunk of logits in fp32 twice (logits, exponentials), gradients of hidden states and weight.
+    """Return the bytes of the chunked head: a chunk of logits, and the gradients of hidden states and weight.
 
-    The weight's gradient is summed in fp32 and then cast: ``(4 + e) V h``, only where the head is trained; the hidden
-    states and their gradient are ``2 e h`` per row (:mod:`anchor.models.head`).
+    The chunk exists twice in fp32 (logits, exponentials). The weight's gradient is summed in fp32 and then cast:
+    ``(4 + e) V h``, only if the head is trained. The hidden states and their gradient take ``2 e h`` per row
+    (:mod:`anchor.models.head`).
     """
     predicted = step.decode_tokens + step.predicted_tokens
     if not predicted:
@@ -169,10 +170,10 @@ def head_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:
 
 
 def pool_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:
-    """A pooled loss: fp32 embeddings of the step and their gradients, the gathered pool, and a chunk of similarities.
+    """Return the bytes of a pooled loss: fp32 embeddings and gradients, the gathered pool, and a chunk of similarities.
 
-    Three arrays of a chunk exist at once (logits, exponentials, gradient). The gradient cache holds nothing else: the
-    embeddings of this rank's packs and their gradient (Gao et al. 2021, arXiv:2101.06983, section 3.2).
+    Three arrays of a chunk exist at once (logits, exponentials, gradient). The gradient cache adds nothing: it holds
+    the embeddings of this rank's packs and their gradient (Gao et al. 2021, arXiv:2101.06983, section 3.2).
     """
     if not step.pooled:
         return 0
@@ -183,15 +184,15 @@ def pool_bytes(shape: ModelShape, setting: Setting, step: StepShape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one GPU; the host's share under offloading is apart.
+    """Bytes on one GPU; memory offloaded to the host is listed separately.
 
     Attributes:
-        weights, gradients, optimiser, master: state, all through the run.
+        weights, gradients, optimiser, master: state, held throughout the run.
         gathered: whole parameters under ZeRO-3, and hpZ's second copy.
-        buckets: buffers of reductions and the largest gradient.
-        activations, head, pool: of one pack.
-        update: the flat copy of gradients that DeepSpeed makes in the update, when activations are gone.
-        host: state that is offloaded to this rank's share of the host's memory.
+        buckets: reduction buffers and the largest gradient.
+        activations, head, pool: bytes for one pack.
+        update: flat copy of the gradients that DeepSpeed makes in the update, when the activations are gone.
+        host: state offloaded to this rank's share of the host's memory.
     """
 
     weights: int
@@ -208,20 +209,21 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """All through the run."""
+        """Bytes held throughout the run."""
         return self.weights + self.gradients + self.optimiser + self.master
 
     @property
     def peak(self) -> int:
-        """Forward and backward, or the update, whichever is higher."""
+        """Peak of forward and backward, or of the update, whichever is higher."""
         working = self.gathered + self.buckets + self.activations + self.head + self.pool
         return self.state + max(working, self.update)
 
 
 def state_bytes(shape: ModelShape, setting: Setting) -> dict[str, int]:
-    """``weights``, ``gradients``, ``optimiser``, ``master`` of one rank (arXiv:1910.02054, figure 1), padding included.
+    """Return ``weights``, ``gradients``, ``optimiser`` and ``master`` of one rank (arXiv:1910.02054, figure 1).
 
-    ZeRO-3 pads every parameter to a multiple of W, ZeRO-2 its two flat groups to at most 2 W elements more, left out.
+    ZeRO-3 pads every parameter to a multiple of W, which is included. ZeRO-2 pads its two flat groups by at most 2 W
+    elements, which are left out.
     """
     w, e = setting.num_ranks, setting.element_bytes
     whole, trained = shape.count(), shape.count(trained=True)
@@ -236,7 +238,10 @@ def state_bytes(shape: ModelShape, setting: Setting) -> dict[str, int]:
 
 
 def _gathered_bytes(shape: ModelShape, setting: Setting) -> int:
-    """ZeRO-3's whole parameters, at most ``stage3_max_live_parameters`` at a time; one rank gathers nothing."""
+    """Return the bytes of ZeRO-3's whole parameters and of hpZ's second copy; a single rank gathers nothing.
+
+    At most ``stage3_max_live_parameters`` are whole at a time.
+    """
     if setting.stage != 3 or setting.num_ranks == 1:
         return 0
     live = min(shape.count(), setting.zero.get("stage3_max_live_parameters", MAX_LIVE))
@@ -245,9 +250,10 @@ def _gathered_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def _bucket_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Reduction buffers, one or (ZeRO-2 overlapping) two, and the largest gradient before it is reduced.
+    """Return the bytes of the reduction buffers and of the largest gradient before its reduction.
 
-    A GPU allocates the whole buffer; a CPU only what is touched, at most the trained parameters.
+    From ZeRO-2 on there is one buffer, or two when ZeRO-2 overlaps communication. A GPU allocates the whole buffer. A
+    CPU uses only the part that is touched, at most the trained parameters.
     """
     trained = [p.size for p in shape.parameters if p.trained]
     largest = setting.element_bytes * max(trained)
@@ -261,12 +267,13 @@ def _bucket_bytes(shape: ModelShape, setting: Setting) -> int:
 
 
 def memory(shape: ModelShape, setting: Setting, step: StepShape) -> Memory:
-    """Peak memory of one rank.
+    """Estimate the peak memory of one rank.
 
-    State and saved activations are exact (``tests/engine/test_estimate.py``). The peak is low: beside the resident
-    memory of real steps on a CPU (``bench/memory_estimate.py``, SmolLM2-135M, bf16, ZeRO-3, one rank) it is 4.02 of
-    4.32 GiB in Stage I with full fine-tuning and 1.95 of 2.50 GiB in Stage II with LoRA. It leaves out buffers of
-    libraries, CUDA's context and fragmentation, and was not compared on a GPU or on several ranks.
+    State and saved activations are exact (``tests/engine/test_estimate.py``). The peak is an underestimate: 4.02 of
+    4.32 GiB in Stage I with full fine-tuning, and 1.95 of 2.50 GiB in Stage II with LoRA. Those are comparisons with
+    the resident memory of real steps on a CPU (``bench/memory_estimate.py``, SmolLM2-135M, bf16, ZeRO-3, one rank). The
+    estimate leaves out library buffers, CUDA's context and fragmentation. It has not been compared on a GPU or on
+    several ranks.
     """
     state = state_bytes(shape, setting)
     host = 0

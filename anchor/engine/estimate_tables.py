@@ -1,4 +1,4 @@
-"""A dry run's report as tables, readable at 80 columns."""
+"""Tables of a dry run's report, readable at 80 columns."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 
 def verdicts(report: dict[str, Any]) -> list[str]:
-    """One line on memory and one on disk, each beginning with ``fits`` or ``DOES NOT FIT``."""
+    """Return one line on memory and one on disk, each beginning with ``fits`` or ``DOES NOT FIT``."""
     memory, disk, gpu = report["memory"], report["disk"], report["gpu"]["name"]
     need = f"{gib(memory['peak_bytes'])} of {gib(memory['usable_bytes'])} GiB usable on {gpu}"
     first = f"fits: {need}"
@@ -47,7 +47,7 @@ def verdicts(report: dict[str, Any]) -> list[str]:
 
 
 def gib(num_bytes: float | int) -> str:
-    """GiB with two decimals, more below a hundredth."""
+    """Format bytes as GiB: two decimals, or two significant digits below 0.01 GiB."""
     value = num_bytes / 2**30
     return f"{value:,.2f}" if value >= 0.01 or not value else f"{value:.2g}"
 

@@ -1,23 +1,24 @@
-"""Communication of a run before it is started: what every rank sends, over which links, and for how long.
+"""Estimate a run's communication before it starts: the bytes that each rank sends, over which links, and how long.
 
-**Volume**, bytes that one rank sends per step by ring algorithms: gathering or scattering n bytes over g ranks costs
-``n (g - 1) / g``, summing them twice that (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). What is gathered
-follows DeepSpeed (`tests/engine/test_traffic.py` counts the bytes of real runs):
+**Volume**: the bytes that one rank sends per step with ring algorithms. Gathering or scattering n bytes over g ranks
+costs ``n (g - 1) / g``. Summing them costs twice that (Rajbhandari et al. 2020, arXiv:1910.02054, section 7). The
+gathered elements follow DeepSpeed (`tests/engine/test_traffic.py` counts the bytes of real runs):
 
-* ZeRO-3 gathers a weight for every use, forward and backward, unless it is used again within
-  ``stage3_max_reuse_distance`` elements of the order that DeepSpeed has recorded; then it stays
-  (:func:`gathered_elements`). The gradient cache, a forward without a backward, breaks that order: nothing stays.
-  Gradients are scattered once per pack.
-* hpZ gathers a weight over all ranks once after every update and from its second copy, inside
-  ``zero_hpz_partition_size`` ranks, at every other use (Wang et al. 2023, arXiv:2306.10209, section 3.2, has one use
-  forward, one backward); a frozen weight's second copy lasts for the run. Writing the copy costs nothing on the links.
-* ZeRO-2 sums gradients once per pack over all ranks, although each rank keeps its part alone
-  (``use_multi_rank_bucket_allreduce``), and gathers the updated weights once per step.
+* ZeRO-3 gathers a weight for every use, forward and backward. It keeps a weight if its next use comes within
+  ``stage3_max_reuse_distance`` elements of the order that DeepSpeed has recorded (:func:`gathered_elements`). The
+  gradient cache runs a forward without a backward, which breaks that order, so nothing is kept. Gradients are scattered
+  once per pack.
+* hpZ gathers a weight over all ranks once after every update. At every other use it gathers from its second copy,
+  inside ``zero_hpz_partition_size`` ranks (Wang et al. 2023, arXiv:2306.10209, section 3.2, has one use forward and one
+  backward). A frozen weight's second copy lasts for the whole run. Writing the copy sends nothing over the links.
+* ZeRO-2 sums gradients over all ranks once per pack, although each rank keeps only its part
+  (``use_multi_rank_bucket_allreduce``). It gathers the updated weights once per step.
 
-**Time**, if nothing overlapped: inside a node at the speed of its links; between nodes NCCL runs as many rings as there
-are adapters, each over another one, so a collective has all adapters of a node, or the node's links where they are
-slower. Each message also waits for its ring: 3.4 microseconds per hop inside a node, 14 between nodes (constants of
-NCCL's own model for the Simple protocol, `src/graph/tuning.cc`). Messages are at least the elements over the bucket.
+**Time** assumes no overlap. Inside a node it is the volume over the speed of the links. Between nodes NCCL runs one
+ring per network adapter, so a collective uses all adapters of a node, or the node's links if they are slower. Each
+message also waits for its ring: 3.4 microseconds per hop inside a node, 14 between nodes (constants of NCCL's own model
+for the Simple protocol, `src/graph/tuning.cc`). There are at least as many messages as elements divided by the bucket
+size.
 """
 
 import math
@@ -37,12 +38,12 @@ class Transfer:
     """One kind of communication.
 
     Attributes:
-        what: for people.
-        step_bytes: sent by one rank in one step.
-        inside_node: over the node's links only.
-        num_ranks: of a ring.
-        messages: per step, at least.
-        rounds: of the ring per message: 1 gathers or scatters, 2 sums.
+        what: name for people.
+        step_bytes: bytes that one rank sends in one step.
+        inside_node: True if it uses only the node's links.
+        num_ranks: ranks in a ring.
+        messages: messages per step, at least.
+        rounds: rounds of the ring per message: 1 to gather or scatter, 2 to sum.
     """
 
     what: str
@@ -55,10 +56,10 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Elements that ZeRO-3 gathers for one pack, its forward without gradient left out.
+    """Elements that ZeRO-3 gathers for one pack, without the gradient cache's extra forward.
 
     Attributes:
-        forward, backward: elements.
+        forward, backward: elements gathered in each pass.
     """
 
     forward: int
@@ -66,11 +67,11 @@ class Gathered:
 
 
 def gathered_elements(shape: ModelShape, setting: Setting, step: StepShape) -> Gathered:
-    """Follow one pack through the model, weight by weight, as DeepSpeed does.
+    """Count the elements gathered while one pack passes through the model, weight by weight, as DeepSpeed does.
 
-    A weight that is used is gathered unless it is still there; after its use it is released unless its next use comes
-    within the reuse distance. Under the gradient cache nothing stays. Small weights that are never partitioned
-    (``stage3_param_persistence_threshold``) are counted like the others: norms, less than a thousandth.
+    A weight is gathered before its use unless it is still held. After its use it is released unless its next use comes
+    within the reuse distance. Under the gradient cache nothing is kept. Small weights that are never partitioned
+    (``stage3_param_persistence_threshold``) count like the others: these are norms, less than a thousandth.
     """
     reuse = setting.zero.get("stage3_max_reuse_distance", MAX_REUSE)
     if step.pooled and step.num_packs > setting.num_ranks:
@@ -95,9 +96,9 @@ def gathered_elements(shape: ModelShape, setting: Setting, step: StepShape) -> G
 
 
 def _uses(shape: ModelShape, setting: Setting, step: StepShape) -> Iterator[tuple[int, bool]]:
-    """(number of a weight, whether in the backward) in the order of one pack.
+    """Yield (number of a weight, True in the backward) in the order in which one pack uses the weights.
 
-    The decode pass reads the encode pass's input embeddings; frozen ones have no backward.
+    The decode pass reads the encode pass's input embeddings. Frozen input embeddings have no backward.
     """
     groups = [p.group for p in shape.parameters]
     first = [i for i, group in enumerate(groups) if group == "input embeddings"]
@@ -111,7 +112,7 @@ def _uses(shape: ModelShape, setting: Setting, step: StepShape) -> Iterator[tupl
 
 
 def transfers(shape: ModelShape, setting: Setting, step: StepShape) -> list[Transfer]:
-    """What one rank sends per step."""
+    """Return all transfers of one rank in one step."""
     w, e = setting.num_ranks, setting.element_bytes
     if w == 1:
         return []
@@ -127,7 +128,7 @@ def transfers(shape: ModelShape, setting: Setting, step: StepShape) -> list[Tran
     bucket = setting.zero.get("reduce_bucket_size", BUCKET)
     out: list[Transfer] = []
     if setting.stage == 3:
-        # Without prefetching every weight is a message of its own.
+        # Without prefetching, each weight is a separate message.
         ahead = setting.zero.get("stage3_prefetch_bucket_size", PREFETCH) or shape.count() // len(shape.parameters)
         gathered = gathered_elements(shape, setting, step)
         node = min(w, setting.zero.get("zero_hpz_partition_size", 1))
@@ -157,12 +158,12 @@ def transfers(shape: ModelShape, setting: Setting, step: StepShape) -> list[Tran
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What ranks are connected by.
+    """Links between ranks.
 
     Attributes:
-        node_bytes_per_second: of one GPU to the others of its node, one direction.
-        adapter_bytes_per_second: of one GPU's network adapter, one direction.
-        ranks_per_node: GPUs, and adapters, of a node.
+        node_bytes_per_second: from one GPU to the others of its node, one direction.
+        adapter_bytes_per_second: speed of one GPU's network adapter, one direction.
+        ranks_per_node: GPUs per node, and adapters per node.
     """
 
     node_bytes_per_second: float
@@ -171,23 +172,23 @@ class Links:
 
     @property
     def network_bytes_per_second(self) -> float:
-        """Of a ring that crosses nodes: all adapters of a node, at most what its links carry."""
+        """Speed of a ring that crosses nodes: all adapters of a node, capped by the node's links."""
         return min(self.node_bytes_per_second, self.ranks_per_node * self.adapter_bytes_per_second)
 
 
 def links_of(gpu: Gpu, adapter_bytes_per_second: float, ranks_per_node: int) -> Links:
-    """The links of a kind of GPU."""
+    """Return the links of a kind of GPU."""
     return Links(gpu.link_bytes_per_second, adapter_bytes_per_second, ranks_per_node)
 
 
 def moving_seconds(transfer: Transfer, links: Links) -> float:
-    """Volume over speed."""
+    """Return the seconds that the volume takes at the speed of its links."""
     speed = links.node_bytes_per_second if transfer.inside_node else links.network_bytes_per_second
     return transfer.step_bytes / speed
 
 
 def waiting_seconds(transfer: Transfer, links: Links) -> float:
-    """What the messages wait for their rings, one after the other."""
+    """Return the seconds that the messages wait for their rings, one after the other."""
     nodes = -(-transfer.num_ranks // links.ranks_per_node)
     between = nodes - 1
     inside = transfer.num_ranks - 1 - between

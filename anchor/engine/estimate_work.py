@@ -1,8 +1,8 @@
-"""Work, time and disk of a run before it is started; the notation is that of ``estimate.py``.
+"""Estimate a run's work, time and disk before it starts, in the notation of ``estimate.py``.
 
-**Work** (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): 2 FLOPs per matrix element and token forward, 4
-backward (2 where the matrix is frozen), and attention ``4 a l^2`` forward, twice that backward, per layer and segment
-of l tokens, causal halving not counted. Computing again (checkpointing, gradient cache) is work, but no model work.
+**Work** (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): 2 FLOPs per matrix element and token forward, 4 backward
+(2 if the matrix is frozen). Attention costs ``4 a l^2`` forward and twice that backward, per layer and segment of l
+tokens, without halving for the causal mask. Recomputation (checkpointing, gradient cache) is work, but not model work.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Work:
     """FLOPs of one step over all ranks.
 
     Attributes:
-        model: what the mathematics asks for.
-        again: computed a second time by checkpointing and gradient cache.
+        model: FLOPs that the mathematics needs.
+        again: FLOPs that checkpointing and the gradient cache recompute.
     """
 
     model: float
@@ -30,7 +30,10 @@ class Work:
 
 
 def work(shape: ModelShape, setting: Setting, step: StepShape) -> Work:
-    """FLOPs of one step (arXiv:2204.02311, appendix B, with the head on its own rows and frozen matrices at 4)."""
+    """Return the FLOPs of one step.
+
+    Follows arXiv:2204.02311, appendix B, with the head on its own rows and frozen matrices at 4.
+    """
     tokens = step.step_tokens + step.step_decode_tokens
     layers = shape.count("attention") + shape.count("mlp")
     forward = 2 * layers * tokens + 4 * shape.num_layers * shape.query_size * step.squared_lengths
@@ -48,14 +51,15 @@ def work(shape: ModelShape, setting: Setting, step: StepShape) -> Work:
 
 
 def step_seconds(done: Work, gpu: Gpu, num_ranks: int, mfu: float) -> float | None:
-    """Executed FLOPs over ``mfu`` of the ranks' peak; None where the peak is unknown."""
+    """Return the executed FLOPs over ``mfu`` of the ranks' peak, or None if the peak is unknown."""
     return None if gpu.bf16_flops is None else done.executed / (num_ranks * gpu.bf16_flops * mfu)
 
 
 def checkpoint_bytes(num_trained: int, element_bytes: int, zero_stage: int) -> int:
-    """One checkpoint over all ranks: fp32 master, momentum and variance of trained parameters; weights unless ZeRO-3.
+    """Return the bytes of one checkpoint over all ranks.
 
-    Under ZeRO-3 the weights are the master copy; frozen parameters are never written.
+    It holds fp32 master, momentum and variance of the trained parameters, and their weights unless under ZeRO-3, where
+    the weights are the master copy. Frozen parameters are never written.
 
     Args:
         num_trained: trained parameters.
@@ -66,9 +70,10 @@ def checkpoint_bytes(num_trained: int, element_bytes: int, zero_stage: int) -> i
 
 
 def export_bytes(shape: ModelShape, setting: Setting) -> int:
-    """The exported folder: the whole causal LM in the compute dtype, adapters merged and beside it.
+    """Return the bytes of the exported folder.
 
-    Special tokens are exported in float32, and without the causal LM.
+    It holds the whole causal LM in the compute dtype with adapters merged, and the adapters again beside it. Special
+    tokens are exported in float32, without the causal LM.
     """
     adapters = shape.count(ADAPTERS)
     if shape.count(SPECIAL_TOKENS):

@@ -1,9 +1,10 @@
 """Export a trained model as a folder that every consumer reads the same way.
 
-The folder holds the whole causal LM with its head (LoRA merged in float32; ``adapter/`` beside it), the tokenizer
-with the template in its post-processor, the sentence-transformers modules (last-token pooling, normalisation),
-``anchor.json`` (what it is and where it comes from) and a model card. It is written beside and renamed. Trained special
-tokens are stored without the causal LM, see :mod:`anchor.engine.export_special_tokens`.
+The folder holds the whole causal LM with its head (LoRA merged in float32; ``adapter/`` beside it) and the tokenizer
+with the template in its post-processor. It also holds the sentence-transformers modules (last-token pooling,
+normalisation), ``anchor.json`` (what the model is and where it comes from) and a model card. It is written under a
+temporary name and renamed. Trained special tokens are stored without the causal LM, see
+:mod:`anchor.engine.export_special_tokens`.
 """
 
 import itertools
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _MERGED = ".base_layer.weight"
 _SCORES = "mteb"
-"""Where the evaluation writes unless told otherwise."""
+"""Folder that the evaluation writes to by default."""
 
 
 def export_model(
@@ -50,10 +51,10 @@ def export_model(
 
     Args:
         engine: holds the trained model.
-        folder: where to; an earlier export of the same run is replaced.
+        folder: the folder to write; an earlier export of the same run is replaced.
         recipe: the run's recipe.
         index: index of the shards trained on.
-        shards: their folder; its tokenizer goes along.
+        shards: their folder; its tokenizer is copied.
         provenance: what ``anchor.json`` records about the run.
     """
     modules = list(engine.objective.modules())
@@ -99,7 +100,7 @@ def export_model(
 
 
 def _write_decoding(folder: Path, objective: Objective, recipe: TrainRecipe) -> dict[str, Any]:
-    """Write the means that a decoder needs; return what ``anchor.json`` says of how it continues."""
+    """Write the means that a decoder needs; return the fields of ``anchor.json`` that say how it decodes."""
     if recipe.objective.kind not in ("reconstruction", "self_supervised"):
         return {}
     about: dict[str, Any] = {"decode_prefix_token_ids": list(decode_prefix_of(recipe))}
@@ -111,7 +112,7 @@ def _write_decoding(folder: Path, objective: Objective, recipe: TrainRecipe) -> 
 
 @contextmanager
 def _refused_in_one_line(beside: Path) -> Iterator[None]:
-    """Turn a disk's refusal into one line, and free what has been written."""
+    """Turn a disk's refusal into a one-line error, and delete what has been written."""
     try:
         yield
     except Exception as error:
@@ -123,7 +124,7 @@ def _refused_in_one_line(beside: Path) -> Iterator[None]:
 
 
 def _keep_scores(folder: Path) -> None:
-    """Move what the evaluation left in an earlier export out of it: hours of work, and not of the new weights."""
+    """Move evaluation scores out of an earlier export: they took hours and do not describe the new weights."""
     scores, about = folder / _SCORES, folder / "anchor.json"
     if scores.is_dir() and about.is_file():
         try:
@@ -137,14 +138,14 @@ def _keep_scores(folder: Path) -> None:
 
 
 def _adapter(engine: Engine, causal_lm: PreTrainedModel) -> dict[str, Tensor]:
-    """Whole parameters of the adapters; every rank calls it, rank 0 has them."""
+    """Gather the adapters' whole parameters on rank 0; every rank calls it."""
     return {name: engine.gathered(p) for name, p in causal_lm.named_parameters() if "lora_" in name}
 
 
 def _collect(
     engine: Engine, causal_lm: PreTrainedModel, recipe: TrainRecipe
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole parameters by the causal LM's own names, adapters merged; and the adapter alone. Rank 0 has them."""
+    """Gather on rank 0 all parameters by the causal LM's own names with adapters merged, and the adapter alone."""
     whole = {name: engine.gathered(parameter) for name, parameter in causal_lm.named_parameters()}
     adapter = {name: tensor for name, tensor in whole.items() if "lora_" in name}
     merged: dict[str, Tensor] = {}
@@ -162,7 +163,7 @@ def _collect(
 
 
 def _merge(base: Tensor, whole: dict[str, Tensor], stem: str, recipe: TrainRecipe) -> Tensor:
-    """``W + alpha / r * B A`` in float32, then in the export's dtype."""
+    """Return ``W + alpha / r * B A``, computed in float32 and cast to the export's dtype."""
     section = recipe.backbone.trained
     if not isinstance(section, LoraTraining):
         raise TypeError("a base_layer without LoRA")
@@ -189,14 +190,14 @@ def _write_adapter(folder: Path, adapter: dict[str, Tensor], recipe: TrainRecipe
 
 
 def _with_ties(shell: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """All names of the shell's state; tied names point at the same tensor."""
+    """Yield the weights in the order of the shell's state; a tied matrix appears once."""
     for name in shell.state_dict():
         if name in weights:
             yield name, weights[name].contiguous()
 
 
 def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
-    """What sentence-transformers and servers read, and the limit that every consumer's tokenizer applies.
+    """Write the files of sentence-transformers and servers, and the length limit for every consumer's tokenizer.
 
     Args:
         folder: a model folder that already holds ``config.json`` and the tokenizer.
@@ -209,7 +210,7 @@ def write_consumer_files(folder: Path, hidden_size: int, index: Index) -> None:
         ("2", "2_Normalize", "sentence_transformers.models.Normalize"),
     ]
     listed = [{"idx": int(name), "name": name, "path": path, "type": kind} for name, path, kind in modules]
-    # All flags: some servers' readers (text-embeddings-inference) know no defaults for the absent ones.
+    # Write all flags: some servers (text-embeddings-inference) have no defaults for absent ones.
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     flags = {f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes}
     pooling = {"word_embedding_dimension": hidden_size, **flags, "include_prompt": True}
@@ -230,7 +231,7 @@ def _model_card(recipe: TrainRecipe, index: Index) -> str:
     if recipe.optim.total_steps == 0:
         done = f"Untrained: the weights of `{recipe.backbone.path}` with a template for embedding."
     bidirectional = recipe.backbone.direction == "bidirectional"
-    # Older transformers would read the folder without a word and attend causally.
+    # Older versions of transformers would silently read the folder and attend causally.
     needs = (
         "\nAttention is bidirectional: transformers >= 5.2 and text-embeddings-inference read it from `config.json`.\n"
         if bidirectional

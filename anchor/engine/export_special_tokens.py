@@ -1,8 +1,8 @@
-"""The part of an export that is its own with trained special tokens: they are stored alone, without their base.
+"""Export of trained special tokens, which are stored without their base model.
 
-``special_tokens.safetensors`` (float32) holds the rows and projections, ``config.json`` is the base's, ``anchor.json``
-names the base and its fingerprint, and ``anchor_encoder.py`` lets sentence-transformers put them together. Without
-deepspeed, so that evaluation can write such folders too.
+``special_tokens.safetensors`` (float32) holds the rows and projections, and ``config.json`` is the base's.
+``anchor.json`` names the base and its fingerprint. ``anchor_encoder.py`` lets sentence-transformers put them together.
+The module works without deepspeed, so that evaluation can write such folders too.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ from anchor.models.special_tokens import Description, SpecialTokens, fingerprint
 
 @runtime_checkable
 class Gathers(Protocol):
-    """The engine, as far as it is needed here."""
+    """The part of the engine that this module needs."""
 
     def gathered(self, parameter: nn.Parameter) -> Tensor:
-        """A whole parameter on the CPU of rank 0."""
+        """Return a whole parameter on the CPU of rank 0."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What rank 0 writes.
+    """Tensors and fingerprint for rank 0 to write.
 
     Attributes:
         weights: the special tokens' parameters by name, float32.
-        fingerprint: of the base; None on other ranks.
+        fingerprint: fingerprint of the base; None on other ranks.
     """
 
     weights: dict[str, Tensor]
@@ -42,20 +42,20 @@ class Collected:
 
 
 def collect(engine: Gathers, causal_lm: PreTrainedModel, special: SpecialTokens) -> Collected:
-    """Whole parameters, and the base's fingerprint; every rank calls it, rank 0 has them."""
+    """Gather the whole parameters and the base's fingerprint on rank 0; every rank calls it."""
     weights = {name: engine.gathered(parameter).float() for name, parameter in special.named_parameters()}
     base = [engine.gathered(parameter) for parameter in fingerprinted(causal_lm)]
     return Collected(weights, fingerprint(base) if dist.is_first_rank() else None)
 
 
 def write(folder: Path, collected: Collected, causal_lm: PreTrainedModel, index: Index) -> None:
-    """Everything but ``anchor.json`` and the model card, into a folder that already holds the tokenizer."""
+    """Write all files but ``anchor.json`` and the model card into a folder that already holds the tokenizer."""
     max_tokens = index.recipe["text"]["max_tokens"]
     write_special_tokens_files(folder, collected.weights, causal_lm.config, index.prompts, max_tokens)
 
 
 def about(collected: Collected, special: SpecialTokens, recipe: TrainRecipe, index: Index) -> dict[str, Any]:
-    """What ``anchor.json`` says more than for other objectives; rank 0 calls it."""
+    """Return the fields that ``anchor.json`` has beyond those of other objectives; rank 0 calls it."""
     return {
         **_description(collected.fingerprint or "", special, recipe).to_json(),
         "end_token_id": index.end_token_id,
@@ -68,7 +68,7 @@ def _description(base_fingerprint: str, special: SpecialTokens, recipe: TrainRec
 
 
 def base_path(recipe: TrainRecipe) -> str:
-    """Where the base is: a folder absolute, a GGUF file as the folder it was converted to, a hub name as it is."""
+    """Return where the base is: an absolute folder, a GGUF file's converted folder, or a hub name unchanged."""
     path = recipe.backbone.path
     if path.endswith(".gguf"):
         return str((recipe.output_dir / "base").absolute())
@@ -77,7 +77,7 @@ def base_path(recipe: TrainRecipe) -> str:
 
 
 def model_card(recipe: TrainRecipe, special: SpecialTokens, index: Index) -> str:
-    """README.md of a trained folder."""
+    """Return the README.md of a trained folder."""
     sources = ", ".join(source["name"] for source in index.sources)
     origin = f"trained by Anchor on {sources} with the teacher `{(index.teacher or {}).get('model')}`"
     if recipe.optim.total_steps == 0:
@@ -88,15 +88,15 @@ def model_card(recipe: TrainRecipe, special: SpecialTokens, index: Index) -> str
 
 
 def card(title: str, said: Description, origin: str, prompts: dict[str, str], max_tokens: int, *, adapter: bool) -> str:
-    """README.md of any folder of special tokens.
+    """Return the README.md of any folder of special tokens.
 
     Args:
-        title: what is put behind "Text embedder".
-        said: what ``anchor.json`` says.
+        title: text in brackets behind "Text embedder".
+        said: the content of ``anchor.json``.
         origin: where the special tokens come from.
-        prompts: ``query`` and perhaps ``document``.
-        max_tokens: longest text.
-        adapter: whether there is one.
+        prompts: the ``query`` prompt and optionally the ``document`` prompt.
+        max_tokens: longest text, in tokens.
+        adapter: True if the folder has an adapter.
     """
     needs = "xxhash; its adapter, in `adapter/`, needs peft" if adapter else "xxhash"
     return f"""---

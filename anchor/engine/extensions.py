@@ -1,12 +1,13 @@
-"""DeepSpeed's compiled operators, loaded so that a killed process leaves nothing behind that harms the next one.
+"""Load DeepSpeed's compiled operators so that a killed process cannot harm later ones.
 
-While it loads or compiles an operator, torch holds a file ``lock`` in the operator's folder. A process that is killed
-meanwhile leaves it there, and every later process waits for it without end. So our processes load one after another
-under a lock that the kernel frees with its holder (``flock``); a ``lock`` that is there nonetheless, and that no
-compilation on this host touches, was left behind and is removed.
+While torch loads or compiles an operator, it holds a file ``lock`` in the operator's folder. A process killed at that
+point leaves the file behind, and every later process waits for it forever. So our processes load operators one at a
+time under ``flock``, which the kernel releases when the holder dies. A ``lock`` that still exists, and whose folder no
+compiler on this host works in, is stale and is removed.
 
-Its all-reduce through shared memory makes a file of 66 MiB per rank in /dev/shm, by address and port, and never removes
-it: memory that is lost with every run. Once all ranks have mapped it, the name is not needed any more.
+DeepSpeed's all-reduce through shared memory creates a file of 66 MiB per rank in /dev/shm, named by address and port,
+and never removes it. Every run would leak that memory. Once all ranks have mapped the file, its name is no longer
+needed.
 """
 
 import logging
@@ -30,7 +31,7 @@ _SETTLED_SECONDS = 5.0
 
 
 def extensions_folder() -> Path:
-    """Where torch compiles to: ``TORCH_EXTENSIONS_DIR``, or its default with Python and CUDA version."""
+    """Return torch's build folder: ``TORCH_EXTENSIONS_DIR``, or its default with Python and CUDA version."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given:
         return Path(given)
@@ -41,7 +42,7 @@ def extensions_folder() -> Path:
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Load operators meanwhile; processes of this user on this file system wait for one another."""
+    """Hold a lock while loading operators; processes of this user on this file system take turns."""
     folder = extensions_folder()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "anchor.flock"
@@ -53,10 +54,10 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def _remove_if_left_behind(lock: Path) -> None:
-    """Wait while something compiles in the folder; then the lock is nobody's."""
-    # Our own clock decides: the file's time may be of another one, which is ahead.
+    """Wait while something compiles in the folder, then remove the stale lock."""
+    # Our own clock decides: the file's time may come from another clock that is ahead.
     settled = time.monotonic() + _SETTLED_SECONDS
-    with suppress(FileNotFoundError):  # whoever held it has removed it
+    with suppress(FileNotFoundError):  # its holder has removed it
         while (_is_young(lock) and time.monotonic() < settled) or _compiling(lock.parent):
             time.sleep(0.5)
             lock.stat()
@@ -69,13 +70,13 @@ def _is_young(lock: Path) -> bool:
 
 
 def unlink_shared_buffer(rank: int) -> None:
-    """Take the name of this rank's all-reduce buffer away; the mappings stay until their processes end."""
+    """Remove the name of this rank's all-reduce buffer; the mappings stay until their processes end."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)  # noqa: S108
 
 
 def _compiling(folder: Path) -> bool:
-    """Whether a compiler works in the folder."""
+    """Return whether a compiler is running in the folder."""
     for process in psutil.process_iter(["name", "cwd"]):
         if process.info["name"] in _COMPILERS and process.info["cwd"] == str(folder.resolve()):
             return True

@@ -1,4 +1,7 @@
-"""Files of exported folders beside weights and tokenizer. Without deepspeed, so that evaluation can write them too."""
+"""Files of exported folders besides the model's weights and tokenizer.
+
+The module works without deepspeed, so that evaluation can write them too.
+"""
 
 import json
 import shutil
@@ -14,7 +17,7 @@ _ENCODER = "anchor_encoder"
 
 
 def write_json_files(folder: Path, files: dict[str, Any]) -> None:
-    """Write ``{name: content}`` as JSON; names may have one folder."""
+    """Write ``{name: content}`` as JSON; a name may include one folder."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -22,16 +25,16 @@ def write_json_files(folder: Path, files: dict[str, Any]) -> None:
 
 
 def prompts_and_limit(folder: Path, prompts: dict[str, str], max_tokens: int) -> dict[str, Any]:
-    """Prompts as sentence-transformers reads them, and the tokenizer's own limit.
+    """Return the JSON files with sentence-transformers' prompts and the tokenizer's length limit.
 
     Args:
         folder: a model folder that already holds the tokenizer.
-        prompts: by name.
-        max_tokens: longest text.
+        prompts: prompts by name.
+        max_tokens: longest text, in tokens.
     """
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer_config["model_max_length"] = max_tokens
-    # Of a model that sees images too, sentence-transformers would look for a processor of images.
+    # For a model that also reads images, sentence-transformers would look for an image processor.
     tokenizer_config.pop("processor_class", None)
     return {
         "config_sentence_transformers.json": {
@@ -44,17 +47,17 @@ def prompts_and_limit(folder: Path, prompts: dict[str, str], max_tokens: int) ->
 
 
 def prompts_line(prompts: dict[str, str]) -> str:
-    """What a model card says of the prompts of queries and documents."""
+    """Return the model card's sentence on the prompts of queries and documents."""
     query, document = (repr(prompts[name]) if prompts.get(name) else None for name in ("query", "document"))
     queries = "Queries carry none" if query is None else f"Queries carry the prompt {query}"
     return f"{queries}; documents {'carry none' if document is None else document}."
 
 
 def config_for_all(folder: Path) -> dict[str, Any]:
-    """Return ``config.json`` with two facts said twice: as transformers 5 writes them, and as other readers look.
+    """Return ``config.json`` with two settings repeated where readers other than transformers 5 look for them.
 
-    Without ``rope_theta`` at the top, transformers 4 and what is built on it take 10,000 without a word, and
-    text-embeddings-inference refuses the folder. Of bidirectional attention, transformers and vLLM read ``is_causal``;
+    Without ``rope_theta`` at the top level, transformers 4 and libraries built on it silently assume 10,000, and
+    text-embeddings-inference refuses the folder. For bidirectional attention, transformers and vLLM read ``is_causal``.
     text-embeddings-inference reads ``use_bidirectional_attention`` for Llama, Mistral and Qwen3.
 
     Args:
@@ -73,19 +76,19 @@ def config_for_all(folder: Path) -> dict[str, Any]:
 def write_special_tokens_files(
     folder: Path, weights: dict[str, Tensor], config: Any, prompts: dict[str, str], max_tokens: int
 ) -> None:
-    """Weights and modules of a folder of trained special tokens that already holds the tokenizer.
+    """Write the weights and modules of trained special tokens into a folder that already holds the tokenizer.
 
     Args:
         folder: the folder.
         weights: the special tokens' parameters by name, float32.
-        config: of the base, as transformers holds it.
-        prompts: by name.
-        max_tokens: longest text.
+        config: the base's configuration, as transformers holds it.
+        prompts: prompts by name.
+        max_tokens: longest text, in tokens.
     """
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / special_tokens.WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    # Not imported here: it needs sentence-transformers.
+    # Copied but not imported: it needs sentence-transformers.
     shutil.copy(Path(str(special_tokens.__file__)).with_name(f"{_ENCODER}.py"), folder)
     modules = [
         ("", f"{_ENCODER}.AnchorEncoder"),

@@ -1,8 +1,8 @@
-"""What a dry run knows of an accelerator: memory, peak speed, links; and of the machine it runs on.
+"""Memory, peak speed and links of the accelerators that a dry run knows, and of the machine it runs on.
 
-Peaks are the vendors' dense bfloat16 figures without sparsity; memory is the total that ``nvidia-smi`` reports; links
-are one direction of NVLink (PCIe where there is none). Between nodes 50 GB/s per GPU are assumed unless said otherwise:
-one 400 Gb/s adapter each.
+Peaks are the vendors' dense bfloat16 figures without sparsity. Memory is the total that ``nvidia-smi`` reports. Links
+are one direction of NVLink, or of PCIe if there is no NVLink. Between nodes the default is 50 GB/s per GPU: one 400
+Gb/s adapter each.
 """
 
 import os
@@ -18,10 +18,10 @@ class Gpu:
     """One kind of accelerator.
 
     Attributes:
-        name: as on the command line.
-        memory_bytes: in all.
-        bf16_flops: peak, multiply and add counted as two; None where no datasheet gives it.
-        link_bytes_per_second: to the other GPUs of its node, one direction.
+        name: name on the command line.
+        memory_bytes: total memory.
+        bf16_flops: peak FLOP/s, a multiply and an add counted as two; None if no datasheet gives it.
+        link_bytes_per_second: speed to the other GPUs of its node, one direction.
     """
 
     name: str
@@ -44,10 +44,10 @@ NAMES = (*(gpu.name for gpu in _DATASHEETS), "cpu")
 
 
 def find_gpu(name: str, num_ranks: int = 1) -> Gpu:
-    """An accelerator by name; ``cpu`` is this machine, its memory shared by the ranks.
+    """Find an accelerator by name; ``cpu`` is this machine, with its memory shared by the ranks.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: the name is unknown.
     """
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -59,9 +59,9 @@ def find_gpu(name: str, num_ranks: int = 1) -> Gpu:
 
 
 def peak_of_device(device: str) -> float | None:
-    """Peak bf16 FLOP/s by the name that CUDA gives a device; None for one that is not listed.
+    """Return the peak bf16 FLOP/s for the name that CUDA gives a device, or None if it is not listed.
 
-    PCIe boards of a kind are slower than the SXM ones listed, so they are not guessed.
+    PCIe boards are slower than the listed SXM boards of the same kind, so their peak is not guessed.
     """
     words = device.lower().replace("-", " ").split()
     if "pcie" in words:

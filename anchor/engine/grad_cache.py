@@ -1,12 +1,12 @@
-"""A pooled loss over more packs than fit into one forward (Gao et al. 2021, arXiv:2101.06983).
+"""Gradient cache: a pooled loss over more packs than fit into one forward (Gao et al. 2021, arXiv:2101.06983).
 
-1. Forward every pack without gradient; keep the embeddings only.
-2. The loss over all embeddings of the step; its gradient with respect to this rank's embeddings.
-3. Forward every pack again, with gradient, and feed that gradient in. A joint objective's separable loss is computed
-   here and only here: ``d(sum_p S_p + P(e_1, e_2, ...)) = sum_p ( dS_p + dP/de_p . de_p )``.
+1. Run the forward of every pack without gradient, and keep only the embeddings.
+2. Compute the loss over all embeddings of the step, and its gradient with respect to this rank's embeddings.
+3. Run the forward of every pack again with gradient, and feed that gradient in. A joint objective's separable loss is
+   computed only here: ``d(sum_p S_p + P(e_1, e_2, ...)) = sum_p ( dS_p + dP/de_p . de_p )``.
 
-The pool is always the whole batch and memory is that of one pack. Dropout is the same in both forwards because it
-is seeded by (seed, step, pack) before each, and the encode pass comes first in both.
+The pool is always the whole batch, yet only one pack's activations are in memory. Dropout is the same in both forwards:
+each is seeded by (seed, step, pack) and begins with the encode pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ from anchor.objectives.base import JointObjective, PooledObjective, Shares, add_
 
 
 def pooled_backward(engine: Engine, packs: Sequence[PackTensors], batch: Batch, forward: Callable[..., Any]) -> Shares:
-    """Loss and gradient of a pooled or joint objective; one pack takes the plain path, without a second forward.
+    """Compute loss and gradient of a pooled or joint objective; a single pack needs no second forward.
 
     Args:
         engine: holds the objective.
         packs: this rank's packs.
         batch: the whole batch.
-        forward: the objective's forward of the i-th local pack, seeded; further arguments are passed on.
+        forward: runs the objective's forward of the i-th local pack, seeded; further arguments are passed on.
 
     Returns:
         This rank's shares of the metrics.
@@ -38,7 +38,7 @@ def pooled_backward(engine: Engine, packs: Sequence[PackTensors], batch: Batch, 
         raise TypeError(f"{type(objective).__name__} is not pooled")
 
     def parts(i: int) -> tuple[Tensor, Tensor | None, Shares]:
-        """Embeddings, and the separable loss of a joint objective with its metrics."""
+        """Return the embeddings, and a joint objective's separable loss and metrics."""
         output = forward(i)
         if isinstance(objective, JointObjective):
             return output[0], output[1], objective.metrics(output, batch)

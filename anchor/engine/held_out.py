@@ -1,10 +1,10 @@
-"""Loss and retrieval on held-out shards while training.
+"""Loss and retrieval on held-out shards during training.
 
-1. The objective's own loss and metrics on each of the first batches, without gradient and dropout; the mean over the
-   batches that have the metric.
-2. All their documents are one pool. A query's rank is the number of documents that score at least as high as its
-   positive, copies of the positive left out: a tie counts against the model, so equal vectors score nothing.
-   nDCG@10 with one relevant document is ``1 / log2(rank + 2)`` below rank 10 (Järvelin & Kekäläinen 2002).
+1. Compute the objective's own loss and metrics on each of the first batches, without gradient or dropout. Average each
+   metric over the batches that have it.
+2. Put all documents of these batches into one pool. A query's rank is the number of documents that score at least as
+   high as its positive, not counting copies of the positive. A tie counts against the model, so equal vectors score
+   nothing. nDCG@10 with one relevant document is ``1 / log2(rank + 2)`` below rank 10 (Järvelin & Kekäläinen 2002).
 """
 
 from collections import Counter
@@ -28,11 +28,11 @@ from anchor.objectives.base import JointObjective, PooledObjective, SeparableObj
 _TOP = 10
 _TEACHER_KEYS = ("dimension", "normalized", "prompt", "sha256")
 _CHUNK_QUERIES = 1024
-_TIE = 1e-6  # cosine; two ways of summing one product in float32 differ by less
+_TIE = 1e-6  # cosine; summing one dot product in different orders in float32 differs by less
 
 
 class HeldOut:
-    """Held-out batches and how a model does on them.
+    """Held-out batches, and the evaluation of a model on them.
 
     Args:
         section: the recipe's ``evaluation``.
@@ -57,7 +57,7 @@ class HeldOut:
         self.num_batches = min(section.max_batches, len(self.reader))
 
     def __call__(self, engine: Engine) -> dict[str, float]:
-        """``held_out/...`` metrics; every rank calls it."""
+        """Return the ``held_out/...`` metrics; every rank calls it."""
         total: Shares = {}
         measured: Counter[str] = Counter()
         queries: list[_Side] = []
@@ -77,7 +77,7 @@ class HeldOut:
 def _check_teacher(
     theirs: dict[str, Any] | None, ours: dict[str, Any] | None, section: EvaluationSection, where: str
 ) -> None:
-    """The teacher column of the held-out shards must mean what that of the training shards means."""
+    """Refuse held-out shards whose teacher column differs in meaning from the training shards'."""
     if ours is None:
         return
     if theirs is None:
@@ -98,14 +98,14 @@ def _check_teacher(
 
 
 class _Side:
-    """Texts of one side of this rank's pairs: vectors, hash of the text, and for a query its positive's score."""
+    """One side of this rank's pairs: vectors, hashes of the texts, and for queries the scores of their positives."""
 
     def __init__(self, vectors: Float[Tensor, "B D"], text_ids: Int[Tensor, " B"], scores: Float[Tensor, " B"]) -> None:
         self.vectors, self.text_ids, self.scores = vectors, text_ids, scores
 
     @classmethod
     def of(cls, packs: list[Pack], embeddings: list[Tensor], *, queries: bool) -> "_Side":
-        """Queries, each with its positive's score and the positive's text; or all documents."""
+        """Return the queries, each with its positive's score and text hash, or all documents."""
         vectors, text_ids, scores = [], [], []
         for pack, rows in zip(packs, embeddings, strict=True):
             at = {role: _by_pair(pack, role) for role in (QUERY, POSITIVE)}
@@ -123,13 +123,13 @@ class _Side:
 
 
 def _by_pair(pack: Pack, role: int) -> Int[np.ndarray, " B"]:
-    """Segments of a role in the order of their pairs."""
+    """Return the segments of a role in the order of their pairs."""
     segments = np.flatnonzero(pack.roles == role)
     return segments[np.argsort(pack.pair_ids[segments], kind="stable")]
 
 
 def _forward(engine: Engine, batch: Batch) -> tuple[list[Pack], list[Tensor], Shares]:
-    """This rank's packs of a batch, their unit vectors, and the shares of the objective's metrics."""
+    """Return this rank's packs of a batch, their unit vectors, and its shares of the objective's metrics."""
     objective, ranks = objective_of(engine), engine.ranks
     packs = [objective.prepare(batch.packs[i]) for i in rank_packs(len(batch.packs), ranks.rank, ranks.world_size)]
     outputs: list[Any] = [engine.forward(to_tensors(pack, ranks.device), batch) for pack in packs]
@@ -152,7 +152,7 @@ def _retrieval(queries: _Side, documents: _Side, device: torch.device) -> dict[s
     for rows in torch.arange(len(queries.vectors), device=device).split(_CHUNK_QUERIES):
         scores = queries.vectors[rows] @ pool.T
         other: Bool[Tensor, "C N"] = queries.text_ids[rows, None] != pool_ids[None, :]
-        # Not "at least as similar": a similarity that is no number would be less than nothing.
+        # "Not less" instead of "at least": a similarity that is NaN then counts against the model.
         rank = (~(scores < queries.scores[rows, None] - _TIE) & other).sum(dim=1)
         gain = torch.where(rank < _TOP, 1 / torch.log2(rank.double() + 2), 0.0)
         found += torch.stack([gain.sum(), (rank == 0).double().sum()])

@@ -1,4 +1,4 @@
-"""JSON that a run wrote and a disk, an editor or an interrupted copy may have damaged since."""
+"""Readers of JSON that a run wrote and that a disk, an editor or an interrupted copy may have damaged."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        ValueError: it is none: cut off, altered, nested too deep, or another kind of value.
+        ValueError: the text is not a JSON object: cut off, altered, nested too deep, or another kind of value.
     """
     try:
         found = json.loads(text)
@@ -24,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
-        ValueError: it does not; the message says why, without the path.
+        ValueError: the file is missing or holds no object; the message says why, without the path.
     """
     if not path.is_file():
         raise ValueError("cannot be read: it is no file")

@@ -1,4 +1,4 @@
-"""A plan -> the engine that trains it: backbone, objective, DeepSpeed."""
+"""Load the engine that trains a plan: backbone, objective, DeepSpeed."""
 
 import logging
 
@@ -16,16 +16,16 @@ log = logging.getLogger(__name__)
 
 
 def load_engine(plan: Plan, ranks: dist.Ranks, *, universal: bool) -> Engine:
-    """Load the model under ZeRO, wrap the objective around it and the engine around that; every rank calls it.
+    """Load the model under ZeRO, and wrap it in the objective and the engine; every rank calls it.
 
     Args:
         plan: a checked recipe.
-        ranks: this process among all.
-        universal: a checkpoint of another number of ranks is loaded next.
+        ranks: this process among all ranks.
+        universal: True if a checkpoint of another number of ranks is loaded next.
 
     Raises:
-        ModelError: no such model, or one that the shards were not packed for.
-        DataError: the shards' texts are longer than its positions.
+        ModelError: the model does not exist, or the shards were not packed for it.
+        DataError: the shards' texts are longer than the model's positions.
     """
     recipe = plan.recipe
     init_communication()

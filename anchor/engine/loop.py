@@ -1,11 +1,11 @@
-"""A training run from a plan to the exported folder.
+"""Training run from a plan to the exported folder.
 
-1. Find the newest intact checkpoint of this run, or begin.
-2. Load the model, wrap objective and engine, load the checkpoint.
-3. Steps: read, train, write metrics; held-out evaluation and checkpoints every N steps, and at the end.
+1. Find the newest intact checkpoint of this run, or start from scratch.
+2. Load the model, wrap it in objective and engine, and load the checkpoint.
+3. Take steps: read, train, write metrics. Run held-out evaluation and write checkpoints every N steps and at the end.
 4. Export.
 
-A signal ends the run after the step that it arrives in, with a checkpoint (:mod:`anchor.engine.stop`).
+A signal ends the run with a checkpoint, after the step during which it arrives (:mod:`anchor.engine.stop`).
 """
 
 import json
@@ -42,17 +42,18 @@ def train(
 
     Args:
         plan: result of :func:`anchor.engine.plan.make_plan`.
-        ranks: this process among all.
-        stop: whether a signal came.
-        resume: go on from the newest intact checkpoint, or start when there is none; False refuses a folder that
-            holds a run.
-        stacks: where a stuck process writes what all its threads do; standard error when None.
+        ranks: this process among all ranks.
+        stop: records whether a signal came.
+        resume: True to resume from the newest intact checkpoint, or start if there is none; False to refuse a folder
+            that holds a run.
+        stacks: where a stuck process writes the stacks of all its threads; standard error when None.
 
     Returns:
-        Whether the run is finished: False when it stopped at a signal, with a checkpoint.
+        True if the run is finished; False if a signal stopped it, with a checkpoint.
 
     Raises:
-        AnchorError: output folder of another run, model that cannot be loaded, loss that is not finite, full disk.
+        AnchorError: the output folder is another run's, the model cannot be loaded, the loss is not finite, or the disk
+            is full.
     """
     recipe, folder = plan.recipe, plan.recipe.output_dir
     about = dist.broadcast_object(provenance(plan, ranks))
@@ -90,14 +91,14 @@ def train(
 
 
 class _Run:
-    """The steps of a run: metrics, held-out evaluation and checkpoints on the way.
+    """Steps of a run, with metrics, held-out evaluation and checkpoints on the way.
 
     Args:
-        plan, engine, folder: what is trained, with what, and where it goes.
+        plan, engine, folder: what to train, with what, and where to write.
         first: steps already taken.
-        state: what identifies the run, for its checkpoints.
+        state: identifies the run in its checkpoints.
         about: provenance, for the loggers.
-        watchdog: told what is being done.
+        watchdog: is told what the run is doing.
     """
 
     def __init__(
@@ -120,14 +121,14 @@ class _Run:
         if dist.is_first_rank():
             self.sinks = open_sinks(plan.recipe.telemetry, folder, first, about)
             if plan.held_out is not None:
-                # Step 0 is evaluated at every start that has no checkpoint.
+                # Every start without a checkpoint evaluates step 0.
                 self.held_out_sinks = [JsonLines(folder / "held_out.jsonl", first or -1), *self.sinks[1:]]
             self.display = StepDisplay(first, self.total, plan.recipe.engine.log_every_steps)
             zero = plan.ds_config["zero_optimization"]
             self.utilisation = Utilisation(objective_of(engine), plan.recipe, plan.reader.index, zero, engine.ranks)
 
     def steps(self, stop: StopRequest) -> bool:
-        """Train to the end; False when a signal stopped the run, after a checkpoint."""
+        """Train to the end; return False if a signal stopped the run, after a checkpoint."""
         try:
             if not self._all_ranks_go_on(stop):
                 log.warning("stopped by a signal before step %d; start the same command again to go on", self.first + 1)
@@ -166,7 +167,7 @@ class _Run:
             saved = every is not None and (step + 1) % every == 0
             if saved:
                 self._checkpoint(step + 1)
-            # Both may last; a signal meanwhile need not wait for another step.
+            # Both can take long; a signal during them need not wait for another step.
             stopping = result.stop or ((evaluated or saved) and not self._all_ranks_go_on(stop))
             if stopping and step + 1 < self.total:
                 if self.saved < step + 1:
@@ -203,7 +204,7 @@ class _Run:
             self.display.step(row)
 
     def _evaluate(self, step: int) -> bool:
-        """Held-out loss and retrieval where this step has them; whether it has."""
+        """Compute held-out loss and retrieval if they are due at this step; return whether they were."""
         held_out, section = self.plan.held_out, self.plan.recipe.evaluation
         if held_out is None or section is None or (step % section.every_steps and step != self.total):
             return False

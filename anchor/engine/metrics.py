@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl``, one row per step, on rank 0; TensorBoard and Weights & Biases when asked."""
+"""Metric sinks: ``metrics.jsonl`` on rank 0, one row per step, and TensorBoard and Weights & Biases on request."""
 
 import json
 import logging
@@ -20,23 +20,23 @@ from anchor.errors import ConfigError, TrainingError
 log = logging.getLogger(__name__)
 
 Row = dict[str, float | int | str]
-"""``step``, ``source`` and metrics named ``group/what_unit``."""
+"""A row of metrics: ``step``, ``source`` and metrics named ``group/what_unit``."""
 
 
 class Sink(ABC):
-    """Somewhere that rows of metrics go to."""
+    """Destination for rows of metrics."""
 
     @abstractmethod
     def write(self, row: Row) -> None:
-        """Take the metrics of ``row["step"]``."""
+        """Write the metrics of ``row["step"]``."""
 
     @abstractmethod
     def close(self) -> None:
-        """No more will come."""
+        """Close the sink; no rows follow."""
 
 
 class JsonLines(Sink):
-    """Appends rows to a file; rows after the step resumed at are dropped first.
+    """File that rows are appended to; rows after the step resumed at are dropped first.
 
     Args:
         path: the file.
@@ -63,7 +63,10 @@ class JsonLines(Sink):
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines that hold a row, and their rows; a damaged line is named, but for the half one that a killed run leaves."""
+    """Yield each line that holds a row, and the row.
+
+    Log a warning for a damaged line, except for the half line that a killed run leaves at the end.
+    """
     content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:
@@ -76,12 +79,12 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``, oldest first; none when there is no file."""
+    """Read the rows of a ``metrics.jsonl``, oldest first; return an empty list if there is no file."""
     return [row for _, row in _lines(path)]
 
 
 class TensorBoard(Sink):
-    """``output_dir/tensorboard``; the loss also once per source.
+    """TensorBoard log in ``output_dir/tensorboard``, with the loss once more per source.
 
     Raises:
         ConfigError: the package is missing.
@@ -107,7 +110,7 @@ class TensorBoard(Sink):
 
 
 class WeightsAndBiases(Sink):
-    """A run of the project, resumed under the same id when training is.
+    """Weights & Biases run of the project, resumed under the same id when training resumes.
 
     Raises:
         ConfigError: the package is missing, or the service refuses.
@@ -149,7 +152,7 @@ class WeightsAndBiases(Sink):
 
 
 def open_sinks(section: TelemetrySection, folder: Path, first_step: int, about: dict[str, Any]) -> list[Sink]:
-    """The recipe's loggers beside ``metrics.jsonl``; rank 0 only.
+    """Open ``metrics.jsonl`` and the recipe's loggers; rank 0 only.
 
     Raises:
         ConfigError: a logger cannot start.
@@ -177,7 +180,7 @@ class Clock:
 
 
 def memory_metrics() -> Row:
-    """Peak memory of this process's device and what the process and its host use now, in GiB."""
+    """Return the peak memory of this process's device and the present memory of process and host, in GiB."""
     resident = psutil.Process().memory_info().rss / 2**30
     row: Row = {
         "memory/host_process_gib": resident,

@@ -1,4 +1,4 @@
-"""What the optimiser moves, and the learning rate as a pure function of the step."""
+"""Parameter groups of the optimiser, and the learning rate as a pure function of the step."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from anchor.config.schema import OptimSection
 
 
 def learning_rate(step: int, optim: OptimSection) -> float:
-    """Linear warm-up to ``lr``, then linear decay to zero at ``decay_steps``.
+    """Return the learning rate: linear warm-up to ``lr``, then linear decay to zero at ``decay_steps``.
 
     Args:
-        step: number of the step about to be taken, from 0; the first step is not wasted at rate 0.
+        step: number of the step about to be taken, from 0; the first step already has a rate above 0.
         optim: the recipe's section.
     """
     if step < optim.warmup_steps:
@@ -21,11 +21,11 @@ def learning_rate(step: int, optim: OptimSection) -> float:
 
 
 def parameter_groups(module: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
-    """The trained parameters in torch's groups; weight decay leaves out vectors: norms and biases."""
+    """Return the trained parameters in torch's groups, without weight decay on vectors (norms and biases)."""
     matrices, vectors = [], []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties the tensor itself
             (matrices if len(shape) > 1 else vectors).append(parameter)
     groups = ((matrices, optim.weight_decay), (vectors, 0.0))
     return [{"params": group, "weight_decay": decay} for group, decay in groups if group]

@@ -1,4 +1,4 @@
-"""A recipe checked against its shards, and what a run records about itself."""
+"""Check a recipe against its shards, and record where a run comes from."""
 
 import hashlib
 import importlib.metadata
@@ -50,10 +50,10 @@ class Plan:
 
 
 def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
-    """Check everything that can be checked without a model, and say what a step is.
+    """Check everything that needs no model, and log the arithmetic of a step.
 
     Raises:
-        AnchorError: ds_configs file, shards or number of ranks do not fit.
+        AnchorError: the ds_configs file, the shards or the number of ranks do not fit.
     """
     ds_config = read_ds_config(recipe.engine.deepspeed)
     reader = ShardReader(recipe.data.shards)
@@ -84,7 +84,7 @@ def make_plan(recipe: TrainRecipe, recipe_path: str, world_size: int) -> Plan:
 
 
 def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
-    """Make the module that the recipe's objective section names."""
+    """Build the module that the recipe's objective section names."""
     section, shards = recipe.objective, recipe.data.shards
     if isinstance(section, schema.ReconstructionObjective):
         instructed = section.target == "instruction_and_body"
@@ -99,7 +99,7 @@ def make_objective(causal_lm: Any, recipe: TrainRecipe) -> Objective:
 
 
 def decode_prefix_of(recipe: TrainRecipe) -> tuple[int, ...]:
-    """Return the ids before the prefix vectors of the recipe's decode rows; none where nothing is decoded.
+    """Return the token ids before the prefix vectors of the recipe's decode rows; empty if nothing is decoded.
 
     Raises:
         ShardError: the recipe asks for the template's prefix, and the template has none.
@@ -113,7 +113,7 @@ def decode_prefix_of(recipe: TrainRecipe) -> tuple[int, ...]:
 
 
 def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:
-    """What ``run.yaml`` and ``anchor.json`` record: recipe, data, ranks, device, commit, package versions."""
+    """Return the record for ``run.yaml`` and ``anchor.json``: recipe, data, ranks, device, commit, package versions."""
     recipe = plan.recipe.model_dump(mode="json")
     return {
         "recipe": recipe,
@@ -127,14 +127,14 @@ def provenance(plan: Plan, ranks: dist.Ranks) -> dict[str, Any]:
 
 
 def provenance_commit() -> str | None:
-    """Of this checkout, marked where it is altered, results apart; None without git."""
+    """Return the commit of this checkout, marked if files other than results are altered; None without git."""
     if shutil.which("git") is None:
         return None
     here = Path(__file__).parent
     done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False, cwd=here)
     if not done.stdout.strip():
         return None
-    # A study alters its own tables between two of its runs.
+    # A study rewrites its own tables between its runs, so results do not count.
     compare = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)bench/results"]
     altered = subprocess.run(compare, capture_output=True, check=False, cwd=here).returncode != 0
     return done.stdout.strip() + "-dirty" * altered

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, one line every N steps elsewhere, and a table at the end."""
+"""Progress of a run: a bar on a terminal, one line every N steps elsewhere, and a table at the end."""
 
 import logging
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from anchor.engine.metrics import Clock, Row, read_rows
 log = logging.getLogger("anchor.engine.loop")
 
 _ENDS = 10
-"""Losses at the beginning and at the end are means of so many steps."""
+"""Number of steps that the first and the last loss are averaged over."""
 _SUMMED = (
     *("time/step_seconds", "time/data_wait_seconds", "data/tokens", "data/pairs", "memory/peak_gib"),
     "loss/total_nats",
@@ -28,11 +28,11 @@ _HELD_OUT = ("step", "held_out/loss_total_nats", "held_out/ndcg_at_10")
 
 
 class StepDisplay:
-    """Shows steps as they pass; rank 0 only.
+    """Live display of the steps; rank 0 only.
 
     Args:
-        first, total: steps already taken, and to be taken in all.
-        every: one log line per so many steps, where there is no terminal.
+        first, total: steps already taken, and steps to take in all.
+        every: steps per log line if there is no terminal.
     """
 
     def __init__(self, first: int, total: int, every: int) -> None:
@@ -46,7 +46,7 @@ class StepDisplay:
             self._bar.start()
 
     def step(self, row: Row) -> None:
-        """One more step."""
+        """Show one more step."""
         number = int(row["step"])
         self._clock.tokens += int(row["data/tokens"])
         if self._bar is not None:
@@ -66,13 +66,13 @@ class StepDisplay:
             self._clock.reset()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def print_summary(folder: Path) -> None:
-    """The table at the end of a run, from ``metrics.jsonl`` and ``held_out.jsonl``."""
+    """Print the table at the end of a run, from ``metrics.jsonl`` and ``held_out.jsonl``."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if _has(row, *_SUMMED) and "source" in row]
     if not rows:
         return
@@ -101,7 +101,7 @@ def print_summary(folder: Path) -> None:
 
 
 def _has(row: dict[str, Any], *names: str) -> bool:
-    """Whether a row that a disk or an editor may have altered has these numbers."""
+    """Return whether a row has these numbers; a disk or an editor may have altered it."""
     return all(isinstance(row.get(name), int | float) for name in names)
 
 

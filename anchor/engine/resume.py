@@ -1,7 +1,8 @@
-"""Whether a checkpoint belongs to a run: the same recipe, but for what cannot change the result, and the same data.
+"""Check that a checkpoint belongs to a run.
 
-The number of ranks may differ: a step is the same batch on any number of ranks that divides ``pack_multiple``. So may
-``optim.total_steps``, where ``optim.decay_steps`` states the learning rate's horizon: a finished run then goes further.
+The data must be the same, and so must the recipe, except for keys that cannot change the result. The number of ranks
+may differ: a step is the same batch on any number of ranks that divides ``pack_multiple``. ``optim.total_steps`` may
+differ if ``optim.decay_steps`` states the learning rate's horizon, so that a finished run can be extended.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from anchor.errors import TrainingError
 
 _MAY_DIFFER = (
     "output_dir",  # a run may be moved
-    "data.shards",  # and its shards: their hash is compared
+    "data.shards",  # and so may its shards: their hash is compared
     "engine.log_every_steps",
     "engine.checkpoint_every_steps",
     "engine.keep_checkpoints",
@@ -27,14 +28,14 @@ _MAY_DIFFER = (
 
 
 def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was not written by this run.
+    """Refuse a checkpoint that another run wrote.
 
     Args:
         checkpoint: a complete checkpoint.
         state: the present run's resolved ``recipe``, ``zero_stage`` and ``data_index_sha256``.
 
     Raises:
-        TrainingError: another recipe (the differing keys are listed), another ZeRO stage or other shards.
+        TrainingError: the recipe (the message lists the differing keys), the ZeRO stage or the shards differ.
         ConfigError: the stored recipe has a key that this version does not know.
     """
     stored = read_state(checkpoint)
@@ -53,12 +54,12 @@ def check_same_run(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def what_differs(stored: dict[str, Any], present: dict[str, Any], where: Path) -> dict[str, str]:
-    """Keys of two resolved recipes that differ and can change what is trained, each with both values in words.
+    """Return the keys that differ between two resolved recipes and can change training, with both values in words.
 
     Raises:
-        ConfigError: the stored recipe, of the file ``where``, has a key that this version does not know.
+        ConfigError: the stored recipe, from the file ``where``, has a key that this version does not know.
     """
-    # Through the schema: a knob that did not exist then had what is its default now.
+    # Validate first: a setting that did not exist then had the value that is its default now.
     before, now = _flat(validate(stored, TrainRecipe, str(where)).model_dump(mode="json")), _flat(present)
     return {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
@@ -72,7 +73,7 @@ def _may_differ(key: str) -> bool:
 
 
 def _goes_further(now: dict[str, Any], step: int) -> bool:
-    """Whether the number of steps may differ: the schedule does not depend on it, and so many are not yet taken."""
+    """Return whether the number of steps may differ: the schedule ignores it, and the checkpoint is not beyond it."""
     return now["optim.decay_steps"] is not None and now["optim.total_steps"] >= step
 
 

@@ -1,7 +1,7 @@
-"""The folder of a run: one writer at a time, resumed where its newest intact checkpoint is, seen by every host.
+"""The folder of a run: one writer at a time, resumed from its newest intact checkpoint, visible to every host.
 
-Rank 0 holds a lock in the folder while it trains. The lock ends with the process, however that ends. A second training
-is refused, whatever its recipe: checkpoints of one and metrics of the other would make a run that never was.
+Rank 0 holds a lock in the folder while it trains. The lock ends with the process, however the process ends. A second
+training run is refused, whatever its recipe: checkpoints of one and metrics of the other would not belong together.
 """
 
 import logging
@@ -29,10 +29,10 @@ _LOCK = ".lock"
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other trainings out of it meanwhile; every rank calls it, rank 0 holds the lock.
+    """Create the folder and keep other training runs out of it; every rank calls it, rank 0 holds the lock.
 
     Raises:
-        TrainingError: another training holds the lock.
+        TrainingError: another training run holds the lock.
     """
     with ExitStack() as held:
         refusal = None
@@ -55,10 +55,11 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def find_checkpoint(folder: Path, ranks: dist.Ranks, state: dict[str, Any], *, resume: bool) -> Path | None:
-    """Return the newest intact checkpoint of this run, if there is one; every rank calls it.
+    """Return the newest intact checkpoint of this run, or None; every rank calls it.
 
     Raises:
-        TrainingError: all checkpoints are damaged, they are of another run, or ``resume`` is False and there are some.
+        TrainingError: all checkpoints are damaged, they belong to another run, or ``resume`` is False and there are
+            some.
     """
     checkpoints = folder / "checkpoints"
     existing = dist.broadcast_object(complete_checkpoints(checkpoints))
@@ -71,7 +72,11 @@ def find_checkpoint(folder: Path, ranks: dist.Ranks, state: dict[str, Any], *, r
 
 
 def is_finished(folder: Path, found: Path | None, recipe: TrainRecipe, about: dict[str, Any]) -> bool:
-    """Whether the last step's checkpoint, if it has a step, and an export of this very training and data are there."""
+    """Return whether this training is finished and exported.
+
+    That needs an export of the same recipe and data, and a checkpoint of the last step. A run without steps needs no
+    checkpoint.
+    """
     exported = folder / "export/anchor.json"
     finished = False
     steps = 0 if found is None else checkpoint_step(found)
@@ -89,7 +94,7 @@ def is_finished(folder: Path, found: Path | None, recipe: TrainRecipe, about: di
 
 
 def prepare_folder(folder: Path, about: dict[str, Any]) -> None:
-    """Make the folder, remove what an interrupted writer left and write ``run.yaml``; rank 0 calls it."""
+    """Create the folder, remove what an interrupted writer left, and write ``run.yaml``; rank 0 calls it."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder / "checkpoints")
     (folder / "run.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Special tokens for a run: checked against shards and backbone, and made before the engine wraps them."""
+"""Special tokens of a run: checked against shards and backbone, and created before the engine wraps them."""
 
 import json
 import logging
@@ -24,21 +24,21 @@ log = logging.getLogger(__name__)
 
 
 def first_special_id(index: Index) -> int:
-    """Id of the first special token of shards that have some: the last is the anchor token."""
+    """Return the id of the first special token of shards that have some; the last one is the anchor token."""
     return index.anchor_token_id - index.template["special_tokens"] + 1
 
 
 def check_template(recipe: TrainRecipe, index: Index, where: str) -> None:
-    """Refuse shards whose template or teacher is not what the recipe's objective needs.
+    """Refuse shards whose template or teacher does not suit the recipe's objective.
 
     Args:
         recipe: the training recipe.
-        index: of its shards.
+        index: index of its shards.
         where: the recipe's path, for messages.
 
     Raises:
-        ShardError: special tokens or a teacher are missing, or there are special tokens that nobody would train, or
-            the shards' tokenizer has others.
+        ShardError: special tokens or a teacher are missing, the objective would not train the shards' special tokens,
+            or the shards' tokenizer has others.
     """
     kind, shards, count = recipe.objective.kind, recipe.data.shards, index.template.get("special_tokens", 0)
     if not isinstance(recipe.objective, schema.SelfSupervisedObjective):
@@ -80,13 +80,13 @@ def make_self_supervised(
     seed: int,
     decode_prefix_ids: tuple[int, ...] = (),
 ) -> Objective:
-    """The objective, with new special tokens near the mean of the backbone's embeddings; every rank calls it.
+    """Build the objective with new special tokens near the mean of the backbone's embeddings; every rank calls it.
 
     Args:
         causal_lm: the backbone, partitioned or not; on the meta device nothing is computed.
         section: the recipe's ``objective``.
-        index: of shards that passed :func:`check_template`.
-        seed: of whatever is drawn.
+        index: index of shards that passed :func:`check_template`.
+        seed: seed of all random draws.
         decode_prefix_ids: tokens before the soft prompts in every decode row.
 
     Raises:
@@ -103,7 +103,7 @@ def make_self_supervised(
 def new_special_tokens(
     causal_lm: PreTrainedModel, count: int, dimension: int, first_id: int, seed: int
 ) -> SpecialTokens:
-    """Special tokens in the backbone's dtype, see :meth:`SpecialTokens.initialise`."""
+    """Create special tokens in the backbone's dtype, see :meth:`SpecialTokens.initialise`."""
     embeddings = cast(nn.Embedding, causal_lm.get_input_embeddings()).weight
     with torch.device("meta" if embeddings.is_meta else "cpu"):
         special = SpecialTokens(count, causal_lm.config.hidden_size, dimension, first_id).to(embeddings.dtype)
@@ -116,13 +116,13 @@ def new_special_tokens(
 def special_tokens_shape(
     shape: ModelShape, recipe: TrainRecipe, packing: PackRecipe, teacher: dict[str, Any] | None
 ) -> ModelShape:
-    """A backbone's shape with the special tokens and projections that the objective adds; else as it is.
+    """Return a backbone's shape with the special tokens and projections that the objective adds, if any.
 
     Args:
-        shape: of the backbone.
+        shape: shape of the backbone.
         recipe: the training recipe.
         packing: how its shards are or will be packed.
-        teacher: of the shards; None before they are packed: the teacher is taken to have the backbone's hidden size.
+        teacher: the shards' teacher; None before they are packed, when the backbone's hidden size is assumed for it.
 
     Raises:
         ConfigError: the pack recipe's template has no special tokens.

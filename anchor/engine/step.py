@@ -1,8 +1,8 @@
-"""One optimiser step: this rank's packs of a batch, forward and backward, then the update.
+"""One optimiser step: forward and backward of this rank's packs of a batch, then the update.
 
 1. Every pack is seeded by (seed, step, pack), so dropout depends neither on the rank nor on what ran before.
-2. Losses are shares; their sum over packs and ranks is the loss of the step, and so with every metric.
-3. Loss and gradient are checked on all ranks before the optimiser moves.
+2. Losses are shares. Their sum over packs and ranks is the loss of the step, and the same holds for every metric.
+3. Loss and gradient are checked on all ranks before the optimiser updates anything.
 """
 
 import math
@@ -25,12 +25,12 @@ from anchor.objectives.base import Objective, PooledObjective, SeparableObjectiv
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step did.
+    """Result of one step.
 
     Attributes:
         metrics: values over all ranks, by name.
         num_tokens: real tokens of the batch that the objective read, over all ranks.
-        stop: whether any rank was asked to stop; all ranks learn of it here.
+        stop: True if any rank was asked to stop; all ranks learn of it here.
     """
 
     metrics: dict[str, float]
@@ -39,7 +39,7 @@ class StepResult:
 
 
 class NotFiniteError(TrainingError):
-    """Loss or gradient is not finite; no checkpoint holds the step.
+    """Error for a loss or gradient that is not finite; no checkpoint holds the step.
 
     Attributes:
         report: step, source, pair ids and metrics of the batch.
@@ -58,7 +58,7 @@ class NotFiniteError(TrainingError):
 
 
 def objective_of(engine: Engine) -> Objective:
-    """The objective that an engine holds."""
+    """Return the objective that an engine holds."""
     objective = engine.objective
     if not isinstance(objective, Objective):
         raise TypeError(f"{type(objective).__name__} is no objective")
@@ -80,12 +80,13 @@ def train_step(
         engine: holds the objective.
         batch: the whole batch; the engine's rank takes its packs.
         step: number of the step, from 0.
-        seed: the recipe's.
+        seed: the recipe's seed.
         lr: learning rate of the update.
-        stop_requested: whether this rank was asked to stop after the step; asked after its backward.
+        stop_requested: returns whether this rank was asked to stop after the step; called after its backward.
 
     Raises:
-        NotFiniteError: parameters and optimiser have not moved.
+        NotFiniteError: the loss or gradient is not finite. Parameters and optimiser are unchanged, unless only the
+            gradient's norm overflows: it is known after the update.
     """
     objective, ranks = objective_of(engine), engine.ranks
     prepared = [objective.prepare(pack) for pack in batch.packs]
@@ -109,7 +110,8 @@ def train_step(
         raise NotFiniteError("gradient", step, batch, metrics)
     metrics["optim/grad_norm"] = engine.step(lr)
     if not 0 <= metrics["optim/grad_norm"] < math.inf:
-        # Finite elements whose squares overflow: DeepSpeed computes the norm inside its update only, and calls it -1.
+        # The elements are finite but their squares overflow. DeepSpeed computes the norm only inside its update,
+        # and returns -1.
         raise NotFiniteError("norm of the gradient", step, batch, metrics, "this update is in no checkpoint")
     if objective.centres is not None:
         objective.centres.update(batch)
@@ -118,7 +120,7 @@ def train_step(
 
 
 _STOP = "stop"
-"""Name under which the wish to stop travels with the metrics: no collective of its own."""
+"""Name under which a request to stop travels with the metrics, so that it needs no extra collective."""
 
 
 def _separable_backward(engine: Engine, num_packs: int, batch: Batch, forward: Callable) -> Shares:
@@ -138,7 +140,7 @@ def _pack_seed(seed: int, step: int, pack: int) -> int:
 
 
 def reduced(shares: Shares) -> dict[str, float]:
-    """Sums of all ranks' shares; every rank calls it with the same names."""
+    """Return the sums of all ranks' shares; every rank calls it with the same names."""
     names = sorted(shares)
     values = dist.all_reduce_sum(torch.stack([shares[name].detach().double() for name in names]))
     return dict(zip(names, values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What one optimiser step is made of: from a sample of batches, or from a pack recipe as an upper bound."""
+"""Shape of one optimiser step, from a sample of batches or, as an upper bound, from a pack recipe."""
 
 from dataclasses import replace
 from typing import Any
@@ -32,7 +32,7 @@ def _contrastive(recipe: TrainRecipe) -> schema.ContrastiveTerm | None:
 
 
 def _gathered(recipe: TrainRecipe, num_pairs: int, segments: float) -> float:
-    """Documents' embeddings are gathered from all ranks; queries' too where they are compared with."""
+    """Return how many embeddings are gathered from all ranks: documents, and queries if the loss compares with them."""
     section = _contrastive(recipe)
     if section is None:
         return 0.0
@@ -41,7 +41,7 @@ def _gathered(recipe: TrainRecipe, num_pairs: int, segments: float) -> float:
 
 
 def _num_prefix(objective: Objective, recipe: TrainRecipe, packing: PackRecipe) -> int:
-    """Return how many decode prefix tokens and prefix vectors a decode row begins with."""
+    """Return the number of decode prefix tokens and prefix vectors at the start of a decode row."""
     own = isinstance(recipe.objective, schema.SelfSupervisedObjective)
     vectors = packing.template.tokens if own and isinstance(packing.template, schema.SpecialTokensTemplate) else 1
     return len(getattr(objective, "decode_prefix_ids", ())) + vectors
@@ -53,7 +53,7 @@ def _encodes_queries_only(recipe: TrainRecipe) -> bool:
 
 
 def _decode_lengths(objective: Objective, recipe: TrainRecipe, packing: PackRecipe, pack: Pack) -> np.ndarray:
-    """Tokens of each row of a pack's decode pass, int64."""
+    """Return the tokens of each row of a pack's decode pass, int64."""
     roles = _decoded_roles(recipe)
     if not roles:
         return np.zeros(0, dtype=np.int64)
@@ -68,7 +68,7 @@ def _decode_lengths(objective: Objective, recipe: TrainRecipe, packing: PackReci
 def sampled_step(
     objective: Objective, recipe: TrainRecipe, packing: PackRecipe, sample: list[Batch]
 ) -> tuple[StepShape, StepShape]:
-    """Means over a sample of batches, with a full pack for the memory; and the same with the largest pack seen.
+    """Return the mean step of a sample, with a full pack for the memory, and the same with the largest pack seen.
 
     Args:
         objective: decides which segments are read; may live on the meta device.
@@ -107,7 +107,7 @@ def sampled_step(
 
 
 def bounded_step(recipe: TrainRecipe, packing: PackRecipe) -> StepShape:
-    """The largest step that a pack recipe allows: every text has ``text.max_tokens`` tokens."""
+    """Return the largest step that a pack recipe allows: every text has ``text.max_tokens`` tokens."""
     longest, batch = packing.text.max_tokens, packing.batch
     predicted = 2 * batch.pairs * longest if isinstance(recipe.objective, schema.LanguageModelObjective) else 0
     read = batch.pairs * (2 + (packing.text.hard_negatives if _contrastive(recipe) is not None else 0))

@@ -1,16 +1,16 @@
-"""Ending a run from outside: a signal asks all ranks to stop at the same step; a watchdog ends one that is stuck.
+"""Stop a run from outside: a signal stops all ranks at the same step, and a watchdog ends a stuck process.
 
-1. SIGTERM or SIGUSR1 on any rank sets a flag. It travels with the step's own reduction, so all ranks learn of it in
-   the same step, finish that step, write a checkpoint and exit with :data:`EXIT_REQUEUE`. Until the ranks have joined,
-   nothing can be lost: the process exits with that code at once. A thread takes the signals: the main thread may be
-   inside a collective, where Python runs no handler.
-2. A second signal ends the process at once. Within 2 s of the first it is the same one: a signal to a process group,
-   as ``timeout`` sends it, reaches a rank itself and once more by DeepSpeed's launcher, which passes it on.
+1. SIGTERM or SIGUSR1 on any rank sets a flag. It travels with the step's own reduction, so all ranks learn of it in the
+   same step. They finish that step, write a checkpoint and exit with :data:`EXIT_REQUEUE`. Before the ranks have
+   joined, nothing can be lost, so the process exits with that code at once. A thread receives the signals: the main
+   thread may be inside a collective, where Python runs no handler.
+2. A second signal ends the process at once. Within 2 s of the first it counts as the same signal: ``timeout`` signals a
+   process group, so the signal reaches a rank directly and again through DeepSpeed's launcher.
 3. The watchdog knows when a step, a checkpoint or an export began. One that lasts longer than
-   ``engine.timeout_seconds`` is stuck (a rank is gone, a collective hangs, a disk does not answer): it names the step,
-   writes the stacks of all threads to the rank's log and ends the process. After a signal it is less patient, because
-   whoever sent it kills what does not stop. Collectives have a minute more: NCCL's own time-out kills the process
-   before Python can say a word.
+   ``engine.timeout_seconds`` is stuck (a rank is gone, a collective hangs, a disk does not answer). The watchdog then
+   names the step, writes the stacks of all threads to the rank's log and ends the process. After a signal it is less
+   patient, because the sender will kill a process that does not stop. Collectives get a minute more: NCCL's own
+   time-out kills the process before Python can log anything.
 """
 
 import ctypes
@@ -32,15 +32,16 @@ from types import FrameType
 log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 85
-"""Exit code of a run that stopped at a signal with a checkpoint: start it again and it goes on."""
+"""Exit code of a run that stopped at a signal with a checkpoint: start it again to resume."""
 EXIT_STUCK = 70
 """Exit code of a process that its watchdog ended."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 2.0
 PARENT_VARIABLE = "ANCHOR_END_WITH_PARENT"
-"""Environment variable of a rank that must not outlive what started it: that process's id, or `yes`."""
+"""Environment variable of a rank that must not outlive the process that started it: that process's id, or `yes`."""
 PROOF_VARIABLE = "ANCHOR_FINISHED_FILE"
-"""Environment variable with the path of an empty file, on its own host, that rank 0 makes when the run is finished."""
+"""Environment variable with the path, on rank 0's host, of an empty file that rank 0 creates when the run is finished.
+"""
 
 _PR_SET_PDEATHSIG = 1
 _GROUP_MARGIN_SECONDS = 60
@@ -49,12 +50,12 @@ _SLOWEST_STEPS = 3
 
 
 def group_timeout(timeout_seconds: int) -> timedelta:
-    """Of a run's process groups: later than that of its watchdog, whose line names the step."""
+    """Return the time-out of a run's process groups: later than the watchdog's, whose message names the step."""
     return timedelta(seconds=timeout_seconds + _GROUP_MARGIN_SECONDS)
 
 
 def end_with_parent(parent: str | None) -> None:
-    """Have the kernel kill this process when the one that started it dies, also by SIGKILL.
+    """Have the kernel kill this process when the one that started it dies, even by SIGKILL.
 
     Args:
         parent: value of :data:`PARENT_VARIABLE`; None for a process that may outlive its parent.
@@ -62,23 +63,23 @@ def end_with_parent(parent: str | None) -> None:
     if parent is None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent.isdecimal() and os.getppid() != int(parent):  # it died before
+    if parent.isdecimal() and os.getppid() != int(parent):  # the parent has died already
         os.write(2, b"the process that started this rank has died; exit\n")
         os._exit(128 + signal.SIGKILL)
 
 
 def prove_finished(file: str | None) -> None:
-    """Make the file of :data:`PROOF_VARIABLE`, where it is set: a launcher may turn a death into exit code 0."""
+    """Create the file of :data:`PROOF_VARIABLE`, if it is set: a launcher may turn a death into exit code 0."""
     if file is not None:
         Path(file).touch()
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop.
+    """Record of whether a signal asked this process to stop.
 
     Attributes:
-        requested: it did.
-        nothing_to_lose: no training has begun; a signal ends the process at once.
+        requested: True once a signal has asked.
+        nothing_to_lose: True while no training has begun; a signal then ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -100,7 +101,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Receive the signals meanwhile; afterwards whoever received them before does again."""
+        """Receive the signals inside the context, then restore the earlier handlers."""
         received, sent = os.pipe()
         os.set_blocking(sent, False)
         thread = threading.Thread(target=self._listen, args=(received,), name="signals", daemon=True)
@@ -128,13 +129,13 @@ def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
 
 
 class Watchdog:
-    """Ends the process when what it is doing lasts too long; a thread that looks every second.
+    """Thread that ends the process when its current work lasts too long; it looks every second.
 
     Args:
-        timeout_seconds: the longest that a step, a checkpoint or an export may take.
-        stop: after its signal a step may take 30 s or three times as long as the slowest step so far would for as many
-            tokens, whichever is more, but no longer than the time-out; the first step, whose length nobody knows, has
-            all of that.
+        timeout_seconds: longest time that a step, a checkpoint or an export may take.
+        stop: once it has a signal, a step may take 30 s, or three times as long as the slowest step so far would for as
+            many tokens, whichever is more, but no longer than the time-out. The first step, whose length is unknown,
+            may use the whole time-out.
         stacks: where the stacks of all threads go; standard error when None.
     """
 
@@ -148,17 +149,17 @@ class Watchdog:
         self._done = threading.Event()
 
     def begin(self, doing: str, tokens: int = 1) -> None:
-        """Something begins that must end within the time limit; what was being done before is over.
+        """Start the clock for work that must end within the time limit; the previous work is over.
 
         Args:
-            doing: as the log names it; a step begins with "step ".
-            tokens: of a step: batches of one source are short, of another long.
+            doing: name of the work in the log; a step's begins with "step ".
+            tokens: tokens of a step, because batches of one source are short and of another long.
         """
         self.end()
         self.doing, self._tokens, self._since = doing, tokens, time.monotonic()
 
     def end(self) -> None:
-        """Nothing is being watched until the next :meth:`begin`."""
+        """Stop watching until the next :meth:`begin`."""
         if self._since is not None and self.doing.startswith("step "):
             seconds_per_token = (time.monotonic() - self._since) / self._tokens
             self._most_seconds_per_token = max(self._most_seconds_per_token, seconds_per_token)
@@ -166,7 +167,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator["Watchdog"]:
-        """Watch meanwhile; an error that passes is told where and while doing what it happened."""
+        """Watch inside the context; add rank, host and current work as a note to an error that passes."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         thread.start()
         try:
@@ -185,7 +186,7 @@ class Watchdog:
                 self._bark(overdue)
 
     def _overdue(self, now: float) -> float | None:
-        """Seconds that the present work was given and has used up; None while it is in time."""
+        """Return the time limit in seconds that the current work has exceeded, or None while it is in time."""
         since = self._since
         if since is None:
             return None

@@ -1,6 +1,7 @@
-"""Model FLOP/s utilisation of a step: the FLOPs that the mathematics asks for, over what the devices could do in its
-time (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). What is computed twice (checkpointing, gradient cache)
-counts once.
+"""Model FLOP/s utilisation (MFU) of a step.
+
+It is the FLOPs that the mathematics needs, over what the devices could do in the step's time (Chowdhery et al. 2022,
+arXiv:2204.02311, appendix B). Work that is computed twice (checkpointing, gradient cache) counts once.
 """
 
 from typing import Any
@@ -20,14 +21,14 @@ from anchor.objectives.base import Objective
 
 
 class Utilisation:
-    """Counts a batch's FLOPs against the peak of all ranks' devices.
+    """Counter of a batch's FLOPs against the peak of all ranks' devices.
 
     Args:
-        objective: what is trained.
-        recipe: its recipe; ``telemetry.peak_tflops`` goes before the device's datasheet.
-        index: of the shards.
+        objective: the objective being trained.
+        recipe: its recipe; ``telemetry.peak_tflops`` takes precedence over the device's datasheet.
+        index: index of the shards.
         zero: the ``zero_optimization`` section of the DeepSpeed file.
-        ranks: this process among all.
+        ranks: this process among all ranks.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Utilisation:
         self._shape = shape_of(next(m.causal_lm for m in objective.modules() if isinstance(m, Embedder)))
 
     def fraction(self, batch: Batch, seconds: float) -> float | None:
-        """Of the peak that a step over ``batch`` reached in so many seconds; None where the peak is not known."""
+        """Return the fraction of the peak that a step over ``batch`` reached, or None if the peak is unknown."""
         if self._peak is None:
             return None
         step, _ = sampled_step(self._objective, self._recipe, self._packing, [batch])

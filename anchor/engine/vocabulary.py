@@ -1,4 +1,4 @@
-"""Checks of a backbone against shards: tokens, positions and the template of an exported folder."""
+"""Checks of a backbone against shards: tokens, positions, and the template of an exported folder."""
 
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ def check_backbone(config: Any, path: str, index: Index, shards: Path) -> None:
     """Refuse a backbone that the shards were not packed for, before its weights are read.
 
     Args:
-        config: the backbone's, as transformers holds it.
-        path: where it comes from.
-        index: of the shards.
+        config: the backbone's configuration, as transformers holds it.
+        path: where the backbone comes from.
+        index: index of the shards.
         shards: their folder.
 
     Raises:
         ModelError: see :func:`check_vocabulary` and :func:`check_exported_template`.
-        DataError: the shards' texts are longer than its positions.
+        DataError: the shards' texts are longer than the backbone's positions.
     """
     check_vocabulary(config.vocab_size, path, index, shards)
     check_positions(config.to_dict(), path, index.recipe["text"]["max_tokens"], f"{shards}: text.max_tokens")
@@ -34,13 +34,14 @@ def check_backbone(config: Any, path: str, index: Index, shards: Path) -> None:
 
 
 def check_exported_template(path: str, index: Index, shards: Path) -> None:
-    """Refuse an exported folder whose template is not the shards'.
+    """Refuse an exported folder whose template differs from the shards'.
 
-    Shards with special tokens to be trained have a template of their own, whatever the backbone was trained with.
+    Shards with special tokens to train have their own template, whatever the backbone was trained with, and are not
+    checked.
 
     Args:
-        path: of the backbone; only a folder with ``anchor.json`` says its template.
-        index: of the shards.
+        path: path of the backbone; only a folder with ``anchor.json`` states its template.
+        index: index of the shards.
         shards: their folder.
 
     Raises:
@@ -62,20 +63,20 @@ def check_exported_template(path: str, index: Index, shards: Path) -> None:
 
 
 def check_vocabulary(vocabulary: int, path: str, index: Index, shards: Path) -> None:
-    """Refuse a backbone whose tokens are not those of the shards, special tokens left out.
+    """Refuse a backbone whose tokens differ from the shards', special tokens left out.
 
-    Of added tokens only those are compared that segments may hold: the others, such as a padding token that a user has
-    added, may lie beyond the model's embeddings.
-    Of a hub name and of a GGUF file the tokenizer is not read, only the number of tokens compared.
+    Only added tokens that segments may hold are compared. Others, such as a padding token that a user has added, may
+    lie beyond the model's embeddings. For a hub name or a GGUF file the tokenizer is not read, and only the number of
+    tokens is compared.
 
     Args:
-        vocabulary: tokens that the backbone has embeddings of (``vocab_size``).
-        path: where it comes from, a folder with its tokenizer or not.
-        index: of the shards.
+        vocabulary: number of tokens that the backbone has embeddings for (``vocab_size``).
+        path: where the backbone comes from; a folder may hold its tokenizer.
+        index: index of the shards.
         shards: their folder.
 
     Raises:
-        ModelError: a token of the shards has no embedding, or the folder's tokenizer gives its id to another.
+        ModelError: a token of the shards has no embedding, or the folder's tokenizer gives its id to another token.
     """
     if "special_tokens" in index.template:
         first, end = first_special_id(index), index.end_token_id
@@ -113,9 +114,9 @@ def check_vocabulary(vocabulary: int, path: str, index: Index, shards: Path) -> 
 
 
 def _added_in_use(tokenizer: Tokenizer, index: Index) -> dict[str, int]:
-    """Added tokens that segments may hold: those of the template, and those that texts become.
+    """Return the added tokens that segments may hold: those of the template, and those that texts become.
 
-    The trained special tokens are left out: they stand behind the backbone's own.
+    The trained special tokens are left out: they come after the backbone's own.
     """
     frame = tokenizer.encode("a")
     used = {i for i, of_template in zip(frame.ids, frame.special_tokens_mask, strict=True) if of_template}

@@ -1,5 +1,5 @@
-"""The study that the claim rests on: reconstruction first, then contrastive, against contrastive alone.
+"""Study behind the claim: reconstruction first, then contrastive, against contrastive alone.
 
-``python -m launch.study launch/recipes/study/cpu.yaml`` runs it with the project's own commands, one small JSON per
-finished cell; started again it goes on with what is missing.
+``python -m launch.study launch/recipes/study/cpu.yaml`` runs it with the project's own commands and writes one small
+JSON per finished cell. Started again, it runs what is missing.
 """

@@ -94,7 +94,7 @@ def _listed(plan: StudyPlan, names: list[str], seeds: tuple[int, ...]) -> str:
             left = cells if plan.untuned(name) else missing(plan, name, seed)
             steps = "after packing" if not cells else " ".join(str(cell.step) for cell in left) or "none"
             steps += ", after tuning" if plan.untuned(name) else ""
-            # Where the steps are not known yet, results may be there all the same: of a checkout elsewhere.
+            # Before the steps are known, there may already be results from another checkout.
             done = len(cells) - len(left) if cells else len(results_of(plan, name, seed))
             rows.append([name, seed, f"{done}/{len(cells) if cells else '?'}", steps])
     return markdown(["arm", "seed", "cells done", "missing steps"], rows)

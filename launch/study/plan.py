@@ -1,7 +1,8 @@
-"""Which cells a study has, and the exact command of every run: pure functions of the recipes.
+"""Cells of a study and the exact command of every run: pure functions of the recipes.
 
-A cell is an arm, a seed and a number of steps. Its run goes on from the cell before it: the learning rate's horizon is
-stated (``optim.decay_steps``), so that a run may stop at every step of the curve, be exported, and go further.
+A cell is an arm, a seed and a number of steps. Its run continues from the cell before it. The recipe states the
+learning rate's horizon (``optim.decay_steps``), so a run can stop at every step of the curve, be exported, and
+continue.
 """
 
 import hashlib
@@ -20,13 +21,13 @@ from launch.study.recipe import Arm, ArmsRecipe, StudyRecipe
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One result.
+    """One result of a study.
 
     Attributes:
-        arm: name.
-        seed: the study's; :meth:`StudyPlan.recipe_seed` is the run's.
+        arm: name of the arm.
+        seed: the study's seed; :meth:`StudyPlan.recipe_seed` gives the run's.
         step: steps of the arm's own run.
-        final: whether that is its last.
+        final: True if this is the run's last step.
     """
 
     arm: str
@@ -36,7 +37,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """File name of its JSON, without suffix."""
+        """File name of the cell's JSON, without suffix."""
         return f"{self.arm}-seed{self.seed}-step{self.step}"
 
 
@@ -46,8 +47,8 @@ class StudyPlan:
 
     Attributes:
         study: the scale.
-        arms: what is compared.
-        data: where shards and tasks lie, or will.
+        arms: the arms to compare.
+        data: where shards and tasks are or will be.
         matched_steps: steps of the arms with ``compute_of``, once their FLOPs are known.
         tuned: learning rates chosen from the scale's lists, once the losses are known.
     """
@@ -62,18 +63,18 @@ class StudyPlan:
         return self.arms.arms[name]
 
     def steps(self, name: str) -> int | None:
-        """Steps of an arm's run; None where they await the FLOPs."""
+        """Return the steps of an arm's run, or None until the FLOPs that decide them are known."""
         arm = self.arm(name)
         if arm.compute_of:
             return self.matched_steps.get(name)
         return {"none": 0, "stage1": self.study.stage1_steps, "stage2": self.study.stage2_steps, None: None}[arm.steps]
 
     def seeds(self, name: str) -> tuple[int, ...]:
-        """All of the study's; one for an arm that does not train."""
+        """Return all seeds of the study, or only one for an arm that does not train."""
         return self.study.seeds[:1] if self.arm(name).steps == "none" else self.study.seeds
 
     def cells(self, name: str, seed: int) -> list[Cell]:
-        """Of an arm and a seed, in the order of steps; none while its steps are not known."""
+        """Return the cells of an arm and a seed in the order of steps; empty until its steps are known."""
         last = self.steps(name)
         if last is None:
             return []
@@ -84,7 +85,7 @@ class StudyPlan:
         return self.study.work_dir / "runs" / name / f"seed{seed}"
 
     def _rate_key(self, name: str) -> str | None:
-        """Which of the scale's learning rates is an arm's; None where it has none or states its own."""
+        """Return the key of an arm's learning rate in the scale, or None if it has none or states its own."""
         arm, rates = self.arm(name), self.study.learning_rates
         if name in rates:
             return name
@@ -96,7 +97,7 @@ class StudyPlan:
         return self.tuned.get(key) if isinstance(rate, tuple) else rate
 
     def untuned(self, name: str) -> list[str]:
-        """Keys of the learning rates that an arm and what it starts from await, in the order they can be tuned in."""
+        """Return the keys of learning rates that an arm and its predecessors still await, in the order to tune them."""
         after, key = self.arm(name).after, self._rate_key(name)
         out = [] if after is None else self.untuned(after)
         if key is not None and self._rate(key) is None:
@@ -107,15 +108,15 @@ class StudyPlan:
         return self.study.recipes / f"{self.arm(name).recipe}.yaml"
 
     def recipe_seed(self, cell: Cell) -> int:
-        """Of batch order, dropout and adapters: 2 x seed in Stage I, one more in Stage II.
+        """Return the seed of batch order, dropout and adapters: 2 x seed in Stage I, one more in Stage II.
 
-        With Stage I's own order, Stage II would only repeat the batches that Stage I began with, while the longer
-        control saw others. All arms of a seed have the same order in Stage II.
+        With Stage I's order, Stage II would only repeat the batches that Stage I began with, while the longer control
+        saw others. All arms of a seed have the same order in Stage II.
         """
         return 2 * cell.seed + self.arm(cell.arm).has_curve
 
     def overrides(self, cell: Cell) -> list[str]:
-        """What the training command of a cell replaces in its recipe."""
+        """Return the recipe overrides of a cell's training command."""
         arm, last = self.arm(cell.arm), self.steps(cell.arm) or 0
         start = self.study.base if arm.after is None else str(self.run_folder(arm.after, cell.seed) / "export")
         schedule = [f"optim.total_steps={cell.step}", "optim.warmup_steps=0"]
@@ -136,10 +137,10 @@ class StudyPlan:
         ]
 
     def run_settings(self, cell: Cell, more: Sequence[str] = ()) -> dict[str, Any]:
-        """All that decides the weights of a cell's run at whatever step: recipe, shards, what it starts from.
+        """Return all settings that decide the weights of a cell's run at any step: recipe, shards, starting point.
 
         Args:
-            cell: any of the run.
+            cell: any cell of the run.
             more: further overrides.
         """
         recipe = load_recipe(self.recipe_file(cell.arm), TrainRecipe, [*self.overrides(cell), *more])
@@ -153,7 +154,10 @@ class StudyPlan:
         return settings | {"after": {"total_steps": last.step, **self.run_settings(last)}}
 
     def settings_sha256(self, cell: Cell) -> str:
-        """Of all that decides a cell's numbers but where things lie: recipes, its predecessors', data, evaluation."""
+        """Return the hash of all settings that decide a cell's numbers, without paths.
+
+        It covers the recipes of the arm and of its predecessors, the data and the evaluation.
+        """
         chain: list[dict[str, Any]] = []
         link: Cell | None = cell
         while link is not None:

@@ -1,6 +1,7 @@
 """Curves over the steps of Stage II: a panel per task, a line per arm, a band from the lowest seed to the highest.
 
-An arm with one step alone is a point with a bar."""
+An arm with a single step is a point with a bar.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,10 @@ _COLUMNS = 3
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One arm.
+    """Curve of one arm.
 
     Attributes:
-        label: name.
+        label: name of the arm.
         points: scores of all seeds, by step.
     """
 
@@ -38,11 +39,11 @@ class Curve:
 
 
 def draw_curves(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """Write ``path.svg`` and ``path.png``; equal figures give equal SVG.
+    """Write ``path.svg`` and ``path.png``; equal figures give identical SVG.
 
     Args:
         panels: curves by task.
-        path: without suffix.
+        path: path without suffix.
     """
     rows = -(-len(panels) // _COLUMNS)
     columns = -(-len(panels) // rows)

@@ -1,9 +1,11 @@
-"""Data of a study, made once: ``data/`` in its working folder. Its settings are kept in it, and others refused.
+"""Make a study's data once, in ``data/`` of its working folder. The folder keeps its settings and refuses others.
 
-1. ``retrieval/``: the retrieval task, the first paragraphs of a source that is never trained on and questions on them.
+1. ``retrieval/``: the retrieval task, made of the first paragraphs of a source that is never trained on, and questions
+   on them.
 2. ``clean/``: the training pairs without those that repeat an evaluation text (``data_prep decontaminate``).
-3. ``split/``: ``train/`` and ``heldout/``, :func:`split_pairs`; ``decoded.jsonl`` of the latter. They appear together.
-4. ``shards/``, ``heldout_shards/``: both packed (``data_prep pack``).
+3. ``split/``: ``train/`` and ``heldout/`` from :func:`split_pairs`, and ``decoded.jsonl`` drawn from the held-out
+   pairs. They appear together.
+4. ``shards/``, ``heldout_shards/``: both parts packed (``data_prep pack``).
 """
 
 import json
@@ -32,7 +34,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class StudyData:
-    """Where the data of a study lies.
+    """Paths of a study's data.
 
     Attributes:
         folder: the working folder's ``data``.
@@ -58,10 +60,10 @@ class StudyData:
 
 
 def pack_recipe(study: StudyRecipe) -> PackRecipe:
-    """The pack recipe of a scale; folders are still the file's.
+    """Return the pack recipe of a scale; its folders are still those of the file.
 
     Raises:
-        ConfigError: unusable recipe, or not one source in the E5 layout that names its files.
+        ConfigError: the recipe is unusable, or does not have exactly one source in the E5 layout that names its files.
     """
     path = study.recipes / "pack.yaml"
     recipe = load_recipe(path, PackRecipe, [*study.pack, f"tokenizer={study.base}"])
@@ -72,10 +74,10 @@ def pack_recipe(study: StudyRecipe) -> PackRecipe:
 
 
 def prepare(study: StudyRecipe) -> StudyData:
-    """Make what is missing.
+    """Make the data that is missing.
 
     Raises:
-        AnchorError: missing or unusable data; a command that failed.
+        AnchorError: data is missing or unusable, or a command failed.
     """
     data = StudyData(study.work_dir / "data")
     with locked(data.folder) as lock:
@@ -96,7 +98,7 @@ def prepare(study: StudyRecipe) -> StudyData:
 
 
 def data_settings(study: StudyRecipe, recipe: PackRecipe) -> dict[str, Any]:
-    """All that decides what the data of a study is, its input by the hash of each file."""
+    """Return all settings that decide a study's data, with each input file's hash."""
     source = recipe.sources[0]
     files = e5_files(study.pairs, str(study.pairs))
     used = (*(source.only or ()), study.retrieval_source) if isinstance(source, E5Source) else ()
@@ -163,7 +165,7 @@ def _split(study: StudyRecipe, data: StudyData, recipe: PackRecipe, lock: int) -
 
 
 def split_pairs(sources: Mapping[str, Sequence[Row]], heldout_pairs: int) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Training and held-out pairs of every source: the last ones are held out.
+    """Split every source into training pairs and held-out pairs; the last ones are held out.
 
     A pair of any source that holds a held-out query or positive, as query, positive or negative, is in neither.
 
@@ -190,7 +192,7 @@ def split_pairs(sources: Mapping[str, Sequence[Row]], heldout_pairs: int) -> dic
 
 
 def _words(text: str) -> str:
-    """What makes two texts the same: words, whatever their case and spaces."""
+    """Return the words of a text in lower case with single spaces; texts with equal words count as the same."""
     return " ".join(text.lower().split())
 
 
@@ -199,7 +201,7 @@ def _rows(file: Path) -> list[Row]:
 
 
 def _evenly(rows: list[Row], number: int) -> list[Row]:
-    """So many of the rows, spread over all."""
+    """Return ``number`` of the rows, spread evenly."""
     return [rows[i * len(rows) // number] for i in range(min(number, len(rows)))]
 
 

@@ -1,4 +1,4 @@
-"""The project's own command lines, as a reader would type them, run one after the other with a log each."""
+"""Run the project's own command lines one after the other, as a reader would type them, with a log each."""
 
 import logging
 import os
@@ -19,30 +19,30 @@ _LAST_LINES = 5
 
 
 def training(recipe: Path, overrides: Sequence[str], ranks: int) -> list[str]:
-    """``anchor.train`` on one process or, by DeepSpeed's launcher, on several of this machine."""
+    """Return the ``anchor.train`` command for one process, or for several local ones by DeepSpeed's launcher."""
     start = ["python", "-m"] if ranks == 1 else ["deepspeed", "--num_accelerators", str(ranks), "--module"]
     return [*start, "anchor.train", str(recipe), *overrides]
 
 
 def shown(command: Sequence[str]) -> str:
-    """The command as one line for a shell."""
+    """Return the command as one line for a shell."""
     return shlex.join(command)
 
 
 def run(command: Sequence[str], log_file: Path, lock: int) -> None:
-    """Run a command from the project's root; what it prints goes to the end of ``log_file``.
+    """Run a command in the current folder and append its output to ``log_file``.
 
     Args:
-        command, log_file: what and where.
-        lock: from :func:`locked`. The command holds it as well: should this process be killed, the next one waits until
-            the command has ended.
+        command, log_file: the command and its log.
+        lock: descriptor from :func:`locked`. The command inherits it, so if this process is killed, the next one waits
+            until the command has ended.
 
     Raises:
-        TrainingError: it failed or was stopped; the message holds its last line.
+        TrainingError: the command failed or was stopped; the message holds its last line of output.
     """
     log.info("%s", shown(command))
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    # The interpreter at hand, which need not be the first `python` of PATH.
+    # Use this interpreter, which need not be the first `python` on PATH.
     words = [sys.executable if command[0] == "python" else command[0], *command[1:]]
     with log_file.open("a", encoding="utf-8") as file:
         file.write(f"$ {shown(command)}\n")
@@ -63,7 +63,7 @@ def _env() -> dict[str, str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Nobody else does what is done inside, on this file system; waits for whoever does.
+    """Hold the folder's lock inside the context; wait for any other holder on this file system.
 
     Yields:
         The lock's descriptor, for :func:`run`.

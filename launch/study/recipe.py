@@ -1,4 +1,4 @@
-"""What a study is: arms (what is compared) and a scale (how much of it this machine can pay for)."""
+"""Recipes of a study: arms (what is compared) and a scale (how much of it this machine can afford)."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,22 +14,22 @@ Candidates = Annotated[tuple[LearningRate, ...], Field(min_length=2)]
 
 
 class Arm(Section):
-    """One training run per seed, and where it starts from."""
+    """One training run per seed, and its starting point."""
 
     label: str
     """Name in tables and plots."""
     after: FileStem | None = None
-    """Arm of the same seed whose export this one starts from; the base model when absent."""
+    """Arm of the same seed whose export this one starts from; by default the base model."""
     recipe: FileStem
     """Training recipe beside the arms' file, without `.yaml`."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value` for this arm alone."""
+    """`section.key=value` for this arm only."""
     steps: Literal["none", "stage1", "stage2"] | None = None
-    """How long: not at all, or the scale's `stage1_steps` or `stage2_steps`."""
+    """Length of the run: no steps, or the scale's `stage1_steps` or `stage2_steps`."""
     compute_of: tuple[FileStem, ...] = ()
-    """Instead of `steps`: as many as cost the FLOPs of these arms together."""
+    """Instead of `steps`: as many steps as cost the FLOPs of these arms together."""
     decoded: bool = False
-    """Whether its embeddings are decoded: for arms that reconstruct, and those they are compared with."""
+    """True to decode the arm's embeddings: for arms that reconstruct, and those they are compared with."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Arm":
@@ -39,17 +39,20 @@ class Arm(Section):
 
     @property
     def has_curve(self) -> bool:
-        """Whether it is drawn over the steps of Stage II: contrastive arms are, those of equal compute as their end."""
+        """Return whether the arm is drawn over the steps of Stage II.
+
+        Contrastive arms are drawn; arms of equal compute appear as their end point.
+        """
         return self.steps == "stage2" or bool(self.compute_of)
 
 
 class ArmsRecipe(Section):
-    """The arms of a study, in the order in which they are run and shown."""
+    """Arms of a study, in the order in which they are run and shown."""
 
     arms: Annotated[dict[FileStem, Arm], Field(min_length=1)]
-    """By name; file names of the results begin with it."""
+    """Arms by name; file names of the results begin with it."""
     baseline: FileStem
-    """Arm that the others' differences are taken to."""
+    """Arm that the others' differences are measured against."""
 
     @model_validator(mode="after")
     def _arms_exist(self) -> "ArmsRecipe":
@@ -67,62 +70,62 @@ class ArmsRecipe(Section):
 
 
 class StudyEvaluation(Section):
-    """How every cell is scored."""
+    """Scoring of every cell."""
 
     tasks: tuple[str, ...]
-    """mteb tasks, as mteb defines them."""
+    """Names of mteb tasks, as mteb defines them."""
     retrieval_queries: PositiveInt
-    """Questions of the retrieval task made of `retrieval_source`, evenly spaced among those it can answer."""
+    """Questions of the retrieval task made from `retrieval_source`, evenly spaced among those it can answer."""
     retrieval_documents: PositiveInt
-    """Paragraphs of that task, the first ones."""
+    """Paragraphs of that task: the first ones of its source."""
     decoded_pairs: PositiveInt
-    """Held-out pairs whose documents' embeddings are decoded into queries."""
+    """Held-out pairs whose document embeddings are decoded into queries."""
     dtype: Literal["bf16", "fp32"]
     """Compute dtype of embedding and decoding."""
 
 
 class StudyRecipe(Section):
-    """A scale: what `python -m launch.study` runs."""
+    """Scale of a study: the file that `python -m launch.study` runs."""
 
     arms: UserPath
-    """File of :class:`ArmsRecipe`; the training recipes and `pack.yaml` lie beside it."""
+    """File of :class:`ArmsRecipe`; the training recipes and `pack.yaml` are beside it."""
     base: ModelPathText
-    """Model folder, hub name or `.gguf` file that all arms begin with."""
+    """Model folder, hub name or `.gguf` file that all arms start from."""
     pairs: UserPath
     """Folder of the training pairs in E5 layout, `NAME.jsonl[.gz]`."""
     retrieval_source: FileStem
-    """Source of that folder that is never trained on: its pairs are the retrieval task."""
+    """Source in that folder that is never trained on; its pairs make the retrieval task."""
     mteb: UserPath
     """Offline copy of the mteb tasks' data, by hub path."""
     work_dir: UserPath
-    """Folder of data, runs and logs; may be deleted when the results are there."""
+    """Folder of data, runs and logs; may be deleted once the results exist."""
     results_dir: UserPath
     """Folder of the cells' JSON, tables and plots."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    """What the seeds of batch order, dropout and adapters follow from, another one for each stage."""
+    """Seeds of the study. Each stage derives another seed of batch order, dropout and adapters from them."""
     ranks: PositiveInt
-    """Processes of a training run on this machine; several are started by DeepSpeed's launcher."""
+    """Processes of a training run on this machine; DeepSpeed's launcher starts them if there are several."""
     stage1_steps: PositiveInt
     """Steps of Stage I and of its control."""
     stage2_steps: PositiveInt
     """Steps of Stage II."""
     curve_steps: tuple[PositiveInt, ...] = ()
-    """Steps of Stage II, ascending, that are evaluated besides the last; arms of `compute_of` have a schedule of their
-    own, whose middle compares with nothing."""
+    """Steps of Stage II, ascending, that are evaluated besides the last. Arms of `compute_of` are evaluated only at
+    their end: the middle of their schedule compares with nothing."""
     warmup_fraction: Fraction
-    """Of a run's steps, at least one step; then the learning rate falls linearly to zero at its end."""
+    """Share of a run's steps for warm-up, at least one step. Then the learning rate falls linearly to zero."""
     learning_rates: Annotated[dict[FileStem, LearningRate | Candidates], Field(default_factory=dict)]
-    """By training recipe or arm, in its place: what suits so few steps, see `--tune`. A recipe's is that of its arms
-    that have no own, here or in their `overrides`. Of a list, the study tunes the arm of that name before its seeds and
-    takes the rate with the lowest held-out loss."""
+    """Learning rates by training recipe or arm, in place of the recipe's: rates that suit so few steps, see `--tune`. A
+    recipe's rate is for those of its arms that have no rate of their own, here or in their `overrides`. From a list,
+    the study tunes the arm of that name before its seeds and takes the rate with the lowest held-out loss."""
     heldout_pairs: PositiveInt
-    """Pairs of every source, the last ones, that are not trained on: for learning rates and decoding."""
+    """Number of pairs of every source, the last ones, that are held out for learning rates and decoding."""
     pack: tuple[str, ...] = ()
     """`section.key=value` for pack.yaml."""
     train: tuple[str, ...] = ()
-    """`section.key=value` for every training recipe; an arm's own come after."""
+    """`section.key=value` for every training recipe; an arm's own overrides come after."""
     evaluation: StudyEvaluation
-    """How every cell is scored."""
+    """Scoring of every cell."""
 
     @model_validator(mode="after")
     def _ascending(self) -> "StudyRecipe":
@@ -139,10 +142,10 @@ class StudyRecipe(Section):
 
 
 def load_arms(study: StudyRecipe) -> ArmsRecipe:
-    """The arms that a scale names.
+    """Load the arms that a scale names.
 
     Raises:
-        ConfigError: missing or malformed file; a recipe that is not there.
+        ConfigError: the file is missing or malformed, a recipe does not exist, or a learning rate fits no arm.
     """
     arms = load_recipe(study.arms, ArmsRecipe)
     for name, arm in arms.arms.items():
@@ -162,10 +165,10 @@ def load_arms(study: StudyRecipe) -> ArmsRecipe:
 
 
 def chosen_arms(arms: ArmsRecipe, only: str | None) -> list[str]:
-    """Names from ``--only A,B``, in the arms' order; all when None.
+    """Return the names from ``--only A,B`` in the arms' order, or all names when None.
 
     Raises:
-        ConfigError: unknown arm.
+        ConfigError: an arm is unknown.
     """
     wanted = list(arms.arms) if only is None else only.split(",")
     for name in wanted:

@@ -1,7 +1,7 @@
 """Run a study, cell by cell: train to the cell's step, score the export, write one small JSON.
 
-A cell is done when its JSON is there, and then never run again. Whatever is killed, the next start goes on: packing,
-training and evaluation by their own means, the study with the first cell whose JSON is missing.
+A cell is done once its JSON exists, and never runs again. After a kill, the next start goes on: packing, training and
+evaluation resume by themselves, and the study resumes with the first cell whose JSON is missing.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ from launch.study.tables import write_tables
 log = logging.getLogger(__name__)
 
 _ENDS = 10
-"""Steps whose loss is averaged, at the beginning of a run and before a cell."""
+"""Number of steps whose loss is averaged, at the beginning of a run and before a cell."""
 _SHOWN = 10
-"""Decoded texts kept of each cell, the best and the worst."""
+"""Number of decoded texts kept per cell, each of the best and of the worst."""
 _DECODED_TOKENS = 32
 
 
@@ -37,7 +37,7 @@ def run_study(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> No
     """Run the missing cells of some arms and seeds, seed by seed, then write tables and plots.
 
     Raises:
-        AnchorError: a command failed; a result was made with other settings.
+        AnchorError: a command failed, or a result was made with other settings.
     """
     todo = [cell for seed in seeds for name in names if seed in plan.seeds(name) for cell in missing(plan, name, seed)]
     for number, cell in enumerate(todo, start=1):
@@ -47,17 +47,17 @@ def run_study(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> No
 
 
 def result_file(plan: StudyPlan, cell: Cell) -> Path:
-    """Where a cell's result is."""
+    """Return the path of a cell's result."""
     return plan.study.results_dir / f"{cell.name}.json"
 
 
 def results_of(plan: StudyPlan, name: str, seed: int) -> set[Path]:
-    """Files of an arm and a seed that are there, whatever their steps."""
+    """Return the existing result files of an arm and a seed, whatever their steps."""
     return set(plan.study.results_dir.glob(f"{name}-seed{seed}-step*.json"))
 
 
 def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
-    """Cells of an arm and a seed without a result.
+    """Return the cells of an arm and a seed that have no result.
 
     Raises:
         ConfigError: a result was made with other settings.
@@ -76,7 +76,10 @@ def missing(plan: StudyPlan, name: str, seed: int) -> list[Cell]:
 
 
 def _refuse_strays(plan: StudyPlan, name: str, seed: int) -> None:
-    """Results of steps that the plan does not have would stand in its tables: they must be of the same run."""
+    """Refuse results of steps outside the plan unless they are of the same run.
+
+    They would appear in the plan's tables.
+    """
     cells = plan.cells(name, seed)
     files = results_of(plan, name, seed) if cells else set()
     for file in sorted(files - {result_file(plan, cell) for cell in cells}):
@@ -88,7 +91,7 @@ def _refuse_strays(plan: StudyPlan, name: str, seed: int) -> None:
 
 
 def _run_cell(plan: StudyPlan, cell: Cell) -> None:
-    # One lock from the first step to the result: the export that is scored is the one that was trained.
+    # Hold one lock from the first step to the result, so that the scored export is the one just trained.
     with locked(plan.run_folder(cell.arm, cell.seed)) as lock:
         if cell not in missing(plan, cell.arm, cell.seed):  # another process was faster
             return
@@ -124,14 +127,14 @@ def _run_cell(plan: StudyPlan, cell: Cell) -> None:
 
 
 def train(plan: StudyPlan, cell: Cell, more: Sequence[str] = ()) -> None:
-    """Train an arm's run to a cell's step, what it starts from first.
+    """Train an arm's run to a cell's step, after the run that it starts from.
 
     Args:
-        plan, cell: what.
-        more: further overrides, which make another run of it.
+        plan, cell: the plan and the cell to train.
+        more: further overrides, which make a different run of it.
 
     Raises:
-        ConfigError: a folder of a run with other settings.
+        ConfigError: the folder belongs to a run with other settings.
         TrainingError: the run failed.
     """
     recipe = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more])
@@ -140,7 +143,7 @@ def train(plan: StudyPlan, cell: Cell, more: Sequence[str] = ()) -> None:
 
 
 def _train(plan: StudyPlan, cell: Cell, lock: int, more: Sequence[str] = ()) -> Path:
-    """The export, under the lock of its run."""
+    """Train under the run's lock and return the export."""
     arm = plan.arm(cell.arm)
     folder = load_recipe(plan.recipe_file(cell.arm), TrainRecipe, [*plan.overrides(cell), *more]).output_dir
     keep_settings(folder, plan.run_settings(cell, more))
@@ -161,7 +164,7 @@ def _exported_step(export: Path) -> int | None:
 
 
 def scoring(plan: StudyPlan, cell: Cell) -> list[str]:
-    """The command that scores a cell's export."""
+    """Return the command that scores a cell's export."""
     section, folder = plan.study.evaluation, plan.run_folder(cell.arm, cell.seed)
     tasks = ["--tasks", ",".join(section.tasks), "--data-root", str(plan.study.mteb)] if section.tasks else []
     where = ["--retrieval", str(plan.data.retrieval), "--output", str(folder / f"scores-step{cell.step}")]
@@ -169,7 +172,7 @@ def scoring(plan: StudyPlan, cell: Cell) -> list[str]:
 
 
 def decoding(plan: StudyPlan, cell: Cell) -> list[str]:
-    """The command that decodes held-out documents' embeddings into queries."""
+    """Return the command that decodes held-out documents' embeddings into queries."""
     section, folder = plan.study.evaluation, plan.run_folder(cell.arm, cell.seed)
     how = ["--direction", "document_to_query", "--max-new-tokens", str(_DECODED_TOKENS), "--dtype", section.dtype]
     where = ["--pairs", str(plan.data.decoded), "--output", str(folder / "decoded.jsonl"), "--overwrite"]
@@ -177,7 +180,7 @@ def decoding(plan: StudyPlan, cell: Cell) -> list[str]:
 
 
 def commands(plan: StudyPlan, cell: Cell) -> list[str]:
-    """What makes a cell by hand, in order, once the data is prepared."""
+    """Return the commands that make a cell by hand, in order, once the data is prepared."""
     lines = [*_trainings(plan, cell), scoring(plan, cell)]
     lines += [decoding(plan, cell)] if plan.arm(cell.arm).decoded and cell.final else []
     return [shown(line) for line in lines]
@@ -212,7 +215,10 @@ def _decoded(plan: StudyPlan, cell: Cell, export: Path, lock: int) -> dict[str, 
 
 
 def _training_figures(plan: StudyPlan, cell: Cell) -> dict[str, Any]:
-    """Loss, tokens, seconds and FLOPs of the arm's own run up to the cell, and of all runs before it as well."""
+    """Return the loss and cost of the arm's own run up to the cell, and the cost with all runs before it.
+
+    Costs are steps, pairs, tokens, seconds and petaFLOPs.
+    """
     file = plan.run_folder(cell.arm, cell.seed) / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     rows = [row for row in map(json.loads, lines) if row["step"] <= cell.step]
@@ -236,9 +242,9 @@ def _training_figures(plan: StudyPlan, cell: Cell) -> dict[str, Any]:
 
 
 def flops_per_step(plan: StudyPlan, name: str) -> float:
-    """Executed FLOPs of one step of an arm, by the dry run; kept in the working folder.
+    """Return the executed FLOPs of one step of an arm, from the dry run; kept in the working folder.
 
-    Needs the shards, not the weights: the base model's configuration stands for what the arm starts from.
+    It needs the shards but not the weights: the base model's configuration stands in for the arm's starting point.
     """
     from anchor.engine.dry_run import Options, dry_run
 
@@ -257,7 +263,7 @@ def flops_per_step(plan: StudyPlan, name: str) -> float:
 
 
 def matched_steps(plan: StudyPlan) -> dict[str, int]:
-    """Steps of the arms with ``compute_of``: the FLOPs of those arms over the FLOPs of a step of their own."""
+    """Return the steps of the arms with ``compute_of``: the FLOPs of the named arms over one step's."""
     out = {}
     for name, arm in plan.arms.arms.items():
         if arm.compute_of:

@@ -1,4 +1,4 @@
-"""What a folder is made with, kept in it as ``settings.json`` before the work begins; other settings are refused."""
+"""Settings that a folder is made with, kept in it as ``settings.json`` before the work begins."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ _NO_WORK = {".lock", _NAME + ".tmp"}
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a folder without work; of another one, refuse those that differ.
+    """Write the settings into a folder without work; refuse a folder whose settings differ.
 
     Args:
-        folder: existing.
-        settings: all that decides what is made in it, as JSON has it.
+        folder: an existing folder.
+        settings: everything that decides the folder's content, as JSON values.
 
     Raises:
-        ConfigError: made with other settings, each of which is named, or with unknown ones.
+        ConfigError: the folder was made with other settings, each of which is named, or with unknown ones.
     """
     file = folder / _NAME
     remedy = f"delete {folder} or choose another work_dir"
@@ -39,7 +39,7 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _flat(node: Any, name: str = "") -> dict[str, Any]:
-    """Values by dotted name; lists are values."""
+    """Return the values by dotted name; a list is one value."""
     if not isinstance(node, dict):
         return {name: node}
     return {k: v for key, value in node.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}

@@ -1,4 +1,4 @@
-"""Tables and plots of a study, from the JSON of its cells alone: Markdown, SVG and PNG beside them."""
+"""Tables and plots of a study from the JSON of its cells alone: Markdown, with SVG and PNG beside it."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ _LONGEST = 160
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All cells of a folder, in the order of their names."""
+    """Read all cells of a folder, in the order of their names."""
     return [_read_result(file) for file in sorted(folder.glob("*-seed*-step*.json"))]
 
 
@@ -34,7 +34,7 @@ def _read_result(file: Path) -> Result:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation; one value has none."""
+    """Format mean and sample standard deviation; a single value has no deviation."""
     if not values:
         return ""
     mean = f"{statistics.fmean(values):.2f}"
@@ -42,16 +42,16 @@ def spread(values: Sequence[float]) -> str:
 
 
 def score_of(result: Result, task: str) -> float:
-    """A task's main score times 100, or the mean over the tasks."""
+    """Return a task's main score times 100, or the mean over the tasks."""
     scores = result["scores"]
     return 100 * (statistics.fmean(scores.values()) if task == MEAN else scores[task])
 
 
 def write_tables(folder: Path, arms: ArmsRecipe) -> Path | None:
-    """Write ``tables.md``, ``curves.svg`` and ``curves.png``; None where there is no result yet.
+    """Write ``tables.md``, ``curves.svg`` and ``curves.png``; return None if there is no result yet.
 
     Raises:
-        ConfigError: results that no one table can hold.
+        ConfigError: the results do not fit into one table.
     """
     results = [result for result in read_results(folder) if result["arm"] in arms.arms]
     if not results:
@@ -77,7 +77,7 @@ def write_tables(folder: Path, arms: ArmsRecipe) -> Path | None:
 
 
 def _refuse_mixed(folder: Path, results: Sequence[Result]) -> None:
-    """An arm and a seed end once, all were trained on the same shards, and scored on the same tasks."""
+    """Refuse results with two ends of one arm and seed, with different shards, or with different tasks."""
     ends: dict[tuple[str, int], Result] = {}
     for result in results:
         other = ends.setdefault((result["arm"], result["seed"]), result) if result["final"] else result
@@ -102,7 +102,7 @@ def _by_arm(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def final_table(results: Sequence[Result], tasks: Sequence[str]) -> str:
-    """One row per arm: what it cost and what its last step scores."""
+    """Return a table with one row per arm: its cost, and the scores of its last step."""
     rows = []
     for cells in _by_arm(r for r in results if r["final"]).values():
         costs = [r["with_before"] for r in cells]
@@ -118,7 +118,7 @@ def final_table(results: Sequence[Result], tasks: Sequence[str]) -> str:
 
 
 def difference_table(results: Sequence[Result], tasks: Sequence[str], baseline: str) -> str:
-    """Paired by seed, so that what the seeds have in common cancels."""
+    """Return the differences to the baseline, paired by seed so that what the seeds have in common cancels."""
     arms = _by_arm(r for r in results if r["final"])
     base = {r["seed"]: r for r in arms.pop(baseline, [])}
     rows = []
@@ -132,7 +132,7 @@ def difference_table(results: Sequence[Result], tasks: Sequence[str], baseline: 
 
 
 def curves_of(results: Sequence[Result], task: str) -> list[Curve]:
-    """Scores over the steps of Stage II, of the contrastive arms; a curve begins with what its arm starts from."""
+    """Return the contrastive arms' scores over the steps of Stage II; a curve begins with its arm's starting point."""
     arms = _by_arm(results)
     out = []
     for name, cells in arms.items():
@@ -148,7 +148,7 @@ def curves_of(results: Sequence[Result], task: str) -> list[Curve]:
 
 
 def _starts(results: Sequence[Result], cells: Sequence[Result]) -> list[Result]:
-    """Cells that the runs of an arm start from: of the same seeds, or the untrained model."""
+    """Return the cells that an arm's runs start from: of the same seeds, or the untrained model."""
     after, seeds = cells[0]["after"], {r["seed"] for r in cells}
     if after is None:
         return [r for r in results if r["with_before"]["steps"] == 0]
@@ -156,7 +156,7 @@ def _starts(results: Sequence[Result], cells: Sequence[Result]) -> list[Result]:
 
 
 def curve_table(results: Sequence[Result]) -> str:
-    """Mean over the tasks, by arm and step."""
+    """Return a table of the mean over the tasks, by arm and step."""
     curves = curves_of(results, MEAN)
     steps = sorted({step for curve in curves for step in curve.points})
     rows = [[curve.label, *(spread(curve.points.get(step, [])) for step in steps)] for curve in curves]
@@ -164,7 +164,7 @@ def curve_table(results: Sequence[Result]) -> str:
 
 
 def decoding_table(results: Sequence[Result]) -> str:
-    """Token F1 and ROUGE-L by arm."""
+    """Return a table of token F1 and ROUGE-L by arm."""
     rows = []
     for cells in _by_arm(r for r in results if r["decoded"]).values():
         figures = ([100 * r["decoded"][key] for r in cells] for key in ("token_f1", "rouge_l"))
@@ -173,7 +173,7 @@ def decoding_table(results: Sequence[Result]) -> str:
 
 
 def examples(results: Sequence[Result]) -> list[str]:
-    """The best and the worst decoded queries of the first arm that reconstructs, first seed."""
+    """Return the best and the worst decoded queries of the first arm that reconstructs, first seed."""
     shown = next((r for r in results if r["decoded"] and r["with_before"]["steps"]), None)
     if shown is None:
         return []
@@ -189,12 +189,12 @@ def examples(results: Sequence[Result]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """One line that a Markdown table can hold."""
+    """Return the text as one line that a Markdown table can hold."""
     line = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]], texts: int = 1) -> str:
-    """A Markdown table; the first ``texts`` columns are texts, the others figures."""
+    """Return a Markdown table; the first ``texts`` columns are text, the others numbers."""
     lines = [columns, ["---" if i < texts else "---:" for i in range(len(columns))], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,8 +1,8 @@
-"""Learning rates chosen on held-out training pairs, before any test set is looked at.
+"""Choose learning rates on held-out training pairs, before any test set is looked at.
 
-Every rate is one run of an arm, of a seed that the study does not use; the objective's own loss on the first held-out
-batches decides. Where the scale lists rates, the study takes the best one itself; what ``--tune`` finds is written into
-the scale (`learning_rates`) by hand.
+Each rate is one run of an arm, with a seed that the study does not use. The objective's own loss on the first held-out
+batches decides. If the scale lists rates, the study takes the best one itself. Rates found with ``--tune`` are written
+into the scale (`learning_rates`) by hand.
 """
 
 import hashlib
@@ -29,14 +29,15 @@ TUNING_SEED = 1000
 MAX_BATCHES = 8
 
 Losses = dict[str, dict[str, Any]]
-"""By rate: the held-out loss before and after, in nats, and the command."""
+"""Held-out loss before and after in nats, and the command, by rate."""
 
 
 def tune(plan: StudyPlan, name: str, rates: Sequence[float]) -> str:
-    """Run an arm at several learning rates; a Markdown table of held-out losses, also kept as JSON.
+    """Run an arm at several learning rates; return a Markdown table of held-out losses, also kept as JSON.
 
     Raises:
-        ConfigError: an arm that does not train, a study that uses the tuning seed, losses of other settings.
+        ConfigError: the arm does not train, the study uses the tuning seed, or kept losses were made with other
+            settings.
         AnchorError: a run failed.
     """
     after = plan.arm(name).after
@@ -50,15 +51,15 @@ def tune(plan: StudyPlan, name: str, rates: Sequence[float]) -> str:
 
 
 def tuned(plan: StudyPlan, names: Sequence[str], *, run: bool = True) -> StudyPlan:
-    """The plan with a rate chosen from every list of the scale that some arms depend on.
+    """Return the plan with a rate chosen from every list of the scale that these arms depend on.
 
     Args:
-        plan: with the steps of the arms of equal compute.
-        names: arms.
-        run: whether to train what has not been; otherwise a list with a missing loss is left as it is.
+        plan: a plan with the steps of the arms of equal compute.
+        names: names of the arms.
+        run: True to train missing runs; False to leave a list with a missing loss unchosen.
 
     Raises:
-        ConfigError: a study that uses the tuning seed, losses of other settings.
+        ConfigError: the study uses the tuning seed, or kept losses were made with other settings.
         AnchorError: a run failed.
     """
     for key in dict.fromkeys(key for name in names for key in plan.untuned(name)):
@@ -82,7 +83,7 @@ def _best(losses: Losses) -> str:
 
 
 def _losses(plan: StudyPlan, name: str, rates: Sequence[float]) -> Losses:
-    """Of these rates and of those known already, ascending; trains what is missing."""
+    """Return the losses of these rates and of all known ones in ascending order; train what is missing."""
     if not plan.steps(name) or TUNING_SEED in plan.study.seeds:
         raise ConfigError(f"--tune: arm '{name}' does not train, or seed {TUNING_SEED} is one of the study's")
     last = plan.cells(name, TUNING_SEED)[-1]
@@ -96,7 +97,7 @@ def _losses(plan: StudyPlan, name: str, rates: Sequence[float]) -> Losses:
             losses = {row["step"]: row["held_out/loss_total_nats"] for row in map(json.loads, lines)}
             command = shown(training(plan.recipe_file(name), [*plan.overrides(last), *more], plan.study.ranks))
             made = {"command": command, "settings_sha256": _settings_sha256(plan, name, rate)}
-            # Read again: another process may have added its own meanwhile.
+            # Read again: another process may have added losses in the meantime.
             known = _known(plan, name) | {rate: {"before": losses[0], "after": losses[last.step], **made}}
             plan.study.results_dir.mkdir(parents=True, exist_ok=True)
             write_json(_file(plan, name), known)
@@ -105,7 +106,7 @@ def _losses(plan: StudyPlan, name: str, rates: Sequence[float]) -> Losses:
 
 
 def _known(plan: StudyPlan, name: str) -> Losses:
-    """What is kept; losses of other shards or recipes do not compare."""
+    """Return the kept losses; refuse those of other shards or recipes, which do not compare."""
     file = _file(plan, name)
     known: Losses = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for rate, made in known.items():
