@@ -77,12 +77,6 @@ class RankedEncoder(TextEncoder):
     def revision(self) -> str:
         return self._local.revision()
 
-    def _positions(self) -> int | None:
-        return self._local._positions()
-
-    def _truncate(self, max_tokens: int) -> None:
-        self._local._truncate(max_tokens)
-
     def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
         if self.world_size == 1:
             return self._local.states(texts, prompt)

@@ -174,7 +174,7 @@ def _absent(data_root: Path, path: str, revision: str | None, sums: dict[str, An
 
 def is_bright(task: AbsTask) -> bool:
     """Whether a task is one of BRIGHT's."""
-    return task.metadata.name.startswith("Bright")
+    return task.metadata.name.startswith("Bright") and not task.metadata.name.startswith("BrightPro")
 
 
 def local_retrieval_task(folder: Path) -> AbsTask:

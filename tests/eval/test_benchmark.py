@@ -441,8 +441,11 @@ def test_documents_get_what_the_prompt_file_says(export_dir):
     assert ours.prompt(task.metadata, PromptType.document) == ""
     assert generative.prompt(task.metadata, PromptType.document) == "Summarize the following passage: "
     assert ours.prompt(bright.metadata, PromptType.query).startswith(bright.metadata.prompt["query"][:20])
+    of_domain = "Given a biology post, generate relevant passages that help answer the post: "
+    assert generative.prompt(bright.metadata, PromptType.query) == of_domain
+    (other,) = mteb.get_tasks(tasks=["BrightProBiologyRetrieval"])  # not in the file
     general = "Generate a passage that best answers this question: "
-    assert generative.prompt(bright.metadata, PromptType.query) == general
+    assert generative.prompt(other.metadata, PromptType.query) == general
     assert MtebEncoder(encoder).prompt(task.metadata, PromptType.query) == "Answer it: "
 
 

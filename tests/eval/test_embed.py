@@ -251,7 +251,7 @@ def test_overwriting_keeps_the_old_vectors_until_there_are_new_ones(encoder, sou
     missing = tmp_path / "typo.jsonl"
     (tmp_path / "link.parquet").symlink_to(out / "embeddings.parquet")
     for path, message in (
-        (missing, f"{missing}: no such file; expected .jsonl, .parquet or .txt, or - for standard input"),
+        (missing, f"{missing}: no such file; expected .jsonl, .csv, .tsv or .txt (each also .gz or .zst)"),
         (out / "embeddings.parquet", f"{out}/embeddings.parquet: the input lies inside --output {out}; "),
         (tmp_path / "link.parquet", f"{tmp_path}/link.parquet: the input lies inside --output {out}; "),
         (broken, f"{broken}:2: no field 'text' with a text"),
