@@ -367,7 +367,14 @@ def test_vllm_gets_the_same_prompts_and_settings_and_its_answers_stay_with_their
     report = respond(options(model, questions, tmp_path / "a", engine="vllm", device="cdua"), as_json=True)
     assert (report["engine"], report["device"]) == ("vllm", None)  # it chooses by itself
     assert vllm.opened == [
-        {"model": str(model), "dtype": "float32", "max_model_len": 72, "seed": 0, "generation_config": "vllm"}
+        {
+            "model": str(model),
+            "dtype": "float32",
+            "max_model_len": 72,
+            "seed": 0,
+            "generation_config": "vllm",
+            "trust_remote_code": False,
+        }
     ]
     found = read(tmp_path / "a", "answers")
     assert [row["question"] for row in found] == [row["question"] for row in rows(30)]
