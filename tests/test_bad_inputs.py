@@ -79,6 +79,9 @@ def ground(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     environment = dict(os.environ)
+    # An earlier test's rank would be taken for this one's.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
     yield Ground(folder, good_shards, tiny_model_dir, export_dir)
     dist.shutdown()
     os.environ.clear()
