@@ -36,7 +36,7 @@ def train_long(cluster: Cluster, recipe: Path, log: Path) -> subprocess.Popen[by
 def test_two_hosts_give_the_losses_of_one_process_and_arguments_arrive_unharmed(
     ssh_cluster: Cluster, reference: Reference, tmp_path: Path
 ) -> None:
-    odd = tmp_path / 'two hosts $HOME; `x` 100%h "q" it\'s'
+    odd = tmp_path / 'two hosts $(x); `x` 100%h "q" it\'s'  # a recipe would expand $NAME itself
     done = ssh_cluster.nodes[0].run(*multinode(ssh_cluster.folder / "hostfile", reference.recipe, f"output_dir={odd}"))
     assert "node1: ok, 1 ranks\nnode2: ok, 1 ranks\n" in done.stdout
     assert "2 ranks" in done.stdout
