@@ -115,7 +115,7 @@ def test_a_signal_to_the_launcher_writes_a_checkpoint_from_which_the_same_comman
     ssh_cluster.nodes[0].run("kill", "-USR1", launcher)
     assert run.wait(timeout=60) == 85, log.read_text()
     wait_until(lambda: gone(ssh_cluster.nodes), 10, "no process of the run")
-    assert "stopped with a checkpoint; the same command goes on from it" in log.read_text()
+    assert "stopped by a signal; the same command goes on" in log.read_text()
     done = ssh_cluster.nodes[0].run(*multinode(ssh_cluster.folder / "hostfile", *CHECKED, recipe))
     assert "resumed at step " in done.stdout
     folder = next(line.split(": ")[1] for line in recipe.read_text().splitlines() if line.startswith("output_dir"))
