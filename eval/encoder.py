@@ -106,9 +106,9 @@ class TextEncoder(ABC):
         """Longest text that the model can read; None where it does not say."""
         return None
 
+    @abstractmethod
     def _truncate(self, max_tokens: int) -> None:
-        """Make the tokenizer cut there."""
-        raise NotImplementedError
+        """Make the tokenizer cut texts at ``max_tokens``."""
 
     def prompt(self, name: str) -> str:
         """A prompt of the folder by name.

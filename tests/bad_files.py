@@ -35,6 +35,14 @@ def _with_ds(g: Ground, content: Content) -> list[str]:
     return g.train(f"engine.deepspeed={g.file('bad.json', content)}")
 
 
+def _embedding_with(name: str) -> Callable[[Ground, Content], list[str]]:
+    return lambda g, content: g.embed_with(g.altered(g.export, name, content))
+
+
+def _packing_with(name: str) -> Callable[[Ground, Content], list[str]]:
+    return lambda g, content: g.pack(f"tokenizer={g.altered(g.model, name, content)}")
+
+
 _OBJECTS: dict[str, tuple[str, Callable[[Ground, Content], list[str]]]] = {
     "a DeepSpeed file": ("bad.json", _with_ds),
     "the index of shards to train on": (
@@ -53,7 +61,7 @@ _OBJECTS: dict[str, tuple[str, Callable[[Ground, Content], list[str]]]] = {
         ],
     ),
     "state.json of the only checkpoint": ("all 1 checkpoints are damaged", lambda g, content: g.resumed(content)),
-    "anchor.json": ("anchor.json", lambda g, content: g.embed_with(g.altered(g.export, "anchor.json", content))),
+    "anchor.json": ("anchor.json", _embedding_with("anchor.json")),
     "the manifest of vectors": ("manifest.json", _vectors),
     "scores.json": ("scores.json", lambda g, content: ["table", f"a={Path(g.file('r/scores.json', content)).parent}"]),
     "a result of mteb": (
@@ -66,22 +74,10 @@ _OBJECTS: dict[str, tuple[str, Callable[[Ground, Content], list[str]]]] = {
         "altered-",
         lambda g, content: g.train(f"backbone.path={g.altered(g.model, 'config.json', content)}"),
     ),
-    "config.json of an export": (
-        "altered-",
-        lambda g, content: g.embed_with(g.altered(g.export, "config.json", content)),
-    ),
-    "tokenizer.json to pack with": (
-        "altered-",
-        lambda g, content: g.pack(f"tokenizer={g.altered(g.model, 'tokenizer.json', content)}"),
-    ),
-    "tokenizer.json of an export": (
-        "altered-",
-        lambda g, content: g.embed_with(g.altered(g.export, "tokenizer.json", content)),
-    ),
-    "tokenizer_config.json to pack with": (
-        "altered-",
-        lambda g, content: g.pack(f"tokenizer={g.altered(g.model, 'tokenizer_config.json', content)}"),
-    ),
+    "config.json of an export": ("altered-", _embedding_with("config.json")),
+    "tokenizer.json to pack with": ("altered-", _packing_with("tokenizer.json")),
+    "tokenizer.json of an export": ("altered-", _embedding_with("tokenizer.json")),
+    "tokenizer_config.json to pack with": ("altered-", _packing_with("tokenizer_config.json")),
 }
 _ALLOWED = {
     # sentence-transformers serves such a folder.

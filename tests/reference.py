@@ -1,7 +1,7 @@
 """What the packed code must equal, written the long way: plain transformers, one text at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ def plain_reconstruction(
     *,
     decode_prefix: Sequence[int] = (),
     kept: Sequence[Tensor] | None = None,
+    vector: Callable[[Tensor, dict], Tensor] = lambda state, _: state,
 ) -> Tensor:
     """Algorithm 1 of the paper, one pair at a time, full logits.
 
@@ -54,6 +55,7 @@ def plain_reconstruction(
         prefix: targets begin behind so many tokens; None: they are the bare texts.
         decode_prefix: tokens before the anchor vector.
         kept: per pack, which of its decode inputs are not dropped; None: all.
+        vector: anchor state and its segment -> vector of the decode pass.
     """
     sums, counts = [0.0, 0.0], [0, 0]
     before = model.get_input_embeddings()(torch.tensor(decode_prefix, dtype=torch.long))
@@ -69,7 +71,7 @@ def plain_reconstruction(
                 words = model.get_input_embeddings()(body)
                 if masks is not None:
                     words = torch.stack([word if next(masks) else torch.zeros_like(word) for word in words])
-                inputs = torch.cat([before, anchor[None], words])
+                inputs = torch.cat([before, vector(anchor, partner)[None], words])
                 logits = model(inputs_embeds=inputs[None]).logits[0, len(before) :].double()
                 wanted = torch.cat([body, target["ids"][-1:]])
                 sums[target["role"]] = sums[target["role"]] + torch.nn.functional.cross_entropy(

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from anchor import dist
 from anchor.engine.deepspeed import Engine
 from anchor.engine.estimate_work import checkpoint_bytes
-from anchor.engine.json_files import read_object
 from anchor.engine.step import objective_of
 from anchor.errors import TrainingError, first_line
+from anchor.json_files import read_object
 from anchor.models.centres import CENTRES_NAME
 
 log = logging.getLogger(__name__)

@@ -27,10 +27,10 @@ from anchor.data.tokenizer_files import name_pieces
 from anchor.engine import export_special_tokens
 from anchor.engine.deepspeed import Engine
 from anchor.engine.folder_files import config_for_all, prompts_and_limit, prompts_line, write_json_files
-from anchor.engine.json_files import read_object
 from anchor.engine.plan import decode_prefix_of
 from anchor.engine.step import objective_of
 from anchor.errors import TrainingError, disk_refusal
+from anchor.json_files import read_object
 from anchor.models.backbone import DTYPES, lora_config
 from anchor.models.centres import CENTRES_NAME
 from anchor.models.embedder import Embedder

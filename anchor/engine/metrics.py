@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from anchor.config.schema import TelemetrySection
-from anchor.engine.json_files import parse_object
 from anchor.errors import ConfigError, TrainingError
+from anchor.json_files import parse_object
 
 log = logging.getLogger(__name__)
 

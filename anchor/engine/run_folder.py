@@ -17,9 +17,9 @@ import yaml
 from anchor import dist
 from anchor.config.schema import TrainRecipe
 from anchor.engine.checkpoint import checkpoint_step, complete_checkpoints, newest_intact, remove_unfinished
-from anchor.engine.json_files import read_object
 from anchor.engine.resume import check_same_run, what_differs
 from anchor.errors import ConfigError, DataError, TrainingError, first_line
+from anchor.json_files import read_object
 from anchor.locks import locked
 
 log = logging.getLogger(__name__)

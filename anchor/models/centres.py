@@ -15,6 +15,7 @@ without gradient. It does not depend on how a batch is split. A frame that has n
 """
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from anchor.data.packing import cu_seqlens
 from anchor.data.records import POSITIVE
 from anchor.data.shards import Batch, Pack
 from anchor.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 CENTRES_NAME = "decode_centres.safetensors"
 _EPSILON = 1e-12
@@ -52,6 +55,7 @@ class Centres:
     def __init__(self) -> None:
         self.means: dict[Frame, Tensor] = {}
         self._sums: dict[Frame, Tensor] = {}
+        self._warned = False
 
     def vectors(self, anchors: Float[Tensor, "S H"], pack: Pack, *, training: bool) -> Float[Tensor, "S H"]:
         """Centre and scale the anchor states of a pack.
@@ -101,7 +105,10 @@ class Centres:
         """Centre and scale anchor states, using the frame that matches each text's token ids."""
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         zero = wide.new_zeros(wide.shape[1])
-        found = (self.match(ids) for ids in texts)
+        found = [self.match(ids) for ids in texts]
+        if None in found and not self._warned:
+            log.warning("texts whose template or instruction was not trained on: their states are not centred")
+            self._warned = True
         means = [zero if frame is None else self.means[frame].to(wide) for frame in found]
         return scaled(wide - torch.stack(means))
 
@@ -119,7 +126,7 @@ class Centres:
             stored = load_file(file)
             self.means = {_frame(name): mean for name, mean in stored.items()}
         except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise ModelError(f"{file}: missing or unreadable ({type(error).__name__}); export again") from error
+            raise ModelError(f"{file}: missing or unreadable ({type(error).__name__}); restore it") from error
 
 
 def _frame(name: str) -> Frame:

@@ -99,8 +99,11 @@ def test_cu_seqlens_and_positions_equal_a_loop(lengths: list[int]) -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=30),
     st.integers(0, 3),
+    st.integers(0, 3),
 )
-def test_the_decode_plan_equals_a_loop_over_segments(shapes: list[tuple[int, int, int]], negatives: int) -> None:
+def test_the_decode_plan_equals_a_loop_over_segments(
+    shapes: list[tuple[int, int, int]], negatives: int, before: int
+) -> None:
     per_pair = 2 + negatives
     shapes = (shapes * per_pair)[: max(1, len(shapes) // per_pair) * per_pair]
     starts = np.asarray([prefix for prefix, _, _ in shapes], dtype=np.int32)
@@ -108,8 +111,10 @@ def test_the_decode_plan_equals_a_loop_over_segments(shapes: list[tuple[int, int
     lengths = ends + np.asarray([suffix for _, _, suffix in shapes], dtype=np.int32)
     roles = np.tile(np.arange(per_pair, dtype=np.int8), len(shapes) // per_pair)
     ids = np.random.default_rng(0).permutation(int(lengths.sum())).astype(np.int32)
-    plan = decode_plan(ids, lengths, roles, starts, ends)
+    plan = decode_plan(ids, lengths, roles, starts, ends, num_decode_prefix=before)
 
+    prefix = [len(shapes) + len(ids) + i for i in range(before)]
+    body_rows, target_rows = [], []
     gather, targets, row_lengths, target_roles, pairs = [], [], [], [], []
     offset, offsets = 0, []
     for length in lengths.tolist():
@@ -120,9 +125,11 @@ def test_the_decode_plan_equals_a_loop_over_segments(shapes: list[tuple[int, int
             continue
         partner = s + 1 if role == 0 else s - 1
         body = list(range(offsets[s] + int(starts[s]), offsets[s] + int(ends[s])))
-        gather += [partner] + [len(shapes) + t for t in body]
+        target_rows += range(len(gather) + before, len(gather) + before + 1 + len(body))
+        body_rows += range(len(gather) + before + 1, len(gather) + before + 1 + len(body))
+        gather += [*prefix, partner] + [len(shapes) + t for t in body]
         targets += [int(ids[t]) for t in body] + [int(ids[offsets[s] + int(lengths[s]) - 1])]
-        row_lengths.append(len(body) + 1)
+        row_lengths.append(before + 1 + len(body))
         target_roles += [role] * (len(body) + 1)
         pairs.append(s // per_pair)
     assert len(gather) >= 4
@@ -131,16 +138,18 @@ def test_the_decode_plan_equals_a_loop_over_segments(shapes: list[tuple[int, int
     assert plan.lengths.tolist() == row_lengths
     assert plan.target_roles.tolist() == target_roles
     assert plan.target_pairs.tolist() == pairs
-    assert plan.target_rows.tolist() == list(range(len(gather)))
+    assert plan.target_rows.tolist() == target_rows
+    assert plan.body_rows.tolist() == body_rows
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=30),
     st.integers(0, 3),
     st.integers(1, 5),
+    st.integers(0, 3),
 )
 def test_the_answer_decode_plan_equals_a_loop_over_positives(
-    shapes: list[tuple[int, int, int]], negatives: int, num_prefix: int
+    shapes: list[tuple[int, int, int]], negatives: int, num_prefix: int, before: int
 ) -> None:
     per_pair, end = 2 + negatives, 10**6
     shapes = (shapes * per_pair)[: max(1, len(shapes) // per_pair) * per_pair]
@@ -149,16 +158,19 @@ def test_the_answer_decode_plan_equals_a_loop_over_positives(
     lengths = ends + np.asarray([suffix for _, _, suffix in shapes], dtype=np.int32)
     roles = np.tile(np.arange(per_pair, dtype=np.int8), len(shapes) // per_pair)
     ids = np.random.default_rng(0).permutation(int(lengths.sum())).astype(np.int32)
-    plan = answer_decode_plan(ids, lengths, roles, starts, ends, num_prefix=num_prefix, end_token_id=end)
+    plan = answer_decode_plan(
+        ids, lengths, roles, starts, ends, num_prefix=num_prefix, end_token_id=end, num_decode_prefix=before
+    )
 
     queries = len(shapes) // per_pair
     vectors = [("p", query, k) for query in range(queries) for k in range(num_prefix)]
-    vectors += [("x", int(token)) for token in ids]
+    vectors += [("x", int(token)) for token in ids] + [("b", i) for i in range(before)]
     offset, rows, predicted = 0, [], []
     for s, (prefix, body, suffix) in enumerate(shapes):
         if s % per_pair == 1:
             tokens = ids[offset + prefix : offset + prefix + body].tolist()
-            rows.append([("p", s // per_pair, k) for k in range(num_prefix)] + [("x", token) for token in tokens])
+            prompts = [("p", s // per_pair, k) for k in range(num_prefix)]
+            rows.append([("b", i) for i in range(before)] + prompts + [("x", token) for token in tokens])
             predicted.append([*tokens, end])
         offset += prefix + body + suffix
     assert [vectors[i] for i in plan.gather] == [vector for row in rows for vector in row]

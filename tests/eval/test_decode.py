@@ -3,14 +3,17 @@ embedding decodes to what its text decodes to; what cannot be decoded says why."
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import english_pairs, write_jsonl
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from anchor.errors import ConfigError, DataError, ModelError
+from anchor.models.centres import CENTRES_NAME
 from anchor.models.reconstructor import generate_from_prefixes
 from eval.__main__ import main
 from eval.decode import Decoded, Decoder, means, overlap, read_pairs, write_decoded
@@ -30,9 +33,9 @@ def encoder(export_dir) -> Encoder:
     return encoder
 
 
-def greedy_without_cache(encoder: Encoder, state: torch.Tensor, steps: int) -> list[int]:
+def greedy_without_cache(encoder: Encoder, rows: torch.Tensor, steps: int) -> list[int]:
     """One packed pass per token: the decode pass of training, its last row's best token appended."""
-    inputs, ids = state[None], []
+    inputs, ids = rows, []
     model = encoder.embedder
     for _ in range(steps):
         length = len(inputs)
@@ -53,12 +56,44 @@ def test_greedy_decoding_equals_the_decode_pass_without_a_cache(encoder):
     decoded = generate_from_prefixes(encoder.causal_lm, states[:, None], end, max_new_tokens=6)
     assert encoder.causal_lm.generation_config.repetition_penalty == 5.0
     with torch.inference_mode():
-        expected = [greedy_without_cache(encoder, state, 6) for state in states]
+        expected = [greedy_without_cache(encoder, state[None], 6) for state in states]
     cut = [ids[: ids.index(end)] if end in ids else ids for ids in expected]
     assert any(cut)
     assert decoded == cut
     # The packed kernel is back in its place.
     np.testing.assert_allclose(encoder.states(TEXTS), texts, atol=1e-6)
+
+
+def test_a_centred_model_behind_a_prefix_decodes_as_its_decode_pass_does(export_dir, tmp_path):
+    """Text by text, without a cache: [prefix, centred anchor state, words so far]; a stored vector says the same."""
+    folder = tmp_path / "centred"
+    shutil.copytree(export_dir, folder)
+    about = json.loads((folder / "anchor.json").read_text())
+    end, bos = (Encoder(folder, dtype="fp32").backend.token_to_id(name) for name in ("<|endoftext|>", "<|im_start|>"))
+    changes = {"anchor_vector": "centred", "decode_prefix_token_ids": [bos, 9], "anchor_token_id": end}
+    (folder / "anchor.json").write_text(json.dumps(about | changes))
+    plain = Encoder(export_dir, dtype="fp32")
+    frame = plain.backend.encode("").ids
+    # Away from the anchor token, which a tied random model would repeat, and towards a word.
+    word = plain.embedder.embed_tokens(torch.tensor([300]))[0].detach()
+    mean = torch.from_numpy(plain.states(TEXTS)).mean(dim=0) - word / word.square().mean().sqrt()
+    save_file({json.dumps([frame[:-1], frame[-1:]]): mean}, folder / CENTRES_NAME)
+    encoder = Encoder(folder, dtype="fp32")
+    decoder = Decoder(encoder, max_new_tokens=6)
+    expected = []
+    with torch.inference_mode():
+        for state in torch.from_numpy(encoder.states(TEXTS)):
+            moved = state - mean
+            vector = moved / moved.square().mean().sqrt()
+            before = encoder.embedder.embed_tokens(torch.tensor([bos, 9]))
+            ids = greedy_without_cache(encoder, torch.cat([before, vector[None]]), 6)
+            expected.append(encoder.backend.decode(ids[: ids.index(end)] if end in ids else ids))
+    assert any(expected)
+    assert [one.decoded for one in decoder.texts(TEXTS)] == expected
+    assert expected != [one.decoded for one in Decoder(plain, max_new_tokens=6).texts(TEXTS)]
+    source = Source(write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in TEXTS]))
+    embed(encoder, source, tmp_path / "vectors", Options())
+    assert [one.decoded for one in decoder.stored(tmp_path / "vectors")] == expected
 
 
 def test_a_stored_embedding_decodes_like_its_text(encoder, tmp_path, monkeypatch):
