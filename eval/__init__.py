@@ -1,1 +1,1 @@
-"""A model folder -> embeddings and scores."""
+"""Embed texts with a model folder and score it."""

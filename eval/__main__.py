@@ -38,7 +38,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
     prompts = None if name == "folder" else load_prompts(name)
     output = arguments.output or arguments.model / "mteb"
     labelled = _labelled([f"this={output}", *(item for item in arguments.compare if item != "published")])
-    for _, folder in labelled[1:]:  # what cannot be shown is named before hours of scoring
+    for _, folder in labelled[1:]:  # fail before hours of scoring if a result cannot be shown
         main_scores(folder) if benchmark is None else task_results(folder)
     if benchmark is not None and with_published:
         published(benchmark.name)
@@ -64,7 +64,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
 
 
 def _tasks(arguments: argparse.Namespace) -> tuple["Benchmark | None", list["AbsTask"]]:
-    """The benchmark, if one is asked for, and all tasks to run; what has no data is named before a model is loaded."""
+    """Return the benchmark, if any, and all tasks to run; report tasks without data before loading a model."""
     from eval.tasks import find_benchmark, local_retrieval_task, named_tasks, with_data
 
     names = [name for name in arguments.tasks.split(",") if name]
@@ -116,12 +116,12 @@ def _embed(arguments: argparse.Namespace) -> None:
         format=arguments.output_format,
         shard_texts=arguments.shard_texts,
     )
-    with joined(PATIENCE):  # rank 0 merges the parts of all, whatever their size
+    with joined(PATIENCE):  # merging large parts on rank 0 may take long
         embed(_open(arguments), source, arguments.output, options, overwrite=arguments.overwrite)
 
 
 def _open(arguments: argparse.Namespace) -> "PackedEncoder | PlainEncoder":
-    """The encoder of `eval embed` and `eval mteb`."""
+    """Open the encoder for `eval embed` and `eval mteb`."""
     from eval.opening import open_encoder
 
     encoder = open_encoder(
@@ -149,7 +149,7 @@ def _warn_of_fp32(encoder: "PackedEncoder | PlainEncoder") -> None:
 
 
 def _path(given: str) -> Path | None:
-    """A source's file; None is standard input."""
+    """Return the path of a source, or None for standard input."""
     return None if given == "-" else Path(given)
 
 
@@ -262,7 +262,7 @@ def _show(benchmark: "Benchmark | None", labelled: list[tuple[str, Path]], *, pu
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command line."""
     arguments = make_parser().parse_args(argv)
     anchor_log.setup()
     with exit_on_user_error():

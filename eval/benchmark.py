@@ -1,12 +1,12 @@
-"""``python -m eval mteb``: real mteb tasks, scored by mteb itself.
+"""``python -m eval mteb``: score a model on mteb tasks, with mteb's own scoring code.
 
-1. The texts of a task get the instruction of the prompt file; for tasks that it does not know, its general one for
-   queries or that of mteb's own task; else the prompt of the model folder that mteb's order of names finds. What was
-   used stands in ``scores.json``.
-2. All ranks embed; rank 0 scores (:mod:`eval.ranks`). Two tasks run in threads of rank 0 that take turns to embed:
-   while one is scored, the ranks embed for the other. Vectors are kept on disk until the task's result is saved.
-3. Results are in mteb's own layout. The model's revision names weights, dtype and prompts and that of a local data set
-   its :func:`eval.local_data.data_hash`: a result of other prompts or other data is never taken for this one's.
+1. Each task's texts get the instruction from the prompt file. For a task that the file does not list, fall back to the
+   file's general query instruction, then to the instruction of mteb's task, then to the model folder's prompt that
+   mteb selects. ``scores.json`` records the prompts used.
+2. All ranks embed; rank 0 scores (:mod:`eval.ranks`). Rank 0 runs two tasks in threads that take turns to embed: while
+   mteb scores one task, the ranks embed the other. Vectors stay on disk until the task's result is saved.
+3. Results are written in mteb's layout. The model's revision covers weights, dtype and prompts; the revision of a local
+   data set includes its :func:`eval.local_data.data_hash`. So a result from other prompts or data is never reused.
 """
 
 import json
@@ -48,12 +48,12 @@ _DEFAULT_FORMAT = "{instruction}: {text}"
 
 
 class MtebEncoder(AbsEncoder):
-    """An encoder as mteb calls it; calls from several threads wait for one another.
+    """Adapter from :class:`TextEncoder` to mteb's encoder interface; only one thread embeds at a time.
 
     Args:
         encoder: the model folder.
-        prompts: instructions per task; None: only the folder's own prompts.
-        cache: folder of the vectors of unfinished tasks; None: nothing is kept.
+        prompts: instructions per task; None uses only the folder's own prompts.
+        cache: folder for the vectors of unfinished tasks; None keeps no vectors.
     """
 
     def __init__(self, encoder: TextEncoder, prompts: PromptSet | None = None, cache: Path | None = None) -> None:
@@ -84,7 +84,7 @@ class MtebEncoder(AbsEncoder):
         normalize: bool = True,
         **_: Any,
     ) -> np.ndarray:
-        """Vectors (float32) of all texts of a data loader, of length 1 unless ``normalize`` is false."""
+        """Embed all texts of a data loader; return float32 vectors, of length 1 unless ``normalize`` is false."""
         texts = [text for batch in inputs for text in batch["text"]]
         name, prompt = task_metadata.name, self.prompt(task_metadata, prompt_type)
         with self._turn:
@@ -96,7 +96,7 @@ class MtebEncoder(AbsEncoder):
             return self._open[name].encode(self._encoder, texts, prompt, normalize=normalize)
 
     def prompt(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """What stands before every text of a task."""
+        """Return the prompt that precedes every text of a task."""
         if self._set is not None:
             if prompt_type == PromptType.document:
                 return self._joined(self._set.document)
@@ -110,13 +110,13 @@ class MtebEncoder(AbsEncoder):
         return self.model_prompts[name] if self.model_prompts and name is not None else ""
 
     def used(self, task: AbsTask) -> dict[str, dict[str, str]]:
-        """Task name -> kind of text -> prompt that its texts got; several names for a task of tasks."""
+        """Return the prompts used: task name -> kind of text -> prompt. An aggregate task has several names."""
         with self._turn:
             names = [part.metadata.name for part in parts_of(task)]
             return {name: dict(self._used[name]) for name in names if name in self._used}
 
     def forget(self, task: AbsTask) -> None:
-        """Delete a task's vectors, also those that a killed run left; call it when its result is saved."""
+        """Delete a task's vectors, including those left by a killed run; call it once the result is saved."""
         with self._turn:
             for part in parts_of(task):
                 self._open.pop(part.metadata.name, None)
@@ -136,7 +136,7 @@ class MtebEncoder(AbsEncoder):
 
 
 class _DotProduct(AbsEncoder):
-    """The same encoder, with vectors as they are before they are normalised, compared by their dot product."""
+    """The same encoder with unnormalised vectors, compared by dot product."""
 
     def __init__(self, of: MtebEncoder) -> None:
         self._of = of
@@ -149,7 +149,7 @@ class _DotProduct(AbsEncoder):
 
 
 class _Results(mteb.ResultCache):
-    """mteb's result files; beside the scores it reads and rewrites files that tasks share, one thread at a time."""
+    """mteb's result files, one thread at a time: mteb also reads and rewrites files that tasks share."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -168,7 +168,7 @@ class _Results(mteb.ResultCache):
                 raise DataError(f"{file}: half-written or damaged; delete it and run the command again") from error
 
     def holds(self, task: AbsTask, model: ModelMeta) -> bool:
-        """Whether a task's result is there; those of other data, of it or of its parts, are deleted."""
+        """Return whether a task's result exists; delete results of the task or its parts that used other data."""
         for one in (task, *parts_of(task)):
             found = self.load_task_result(one.metadata.name, model)
             if found is not None and found.dataset_revision != one.metadata.revision:
@@ -186,21 +186,21 @@ def run_tasks(
     cache: bool = True,
     at_once: int = 2,
 ) -> dict[str, float]:
-    """Score the tasks; those already scored with the same weights, dtype, prompts and data are not run again.
+    """Score the tasks; skip those already scored with the same weights, dtype, prompts and data.
 
     Args:
         encoder: the model folder.
-        tasks: what to score.
-        output: results in mteb's own layout, and ``scores.json``.
-        prompts: instructions per task; None: the folder's own prompts.
+        tasks: tasks to score.
+        output: folder for the results in mteb's layout and ``scores.json``.
+        prompts: instructions per task; None uses the folder's own prompts.
         cache: keep vectors on disk until the task is scored.
-        at_once: tasks that hold their texts in memory at a time; with 1 nothing is embedded while a task is scored.
+        at_once: number of tasks with their texts in memory; with 1, embedding stops while a task is scored.
 
     Returns:
         Main score of each task, by name.
 
     Raises:
-        DataError: vectors that are not finite, or a file of an earlier run that cannot be read.
+        DataError: a vector is not finite, a task's data cannot be loaded, or an earlier run's file cannot be read.
     """
     scores_file = output / SCORES
     model: Any = MtebEncoder(encoder, prompts, output / "cache" if cache else None)
@@ -227,7 +227,7 @@ def run_tasks(
             if said is None:
                 raise
             raise said from error
-        if not result.task_results:  # of private data mteb notes the refusal and goes on
+        if not result.task_results:  # for private data, mteb records the exception and continues
             why = first_line(ValueError(result.exceptions[0].exception)) if result.exceptions else "mteb says nothing"
             raise DataError(f"{task.metadata.name}: its data cannot be loaded: {why}; leave the task out")
         model.forget(task)
@@ -247,13 +247,13 @@ def run_tasks(
                 write_json(scores_file, about)
                 log.info("%d of %d: %s %.4f", number, len(tasks), name, score)
         finally:
-            for one in running:  # after an error nothing new begins
+            for one in running:  # after an error, start no further task
                 one.cancel()
     return scores
 
 
 def _data_error(task: AbsTask, error: Exception) -> DataError | None:
-    """What to say of an error that the task's data is to blame for; None of any other."""
+    """Return the error to raise if the task's data caused ``error``, else None."""
     part, step = task, None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name in ("load_data", "evaluate") and isinstance(frame.f_locals.get("self"), AbsTask):

@@ -1,7 +1,8 @@
-"""Embeddings on disk while a task is scored, so that an interrupted evaluation embeds nothing twice.
+"""Cache embeddings on disk until a task is scored, so that an interrupted evaluation resumes without repeating work.
 
-A folder per model state and task holds blocks of vectors by the hash of prompt and text. A block is written beside and
-renamed; blocks go when the task's result is saved. Equal texts of a task are embedded once.
+Each model state and task has a folder with blocks of vectors, keyed by the hash of prompt and text. A block is written
+to a temporary file and renamed. The blocks are deleted once the task's result is saved. Equal texts of a task are
+embedded once.
 """
 
 import logging
@@ -19,18 +20,18 @@ from eval.vectors import Part, read_part, read_part_ids, write_part
 log = logging.getLogger(__name__)
 
 BLOCK_TEXTS = 1024
-"""New texts of a block and rank: what a killed run may lose."""
+"""New texts per block and rank: the most that a killed run can lose."""
 
 
 class VectorCache:
-    """Vectors of one task and model state.
+    """Disk cache of the vectors of one task and model state.
 
     Args:
-        folder: its blocks; made when the first is written.
-        key: what the vectors depend on besides prompt and text: weights, dtype, ...
+        folder: folder of the blocks, created with the first block.
+        key: identifies everything but prompt and text that the vectors depend on: weights, dtype, ...
 
     Raises:
-        DataError: a block that cannot be read.
+        DataError: a block cannot be read.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -45,7 +46,7 @@ class VectorCache:
     def encode(
         self, encoder: TextEncoder, texts: Sequence[str], prompt: str, *, normalize: bool = True
     ) -> Float[np.ndarray, "B D"]:
-        """Vectors in the order of the texts, always of one kind; only those not yet known are embedded."""
+        """Return vectors in text order and embed only new texts; use one cache for one value of ``normalize``."""
         names = [xxhash.xxh3_128_hexdigest(f"{len(prompt)} {prompt}{text}".encode(errors="replace")) for text in texts]
         new = {name: text for name, text in zip(names, texts, strict=True) if name not in self._where}
         size = BLOCK_TEXTS * getattr(encoder, "world_size", 1)

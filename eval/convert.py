@@ -1,10 +1,10 @@
-"""``python -m eval convert``: a model in LLM2Vec-Gen's published layout -> a folder as ``anchor.train`` exports it.
+"""``python -m eval convert``: convert a model from LLM2Vec-Gen's published layout to this project's export layout.
 
-1. :mod:`eval.original` reads rows, projections and adapter; the base must be at hand and be the one they belong to.
-2. The tokenizer puts the special tokens behind every text, as the authors' code does. Texts keep the white space at
-   their ends, as in the authors' ``encode``; the names of special tokens inside a text are ordinary text here.
-3. The folder is written beside and renamed. Its vectors are those of the original, and so are its decoded texts. Only
-   a folder that this command made is ever replaced.
+1. :mod:`eval.original` reads rows, projections and adapter. The base model must be available and match them.
+2. The tokenizer appends the special tokens to every text, like the authors' code. Leading and trailing white space is
+   kept, as in the authors' ``encode``. Here, names of special tokens inside a text are ordinary text.
+3. The folder is written to a temporary folder and renamed. Its vectors and decoded texts equal those of the original.
+   Only a folder that this command made is ever replaced.
 """
 
 import logging
@@ -39,12 +39,12 @@ PROMPTS = {
     "query": "Generate a passage that best answers this question: ",
     "document": "Summarize the following passage: ",
 }
-"""The two sentences that the paper puts before texts."""
+"""The paper's two prompts."""
 
 _ANSWER_END = "<|end_of_text|>"
-"""The authors' training writes it behind every answer: one token of Llama's, six of Qwen's."""
+"""Text that the authors' training appends to every answer: one token for Llama, six for Qwen."""
 _STOPS = (_ANSWER_END, "<|endoftext|>")
-"""Tokens that end the authors' generation beside the tokenizer's own end-of-text token: 128001, 151643."""
+"""Tokens that end the authors' generation, besides the tokenizer's own end-of-text token: 128001, 151643."""
 
 
 def convert(
@@ -53,15 +53,15 @@ def convert(
     """Convert a folder.
 
     Args:
-        folder: in the published layout.
+        folder: model folder in the published layout.
         output: the new folder.
-        base: where the base model lies; where ``run_config.yml`` says when None.
+        base: path of the base model; None uses the one in ``run_config.yml``.
         max_tokens: longest text that the new folder embeds, special tokens included.
         overwrite: replace an output that this function made.
 
     Raises:
-        ModelError: unreadable, unsupported, or with a base that is missing or another one.
-        ConfigError: the output exists, or is, holds or lies in the folder or the base; no room for text.
+        ModelError: the folder is unreadable or unsupported, or its base is missing or the wrong one.
+        ConfigError: the output exists, or overlaps the folder or the base; or ``max_tokens`` leaves no room for text.
     """
     original = read_original(folder)
     path = find_base(folder, base or original.base)
@@ -120,7 +120,7 @@ def _check_output(output: Path, folder: Path, base: str, *, overwrite: bool) -> 
 
 @contextmanager
 def _written_beside(output: Path) -> Iterator[Path]:
-    """A new folder that takes the output's place once it is whole; what was there goes then."""
+    """Yield a new folder that replaces the output when the ``with`` block succeeds; delete the old one then."""
     place = output.resolve()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _written_beside(output: Path) -> Iterator[Path]:
 
 
 def _check_base(folder: Path, original: Original, causal_lm: PreTrainedModel, path: str) -> None:
-    """Refuse a base of another shape, or with other embeddings than the adapter's file repeats."""
+    """Refuse a base whose shape or input embeddings differ from the published folder's."""
     for key in ("model_type", "hidden_size", "num_hidden_layers"):
         found, expected = getattr(causal_lm.config, key), original.config.get(key)
         if found != expected:
@@ -151,7 +151,7 @@ def _check_base(folder: Path, original: Original, causal_lm: PreTrainedModel, pa
 
 
 def _tokenizer(folder: Path, original: Original) -> tuple[Any, Template, list[int]]:
-    """Return the tokenizer that adds the template by itself, the template, and the tokens that end an answer."""
+    """Return a tokenizer that applies the template itself, the template, and the tokens that end an answer."""
     tokenizer: Any = load_tokenizer(str(folder))
     ids = tokenizer.convert_tokens_to_ids(original.names)
     if ids != original.token_ids:
@@ -175,13 +175,13 @@ def _tokenizer(folder: Path, original: Original) -> tuple[Any, Template, list[in
         raise ModelError(
             f"{folder}: {original.names[0]} … {original.names[-1]} are not all added tokens of the tokenizer"
         )
-    # Its special tokens are there already; of a template without any, none are added.
+    # The tokenizer already has its special tokens; a template with zero of them adds none.
     prepare_tokenizer(tokenizer, replace(template, special_tokens=0), str(folder))
     return tokenizer, template, tokenizer.convert_tokens_to_ids(list(names))
 
 
 def _write_adapter(folder: Path, original: Original, prefix: str, base: str) -> None:
-    """The LoRA adapter for the causal LM, whose backbone goes by ``prefix``, without the trained rows."""
+    """Write the LoRA adapter, without the trained rows, for the causal LM whose backbone is named ``prefix``."""
     folder.mkdir()
     tensors = {f"base_model.model.{prefix}.{name}": one.contiguous() for name, one in original.lora.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,13 +1,13 @@
-"""``python -m eval decode``: what an embedding says, by the language model that made it.
+"""``python -m eval decode``: decode embeddings into text with the language model that made them.
 
-The decoder was trained on the raw anchor state (the un-normalised final hidden state) as its one prefix vector, behind
-the tokens of ``objective.decode_prefix`` (``decode_prefix_token_ids`` in ``anchor.json``). A
-normalised embedding lacks its length, so ``eval embed`` stores the lengths beside the vectors (``norms``), and a stored
-folder is decoded from ``embedding x norm``. A Matryoshka cut loses components and cannot be decoded.
+The decoder was trained on one prefix vector, the raw anchor state (the un-normalised final hidden state), after the
+tokens of ``objective.decode_prefix`` (``decode_prefix_token_ids`` in ``anchor.json``). A normalised embedding lacks its
+length, so ``eval embed`` also stores the lengths (``norms``), and stored vectors are decoded from ``embedding x norm``.
+A Matryoshka cut loses components and cannot be decoded.
 
-A document's embedding decodes to a query and a query's to a document, as the two directions were trained. A folder of
-objective self_supervised decodes a query's P soft prompts to its answer; its embedding is their pooled image, from
-which they cannot be had back, so stored vectors are not decoded.
+A document's embedding decodes to a query and a query's embedding to a document, as in training. A self_supervised
+folder decodes a query's P soft prompts to its answer. Its embedding pools these soft prompts and they cannot be
+recovered, so stored vectors of such a folder are refused.
 """
 
 import json
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 DIRECTIONS = ("document_to_query", "query_to_document")
 BATCH = 32
 BLOCK_TEXTS = 1024
-"""Texts whose prefix vectors are held at a time."""
+"""Texts to hold prefix vectors for at a time."""
 _WORD = re.compile(r"\w+")
 
 
@@ -47,11 +47,11 @@ class Decoded:
     """A decoded embedding.
 
     Attributes:
-        source: the text that was embedded, or the id of a stored vector.
-        decoded: what the embedding says.
-        direction: of :data:`DIRECTIONS`, or None where nothing is known of the text.
+        source: the embedded text, or the id of a stored vector.
+        decoded: the decoded text.
+        direction: one of :data:`DIRECTIONS`, or None if the text is not from a pair.
         reference: the other side of the pair, if known.
-        token_f1: F1 of the words of ``decoded`` and ``reference``, order apart, 0 to 1.
+        token_f1: F1 of the words of ``decoded`` and ``reference``, ignoring order, 0 to 1.
         rouge_l: F1 of their longest common subsequence of words, 0 to 1.
     """
 
@@ -64,15 +64,15 @@ class Decoded:
 
 
 class Decoder:
-    """Texts from anchor states.
+    """Decoder from prefix vectors to texts.
 
     Args:
-        encoder: the model folder, exported by this project.
-        max_new_tokens: of a text.
-        num_beams: 1 is greedy.
+        encoder: encoder of a model folder exported by this project.
+        max_new_tokens: most tokens of a decoded text.
+        num_beams: beam width; 1 is greedy.
 
     Raises:
-        ModelError: a folder whose embeddings cannot be decoded.
+        ModelError: the folder's embeddings cannot be decoded.
     """
 
     def __init__(self, encoder: TextEncoder, *, max_new_tokens: int = 64, num_beams: int = 1) -> None:
@@ -95,10 +95,10 @@ class Decoder:
         self._stops = {self._end, *encoder.about.get("stop_token_ids", ())}
 
     def prefixes(self, prefixes: Float[torch.Tensor, "B P H"]) -> list[str]:
-        """Texts of the vectors that the decoder was trained to continue from."""
+        """Decode prefix vectors into texts."""
         out: list[str] = []
         for batch in prefixes.split(BATCH):
-            with without_adapter(self.encoder.causal_lm):  # soft prompts were made for the base
+            with without_adapter(self.encoder.causal_lm):  # soft prompts are trained for the base model
                 ids = generate_from_prefixes(
                     self.encoder.causal_lm,
                     batch.to(self.encoder.device),
@@ -107,7 +107,7 @@ class Decoder:
                     max_new_tokens=self._length,
                     num_beams=self._beams,
                 )
-            # Only converted folders have more than one stop. Greedy text before one does not depend on what follows.
+            # Only converted folders have more than one stop token. Greedy text before a stop ignores what follows.
             said = [list(takewhile(lambda token: token not in self._stops, row)) for row in ids]
             out += self.encoder.backend.decode_batch(said, skip_special_tokens=True)
         return out
@@ -120,11 +120,11 @@ class Decoder:
         return [Decoded(text, one) for text, one in zip(texts, said, strict=True)]
 
     def stored(self, folder: Path, limit: int | None = None) -> list[Decoded]:
-        """Decode the vectors of a folder of ``eval embed``.
+        """Decode the vectors of a folder written by ``eval embed``.
 
         Raises:
             ModelError: the model decodes soft prompts, which are not stored.
-            DataError: of another model, cut, or normalised without norms.
+            DataError: the vectors belong to another model, are cut, or are normalised without norms.
         """
         if self._soft_prompts:
             raise ModelError(
@@ -148,17 +148,17 @@ class Decoder:
             vectors = vectors * stored.norms[:limit, None]
         states = torch.from_numpy(np.array(vectors))
         if isinstance(self.encoder, Encoder):
-            # The texts are not stored; their prompt is, and it is what tells the frame.
+            # Texts are not stored, but their prompt is, and the prompt alone determines the mean.
             ids = self.encoder.backend.encode(f"{stored.manifest.get('prompt', '')}a").ids
             states = self.encoder.prefix_vectors(states, [ids] * len(states))
         said = self.prefixes(states[:, None])
         return [Decoded(one, text) for one, text in zip(stored.ids, said, strict=False)]
 
     def pairs(self, pairs: Sequence[tuple[str, str]], direction: str) -> list[Decoded]:
-        """Decode one side of ``(query, document)`` pairs and compare with the other.
+        """Decode one side of ``(query, document)`` pairs and compare the result with the other side.
 
         Raises:
-            ConfigError: a direction that the model was not trained in.
+            ConfigError: the model was not trained in this direction.
         """
         if direction not in self.directions:
             raise ConfigError(
@@ -175,7 +175,7 @@ class Decoder:
 
 
 class _Words:
-    """Words in any script, lower case; the library's own tokenizer knows only a to z."""
+    """Tokenizer for lower-case words in any script; the library's own handles only a-z and digits."""
 
     def tokenize(self, text: str) -> list[str]:
         return _WORD.findall(text.lower())
@@ -185,17 +185,17 @@ _ROUGE = RougeScorer(["rouge1", "rougeL"], tokenizer=_Words())
 
 
 def overlap(reference: str, decoded: str) -> tuple[float, float]:
-    """Token F1 (ROUGE-1 F) and ROUGE-L F of two texts, 0 to 1."""
+    """Return token F1 (ROUGE-1 F) and ROUGE-L F of two texts, 0 to 1."""
     scores = _ROUGE.score(reference, decoded)
     return scores["rouge1"].fmeasure, scores["rougeL"].fmeasure
 
 
 def read_pairs(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """``(query, positive)`` of a JSON-lines file.
+    """Return the ``(query, positive)`` pairs of a JSON-lines file.
 
     Raises:
         ConfigError: no such file.
-        DataError: malformed line, missing field, no pair.
+        DataError: malformed line, missing field, or no pair at all.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected JSON lines with 'query' and 'positive'")
@@ -206,7 +206,7 @@ def read_pairs(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
 
 
 def means(decoded: Sequence[Decoded]) -> dict[str, tuple[float, float, int]]:
-    """Per direction: mean token F1, mean ROUGE-L, number of pairs."""
+    """Return mean token F1, mean ROUGE-L and number of pairs, by direction."""
     out: dict[str, tuple[float, float, int]] = {}
     for direction in DIRECTIONS:
         rows = [one for one in decoded if one.direction == direction and one.token_f1 is not None]
@@ -217,7 +217,7 @@ def means(decoded: Sequence[Decoded]) -> dict[str, tuple[float, float, int]]:
 
 
 def write_decoded(path: Path, decoded: Sequence[Decoded], *, overwrite: bool) -> None:
-    """One JSON line per decoded embedding, beside and renamed; errors as :func:`check_output`."""
+    """Write one JSON line per decoded embedding to a temporary file and rename it; raises as :func:`check_output`."""
     check_output(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -226,10 +226,10 @@ def write_decoded(path: Path, decoded: Sequence[Decoded], *, overwrite: bool) ->
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse a file that may not be written; call it before the work too.
+    """Refuse an output file that must not be written; also call this before the work starts.
 
     Raises:
-        ConfigError: the file exists.
+        ConfigError: the file exists without ``overwrite``, or the path is a folder.
     """
     if path.exists() and not (overwrite and path.is_file()):
         what = "exists; choose another --output or add --overwrite" if path.is_file() else "a folder; name a file"

@@ -1,11 +1,11 @@
-"""``python -m eval embed``: texts -> a folder of vectors, on one process or many ranks.
+"""``python -m eval embed``: embed texts into a folder of vectors, in one process or on many ranks.
 
-1. The texts are cut into blocks of ``shard_texts``, in order; rank r of W embeds blocks r, r + W, ... The blocks do
-   not depend on W, so a run may be continued on another number of ranks.
-2. Each finished block is a part, written beside and renamed. A run that was killed goes on behind its last part. Rank 0
-   holds a lock in the folder of the parts, which ends with the process: a second run of the same job is refused.
-3. Rank 0 merges the parts into one file with ids and norms, beside them, and moves it into the folder, the manifest
-   last. Vectors that are overwritten stay until then.
+1. Split the texts, in order, into blocks of ``shard_texts``; rank r of W embeds blocks r, r + W, ... The blocks do not
+   depend on W, so a run can resume on another number of ranks.
+2. Write each finished block as a part, to a temporary file that is then renamed. A killed run resumes after its last
+   part. Rank 0 holds a lock in the parts folder until the process ends, so a second run into the folder is refused.
+3. Rank 0 merges the parts, with ids and norms, in the parts folder. It moves the result into the output folder, the
+   manifest last. With ``--overwrite``, old vectors stay until then.
 """
 
 import json
@@ -36,21 +36,21 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 30.0
 _PARTS, _JOB, _LOCK, _MERGED = ".parts", "job.json", "lock", "merged"
-# The manifest first: without it what is left of the others is an unfinished folder.
+# Deleted in this order, manifest first: a folder without a manifest counts as unfinished.
 _OURS = (MANIFEST, "embeddings.npy", "norms.npy", "ids.txt", "embeddings.parquet", "embeddings.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How vectors are made and stored.
+    """Options for computing and storing vectors.
 
     Attributes:
         prompt: name of a prompt of the folder, or None for bare texts.
-        normalize: unit vectors, or the anchor states as they are.
-        dimension: keep the first so many components (Matryoshka), then normalise; all when None.
-        dtype: of the stored vectors, ``fp32`` or ``fp16``.
+        normalize: True for unit vectors, False for raw anchor states.
+        dimension: number of leading components to keep (Matryoshka), cut before normalising; None keeps all.
+        dtype: dtype of the stored vectors, ``fp32`` or ``fp16``.
         format: ``npy``, ``parquet`` or ``safetensors``.
-        shard_texts: texts of a part.
+        shard_texts: texts per part.
     """
 
     prompt: str | None = None
@@ -66,13 +66,13 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
 
     Args:
         encoder: the model.
-        source: the texts; standard input only on one rank.
-        output: the folder; what an unfinished run of the same job left there is kept.
-        options: how.
-        overwrite: begin again where the folder holds other vectors; whole parts of the same job and texts are kept.
+        source: the texts; standard input works only with one rank.
+        output: the output folder; an unfinished run of the same job resumes there.
+        options: how to compute and store the vectors.
+        overwrite: replace other vectors in the folder; complete parts of the same job and texts are kept.
 
     Raises:
-        AnchorError: bad input, unknown prompt, folder in use, vector that is not finite.
+        AnchorError: bad input, unknown prompt, folder in use, or a vector that is not finite.
     """
     job = _job(encoder, source, options)
     rank, world_size = rank_and_size()
@@ -83,7 +83,7 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
         raise ConfigError(f"{source.path}: the input lies inside --output {output}; choose another --output")
     with _claimed(output, job, overwrite) if rank == 0 else nullcontext():
         dist.barrier()
-        # A network disk may remember of the check above that there was no folder; to make it is to look again.
+        # A network file system may have cached that the folder was missing; mkdir forces a fresh lookup.
         (output / _PARTS).mkdir(parents=True, exist_ok=True)
         _embed_parts(encoder, source, output, options, job, overwrite)
         dist.barrier()
@@ -92,7 +92,7 @@ def embed(encoder: TextEncoder, source: Source, output: Path, options: Options, 
 def _embed_parts(
     encoder: TextEncoder, source: Source, output: Path, options: Options, job: dict[str, Any], overwrite: bool
 ) -> None:
-    """Make this rank's parts; rank 0 merges those of all."""
+    """Write this rank's parts; rank 0 then merges the parts of all ranks."""
     rank, world_size = rank_and_size()
     parts = output / _PARTS
     keys: list[str] = []
@@ -120,7 +120,7 @@ def _embed_parts(
 
 
 def _job(encoder: TextEncoder, source: Source, options: Options) -> dict[str, Any]:
-    """What the vectors depend on; a folder is only continued when all of it is the same."""
+    """Return everything that the vectors depend on; a run resumes only if all of it is unchanged."""
     if options.dimension is not None and not 0 < options.dimension <= encoder.dimension:
         raise ConfigError(
             f"--dimension {options.dimension}: {encoder.folder} has {encoder.dimension}; give 1 to {encoder.dimension}"
@@ -145,14 +145,14 @@ def _job(encoder: TextEncoder, source: Source, options: Options) -> dict[str, An
 
 @contextmanager
 def _claimed(output: Path, job: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """Make the folder ready and hold its lock, or say why it cannot be written to."""
+    """Prepare the folder and hold its lock for the ``with`` block; refuse a folder that cannot be used."""
     parts = output / _PARTS
     _refuse_used(output, job, overwrite)
     parts.mkdir(parents=True, exist_ok=True)
     with (parts / _LOCK).open("a") as lock:
         if not take(lock, parts / _LOCK):
             raise ConfigError(f"{output}: another process is writing it; wait for it or choose another --output")
-        _refuse_used(output, job, overwrite)  # another run may have begun or finished in between
+        _refuse_used(output, job, overwrite)  # another run may have started or finished meanwhile
         if not _is_job(parts / _JOB, job):
             for path in parts.iterdir():
                 if path.name != _LOCK:
@@ -176,10 +176,10 @@ def _refuse_used(output: Path, job: dict[str, Any], overwrite: bool) -> None:
 
 
 def _read_job(path: Path) -> dict[str, Any]:
-    """The job of an unfinished folder.
+    """Return the job of an unfinished folder.
 
     Raises:
-        DataError: not readable.
+        DataError: the file is not readable.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _read_job(path: Path) -> dict[str, Any]:
 
 
 def _is_job(path: Path, job: dict[str, Any]) -> bool:
-    """Whether the parts beside are of this job: then `--overwrite`, repeated after a kill, goes on behind them."""
+    """Return whether the parts belong to this job, so that a killed run repeated with `--overwrite` resumes."""
     try:
         return path.is_file() and _read_job(path) == job
     except DataError:
@@ -196,10 +196,10 @@ def _is_job(path: Path, job: dict[str, Any]) -> bool:
 
 
 def _is_there(path: Path, key: str, overwrite: bool) -> bool:
-    """Whether a part is made already.
+    """Return whether a part is already complete.
 
     Raises:
-        DataError: damaged, or of other texts; with ``overwrite`` it is made again.
+        DataError: the part is damaged or has other texts. With ``overwrite``, return False instead.
     """
     try:
         return path.is_file() and bool(read_part(path, key).ids)
@@ -231,7 +231,7 @@ def _embed_block(encoder: TextEncoder, source: Source, block: Block, path: Path,
         states = encoder.states(block.texts, job["prompt"])
     except NotFiniteError as error:
         raise DataError(f"{source.name}: text '{block.ids[error.index]}': {error}") from error
-    norms = np.linalg.norm(states, axis=1).astype(np.float32)  # of all components
+    norms = np.linalg.norm(states, axis=1).astype(np.float32)  # before the cut to --dimension
     cut = states[:, : job["dimension"]]
     vectors = (unit(cut) if job["normalize"] else cut).astype(DTYPES[job["dtype"]])
     if not np.isfinite(vectors).all():

@@ -1,10 +1,10 @@
-"""Serve a model folder: texts -> anchor states and unit vectors, packed by token budget, longest first.
+"""Embed texts with a model folder: texts -> anchor states and unit vectors, packed by token budget, longest first.
 
-1. A thread tokenises the next block of texts while the model works on this one; the tokenizer is the folder's own,
-   post-processor included.
-2. A block's texts, longest first, fill packs of at most ``pack_tokens`` tokens: nothing is padded.
-3. A pack passes through the forward that trains. So the vectors are those of the engine, of sentence-transformers
-   and of plain transformers, whatever the packs.
+1. A thread tokenises the next block of texts while the model embeds the current one. It uses the folder's own
+   tokenizer, including the post-processor.
+2. The texts of a block, longest first, fill packs of at most ``pack_tokens`` tokens, without padding.
+3. Each pack runs through the forward pass used in training. So the vectors match the engine, sentence-transformers and
+   plain transformers, however the texts are packed.
 
 Other kinds of folders: :mod:`eval.plain`, :mod:`eval.soft_prompts`; :func:`eval.opening.open_encoder` chooses.
 """
@@ -35,21 +35,24 @@ from anchor.models.centres import CENTRES_NAME, Centres
 from anchor.models.embedder import Embedder
 
 BLOCK_TEXTS = 512
-"""Texts that are tokenised, sorted and held at a time: enough to fill packs, and several blocks in each call of `eval
-embed` and `eval mteb` (2,048 and 1,024 texts per rank), so that all but the first are tokenised meanwhile."""
+"""Texts to tokenise, sort and hold at a time.
+
+A block is large enough to fill packs. `eval embed` and `eval mteb` pass 2,048 and 1,024 texts per rank and call, so
+every block but the first is tokenised while the model runs.
+"""
 CPU_PASS_TOKENS = 4096
-"""Most tokens of one forward pass on a CPU: larger activations leave its caches (16,384 tokens are 16 % slower)."""
+"""Most tokens of one forward pass on a CPU: larger activations fall out of cache (16,384 tokens are 16 % slower)."""
 
 
 class TextEncoder(ABC):
-    """What every kind of model folder offers.
+    """Common interface of the encoders for all kinds of model folder.
 
     Attributes:
         folder: the model folder.
-        about: ``anchor.json``, or what stands in for it.
+        about: content of ``anchor.json``, or a substitute with the same keys.
         dtype: compute dtype, ``bf16`` or ``fp32``.
-        raw: whether :meth:`states` are anchor states before normalisation; otherwise they are vectors as the
-            folder's own modules make them.
+        raw: True if :meth:`states` returns embeddings before normalisation. False if it returns vectors as the
+            folder's own modules produce them.
     """
 
     raw = True
@@ -69,14 +72,14 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
-        """Embeddings before they are normalised (see ``raw``), float32, in the order of the texts."""
+        """Return embeddings before normalisation (see ``raw``), float32, in the order of the texts."""
 
     def encode(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
         """Embed texts.
 
         Args:
-            texts: bare texts; too long ones are cut and keep the anchor token.
-            prompt: put before every text.
+            texts: bare texts; overlong ones are cut but keep the anchor token.
+            prompt: prefix of every text.
 
         Returns:
             Unit vectors, float32, in the order of the texts.
@@ -87,11 +90,11 @@ class TextEncoder(ABC):
         return unit(self.states(texts, prompt))
 
     def revision(self) -> str:
-        """xxh3 of the weights: results of another model are never taken for this one's."""
+        """Return the xxh3 of the weights, which keeps results of different models apart."""
         return weights_xxh3(sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("*.bin")))
 
     def limit(self, max_tokens: int) -> None:
-        """Cut texts to another length than the folder says, template and prompt included.
+        """Override the folder's maximum length of a text, template and prompt included.
 
         Raises:
             ConfigError: more tokens than the model has positions, or too few for any text.
@@ -103,15 +106,15 @@ class TextEncoder(ABC):
         self.max_tokens, self.about = max_tokens, {**self.about, "max_tokens": max_tokens}
 
     def _positions(self) -> int | None:
-        """Longest text that the model can read; None where it does not say."""
+        """Return the number of positions of the model; None if unknown."""
         return None
 
     @abstractmethod
     def _truncate(self, max_tokens: int) -> None:
-        """Make the tokenizer cut texts at ``max_tokens``."""
+        """Set the length at which the tokenizer truncates."""
 
     def prompt(self, name: str) -> str:
-        """A prompt of the folder by name.
+        """Return a prompt of the folder by name.
 
         Raises:
             ConfigError: no prompt of that name.
@@ -122,17 +125,17 @@ class TextEncoder(ABC):
 
 
 class PackedEncoder(TextEncoder):
-    """A folder of this project: its texts pass through the packed forward that trains.
+    """Encoder for a folder of this project; it runs the packed forward pass used in training.
 
     Args:
-        folder: the folder.
+        folder: the model folder.
         dtype: ``bf16`` or ``fp32``.
-        attention: ``segments``, ``varlen`` or ``flash``; by device and dtype when None.
-        pack_tokens: most tokens of one forward pass, on a CPU never above 4,096; longer texts still pass alone.
+        attention: ``segments``, ``varlen`` or ``flash``; None chooses by device and dtype.
+        pack_tokens: most tokens of one forward pass, on a CPU at most 4,096. A longer text gets a pass to itself.
 
     Attributes:
         backend: the folder's tokenizer.
-        implementation: transformers' name of the attention kernel.
+        implementation: transformers' name for the attention kernel.
 
     Raises:
         ModelError: missing folder, or not exported by this project.
@@ -164,7 +167,7 @@ class PackedEncoder(TextEncoder):
 
     @abstractmethod
     def of_pack(self, pack: PackTensors) -> tuple[Float[torch.Tensor, "S D"], Float[torch.Tensor, "S P H"]]:
-        """Embeddings of a pack's texts before they are normalised, and the vectors that stand for each in decoding."""
+        """Return the unnormalised embeddings of a pack's texts, and each text's prefix vectors for decoding."""
 
     def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
@@ -173,13 +176,13 @@ class PackedEncoder(TextEncoder):
         return finite(out, self.folder)
 
     def prefixes(self, texts: Sequence[str], prompt: str = "") -> Float[torch.Tensor, "B P H"]:
-        """The vectors that the decoder continues from, in the order of the texts; see :meth:`states` for arguments."""
+        """Return the prefix vectors that the decoder continues from, in text order; arguments as in :meth:`encode`."""
         found = [(members, prefixes) for members, _, prefixes in self._packs(texts, prompt)]
         order = torch.tensor([member for members, _ in found for member in members])
         return torch.cat([prefixes for _, prefixes in found])[order.argsort().to(self.device)]
 
     def _packs(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """Per pack: the numbers of its texts, and what :meth:`of_pack` gives."""
+        """Yield, per pack, the indices of its texts and the results of :meth:`of_pack`."""
         for start, ids in self._tokenised(texts, prompt):
             for members in by_length([len(i) for i in ids], self.pack_tokens):
                 with torch.inference_mode():
@@ -188,7 +191,7 @@ class PackedEncoder(TextEncoder):
                 yield [start + m for m in members], states, prefixes
 
     def _tokenised(self, texts: Sequence[str], prompt: str) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """``(index of the first text, token ids of each)`` by blocks; the next block is made ahead by a thread."""
+        """Yield ``(index of the first text, token ids of each)`` per block; a thread tokenises one block ahead."""
 
         def tokenise(start: int) -> list[np.ndarray]:
             block = [prompt + text for text in texts[start : start + BLOCK_TEXTS]]
@@ -206,11 +209,11 @@ class PackedEncoder(TextEncoder):
 
 
 class Encoder(PackedEncoder):
-    """A folder exported by ``anchor.train`` that holds a whole model; arguments as :class:`PackedEncoder`."""
+    """Encoder for a whole model exported by ``anchor.train``; arguments as for :class:`PackedEncoder`."""
 
     def __init__(self, folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192) -> None:
         read_about(folder)
-        read_config(str(folder))  # in one line, before transformers' tokenizer reads it too
+        read_config(str(folder))  # fails with a one-line error before transformers' tokenizer reads it
         super().__init__(folder, dtype=dtype, attention=attention, pack_tokens=pack_tokens)
         causal_lm = load_causal_lm(str(folder), DTYPES[dtype], self.implementation)
         self.embedder = Embedder(causal_lm).to(self.device).eval()
@@ -235,20 +238,20 @@ class Encoder(PackedEncoder):
     def prefix_vectors(
         self, states: Float[torch.Tensor, "S H"], texts: Sequence[Sequence[int]]
     ) -> Float[torch.Tensor, "S H"]:
-        """Anchor states as they enter the decode pass.
+        """Return anchor states in the form that enters the decode pass.
 
         Args:
             states: raw anchor states.
-            texts: token ids of the texts, template included; they say which mean to subtract.
+            texts: token ids of the texts, template included; they determine which mean to subtract.
         """
         return states if self.centres is None else self.centres.matched(states, texts)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """``anchor.json`` of an exported folder.
+    """Return the content of an exported folder's ``anchor.json``.
 
     Raises:
-        ModelError: missing folder, not exported by this project, or unreadable.
+        ModelError: the folder is missing or not exported by this project, or ``anchor.json`` is unreadable.
     """
     resolve_model_path(str(folder))
     file = folder / "anchor.json"
@@ -266,7 +269,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def weights_xxh3(files: Sequence[Path]) -> str:
-    """xxh3 of the bytes of files, one after another."""
+    """Return the xxh3 of the concatenated bytes of files."""
     digest = xxhash.xxh3_64()
     for file in files:
         with file.open("rb") as stream:
@@ -276,13 +279,13 @@ def weights_xxh3(files: Sequence[Path]) -> str:
 
 
 def unit(states: Float[np.ndarray, "B D"]) -> Float[np.ndarray, "B D"]:
-    """Rows scaled to length 1, float32; a row of zeros stays."""
+    """Scale rows to length 1, float32; a zero row stays zero."""
     wide = states.astype(np.float32)
     return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
 
 
 def by_length(lengths: list[int], pack_tokens: int) -> Iterator[list[int]]:
-    """Indices of texts, longest first, in groups of at most ``pack_tokens`` tokens."""
+    """Yield groups of text indices, longest first, of at most ``pack_tokens`` tokens; a longer text goes alone."""
     group: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -296,10 +299,10 @@ def by_length(lengths: list[int], pack_tokens: int) -> Iterator[list[int]]:
 
 
 class NotFiniteError(DataError):
-    """A vector that is not finite.
+    """Error for a vector that is not finite.
 
     Attributes:
-        index: which of the texts, from 0.
+        index: index of the text, from 0.
     """
 
     def __init__(self, message: str, index: int) -> None:
@@ -307,14 +310,14 @@ class NotFiniteError(DataError):
         self.index = index
 
     def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        return type(self), (str(self), self.index)  # it travels between ranks
+        return type(self), (str(self), self.index)  # ranks send it pickled
 
 
 def finite(states: Float[np.ndarray, "B D"], folder: Path) -> Float[np.ndarray, "B D"]:
-    """The same states.
+    """Return the states unchanged if all are finite.
 
     Raises:
-        NotFiniteError: one of them is not finite.
+        NotFiniteError: a vector is not finite.
     """
     good = np.asarray(np.isfinite(states).all(axis=1))
     if not good.all():

@@ -1,9 +1,10 @@
-"""``python -m eval fetch``: an offline copy of tasks' data, made where there is a network, used with ``--data-root``.
+"""``python -m eval fetch``: download an offline copy of tasks' data, to use with ``--data-root`` without a network.
 
-Every hub repository goes to ``DIR/<hub path>`` at the revision that mteb names; ``DIR/checksums.json`` gets the
-SHA-256 of every file. ``--source`` copies from another offline copy instead of the hub. A repository whose files are
-all there and right, of that revision, is not fetched again. One is written beside and renamed; a folder with files that
-the checksums do not list is not replaced, nor is another revision: tasks of both would be scored on one's data.
+* Each hub repository goes to ``DIR/<hub path>`` at the revision that mteb names. ``DIR/checksums.json`` records the
+  SHA-256 of every file. ``--source`` copies from another offline copy instead of the hub.
+* A repository is skipped if its revision and all its files match.
+* A repository is written to a temporary folder and renamed. A folder with files that the checksums do not list is not
+  replaced. Neither is another revision: tasks that want either one would be scored on the same data.
 """
 
 import hashlib
@@ -29,16 +30,16 @@ def fetch(tasks: Sequence[AbsTask], data_root: Path, source: Path | None = None)
     """Copy the data of tasks into ``data_root``.
 
     Args:
-        tasks: whose data.
+        tasks: tasks to fetch data for.
         data_root: the offline copy.
-        source: another offline copy; None: the hub.
+        source: another offline copy to copy from; None for the hub.
 
     Returns:
-        Hub paths fetched now.
+        Hub paths that this call fetched.
 
     Raises:
-        ConfigError: ``source`` is ``data_root``; two revisions of one repository, one of them perhaps there.
-        DataError: something could not be fetched, all of it named; the rest is there.
+        ConfigError: ``source`` is ``data_root``, or two revisions of a repository conflict.
+        DataError: some repositories could not be fetched; the message names them all, and the rest are fetched.
     """
     if source is not None and source.resolve() == data_root.resolve():
         raise ConfigError(f"--source {source}: is --data-root itself; name another copy, or leave it out")
@@ -59,7 +60,7 @@ def fetch(tasks: Sequence[AbsTask], data_root: Path, source: Path | None = None)
         files = {str(file.relative_to(beside)): _sha256(file) for file in _files(beside)}
         sums[path] = {"revision": revision, "files": files}
         shutil.rmtree(folder, ignore_errors=True)
-        # After each: an interrupted run keeps what it has. Before the folder is there, so that none is unlisted.
+        # Write after each repository, so that an interrupted run keeps it, and before the rename, so that it is listed.
         write_json(data_root / CHECKSUMS, sums)
         os.replace(beside, folder)
         fetched.append(path)
@@ -70,10 +71,10 @@ def fetch(tasks: Sequence[AbsTask], data_root: Path, source: Path | None = None)
 
 
 def _one_revision_each(tasks: Sequence[AbsTask], data_root: Path, sums: dict[str, Any]) -> dict[str, str | None]:
-    """Hub path -> revision of all repositories.
+    """Return hub path -> revision of all repositories.
 
     Raises:
-        ConfigError: tasks want two revisions of one, or another one than ``data_root`` holds.
+        ConfigError: tasks want two revisions of a repository, or a revision other than the one in ``data_root``.
     """
     wanted: dict[str, tuple[str | None, str]] = {}
     for task in tasks:
@@ -94,10 +95,10 @@ def _one_revision_each(tasks: Sequence[AbsTask], data_root: Path, sums: dict[str
 
 
 def verify(data_root: Path) -> int:
-    """Check every file of an offline copy; returns their number.
+    """Check every file of an offline copy; return the number of files.
 
     Raises:
-        DataError: no checksums, or a file that is missing or altered.
+        DataError: there are no checksums, or a file is missing or altered.
     """
     sums = read_checksums(data_root)
     if not sums:
@@ -109,7 +110,7 @@ def verify(data_root: Path) -> int:
 
 
 def _refuse_foreign(path: str, folder: Path, known: dict[str, str]) -> None:
-    """Refuse to replace files that no fetch has written."""
+    """Refuse to replace a folder with files that no fetch wrote."""
     foreign = [file for file in _files(folder) if str(file.relative_to(folder)) not in known]
     if foreign:
         raise DataError(f"{path} ({foreign[0]} is there and not listed in {CHECKSUMS}; move it away)")
@@ -134,9 +135,9 @@ def _from_copy(path: str, revision: str | None, beside: Path, source: Path) -> N
 def _from_hub(path: str, revision: str | None, beside: Path) -> None:
     try:
         snapshot_download(path, repo_type="dataset", revision=revision, local_dir=beside)
-    except OSError as error:  # root of the hub client's own errors: no network, no such repository, no access
+    except OSError as error:  # base class of the hub client's errors: no network, no such repository, no access
         raise DataError(f"{path} ({first_line(error)})") from error
-    shutil.rmtree(beside / ".cache", ignore_errors=True)  # the hub client's own notes
+    shutil.rmtree(beside / ".cache", ignore_errors=True)  # metadata of the hub client
 
 
 def _wrong_files(data_root: Path, path: str, files: dict[str, str]) -> list[str]:

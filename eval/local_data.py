@@ -1,8 +1,8 @@
-"""Folders of data under names that the `datasets` library cannot mistake for one another.
+"""Local data folders under names that the `datasets` library cannot confuse.
 
-That library keeps a prepared copy of a folder by the folder's last name. Where the folder's README.md lists its files
-(``configs:``), as retrieval tasks need it, neither path nor content is part of the copy's name (datasets 5.2): another
-folder of the same name, or the same folder after a change, would silently be read from the old copy.
+The library caches a prepared copy of a folder under the folder's last path component. If the folder's README.md lists
+its files (``configs:``), as retrieval tasks require, the cache key includes neither path nor content (datasets 5.2).
+Another folder of the same name, or the same folder after a change, would silently be read from the old copy.
 """
 
 import json
@@ -16,14 +16,14 @@ import xxhash
 from anchor.errors import DataError
 
 CHECKSUMS = "checksums.json"
-"""In an offline copy: hub path -> revision and SHA-256 of its files."""
+"""File in an offline copy that maps hub path to revision and SHA-256 of its files."""
 
 
 def read_checksums(data_root: Path) -> dict[str, Any]:
-    """What the checksum file holds; nothing where there is none.
+    """Return the content of the checksum file; empty if there is no file.
 
     Raises:
-        DataError: not readable.
+        DataError: the file is not readable.
     """
     file = data_root / CHECKSUMS
     if not file.is_file():
@@ -35,12 +35,12 @@ def read_checksums(data_root: Path) -> dict[str, Any]:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is any file in it."""
+    """Return whether the folder holds any file, at any depth."""
     return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
 
 
 def data_hash(folder: Path) -> str:
-    """A hash of the folder's path and of its files' names, sizes and times."""
+    """Return a hash of the folder's path and its files' names, sizes and modification times."""
     folder = folder.resolve()
     digest = xxhash.xxh3_64(str(folder).encode())
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -50,17 +50,17 @@ def data_hash(folder: Path) -> str:
 
 
 def distinct_path(folder: Path) -> Path:
-    """A link to the folder whose name ends in its :func:`data_hash`.
+    """Return a link to the folder; the link's name ends in the folder's :func:`data_hash`.
 
-    The link is made in the library's cache, where the prepared copy goes too.
+    The link lies in the library's cache, next to the prepared copies.
 
     Args:
-        folder: holds data.
+        folder: the data folder.
     """
     folder = folder.resolve()
     links = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / ".anchor-folders"
     links.mkdir(parents=True, exist_ok=True)
     link = links / f"{folder.name}-{data_hash(folder)}"
-    with suppress(FileExistsError):  # made by an earlier run, or by another rank just now
+    with suppress(FileExistsError):  # an earlier run or another rank made it
         link.symlink_to(folder, target_is_directory=True)
     return link

@@ -1,4 +1,4 @@
-"""Which encoder serves a model folder."""
+"""Choose and open the encoder for a model folder."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ SELF_SUPERVISED = "self_supervised"
 def open_encoder(
     folder: Path, *, dtype: str, attention: str | None = None, pack_tokens: int = 8192, base: str | None = None
 ) -> PackedEncoder | PlainEncoder:
-    """The encoder for a folder: exported by this project, or any that sentence-transformers reads.
+    """Open the encoder for a folder that this project exported or that sentence-transformers reads.
 
     Args:
         folder: the model folder.
         dtype: compute dtype, ``bf16`` or ``fp32``.
-        attention: kernel; by the device when None.
+        attention: attention kernel; None chooses by device and dtype.
         pack_tokens: most tokens of one forward pass.
-        base: where the base model of a self-supervised folder lies.
+        base: path of a self-supervised folder's base model; None uses the path in ``anchor.json``.
 
     Raises:
-        ModelError: missing folder, or neither ``anchor.json`` nor ``modules.json`` in it.
-        ConfigError: an option that this kind of folder has no use for.
+        ModelError: the folder is missing, or has neither ``anchor.json`` nor ``modules.json``.
+        ConfigError: an option does not apply to this kind of folder.
     """
     resolve_model_path(str(folder), ("config.json", "modules.json"))  # a StaticEmbedding has no config.json
     if objective_of(folder) == SELF_SUPERVISED:
@@ -45,9 +45,9 @@ def open_encoder(
 
 
 def objective_of(folder: Path) -> str | None:
-    """What an exported folder was trained by last; None where there is no ``anchor.json``.
+    """Return the objective that last trained a folder; None without ``anchor.json``.
 
     Raises:
-        ModelError: it is unreadable.
+        ModelError: ``anchor.json`` is unreadable.
     """
     return read_about(folder).get("objective") if (folder / "anchor.json").is_file() else None

@@ -1,4 +1,4 @@
-"""What the command line of the evaluation takes, command by command."""
+"""Command-line options of ``python -m eval``, command by command."""
 
 import argparse
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class _Command(NamedTuple):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``python -m eval``; ``command`` is the name of the command."""
+    """Return the parser of ``python -m eval``; it stores the command's name in ``command``."""
     parser = argparse.ArgumentParser(prog="python -m eval")
     describe(parser, "Embeddings and scores of a model folder.", f"{_COMMANDS['decode'].example}\n\n{_MORE}")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it

@@ -1,9 +1,9 @@
-"""Read a model folder in the layout that LLM2Vec-Gen's authors publish, without running code that it holds.
+"""Read a model folder in LLM2Vec-Gen's published layout without running any code from it.
 
-Beside a tokenizer with P added tokens it holds ``encoder/`` (a PEFT adapter with the trained rows, perhaps LoRA),
-``reconstruction_mlp`` and ``alignment_mlp`` (``torch.save`` of a linear layer and its sizes),
-``encoder_decoder_config.json`` and ``run_config.yml``. The pickles are read by ``torch.load(weights_only=True)``, YAML
-tags of Python objects as plain values.
+Besides a tokenizer with P added tokens, the folder holds ``encoder/`` (a PEFT adapter with the trained rows and perhaps
+LoRA), ``reconstruction_mlp`` and ``alignment_mlp`` (each a linear layer and its sizes, written by ``torch.save``),
+``encoder_decoder_config.json`` and ``run_config.yml``. Pickles are read with ``torch.load(weights_only=True)``. YAML
+tags of Python objects are read as plain values.
 """
 
 import pickle
@@ -31,19 +31,19 @@ _KEY_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """What such a folder holds.
+    """Content of a folder in the published layout.
 
     Attributes:
-        names: of the P special tokens, in order.
-        token_ids: theirs.
-        rows: ``P H``, float32.
-        embeddings: ``V H``, the base's input embeddings where the adapter's file repeats them, else None.
+        names: names of the P special tokens, in order.
+        token_ids: their token ids.
+        rows: trained rows, ``P H``, float32.
+        embeddings: the base's input embeddings, ``V H``, if the adapter's file repeats them, else None.
         projections: ``reconstruction`` and ``alignment`` with ``.weight`` and ``.bias``, float32.
-        lora: the adapter's tensors by the names of a bare backbone (``layers.0...``); empty where there are only rows.
-        adapter: ``adapter_config.json``.
-        config: ``config.json`` of the encoder: the base's, with more tokens.
-        base: what the folder calls its base model.
-        run: ``run_config.yml``.
+        lora: LoRA tensors, named as in a bare backbone (``layers.0...``); empty without LoRA.
+        adapter: content of ``adapter_config.json``.
+        config: the encoder's ``config.json``: the base's, with more tokens.
+        base: name or path of the base model, according to the folder.
+        run: content of ``run_config.yml``.
     """
 
     names: list[str]
@@ -62,7 +62,7 @@ def read_original(folder: Path) -> Original:
     """Read and check a folder.
 
     Raises:
-        ModelError: a missing or unreadable file, sizes that differ, or a variant that is not supported.
+        ModelError: a file is missing or unreadable, sizes disagree, or the variant is not supported.
     """
     for name in _FILES:
         if not (folder / name).is_file():
@@ -136,7 +136,7 @@ def _token_ids(file: Path, adapter: dict[str, Any], count: int) -> list[int]:
 
 
 def _read_adapter(file: Path, kind: str) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """Trained rows, the embeddings that they stand in, if stored, and LoRA's tensors."""
+    """Return the trained rows, the base's input embeddings if stored, and the LoRA tensors."""
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -158,7 +158,7 @@ def _read_adapter(file: Path, kind: str) -> tuple[Tensor, Tensor | None, dict[st
 
 
 def _read_projection(file: Path, width: int) -> dict[str, Tensor]:
-    """``weight`` and ``bias`` of a linear layer that takes vectors of ``width``."""
+    """Return ``weight`` and ``bias`` of a linear layer with input size ``width``."""
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -174,7 +174,7 @@ def _read_projection(file: Path, width: int) -> dict[str, Tensor]:
         raise ModelError(f"{file}: pooling_mode is {config['pooling_mode']!r}, supported is 'linear'")
     tensors = {part: state.get(f"projection.{part}") for part in ("weight", "bias")}
     shapes = [tuple(one.shape) if isinstance(one, Tensor) else None for one in tensors.values()]
-    # A weight of N x width with a bias of N, and nothing else.
+    # Exactly a weight of N x width and a bias of N.
     if len(state) != 2 or shapes[0] is None or shapes != [(*shapes[0][:1], width), shapes[0][:1]]:
         raise ModelError(
             f"{file}: holds {', '.join(f'{name} {shape_text(one)}' for name, one in state.items())}; expected "
@@ -184,7 +184,7 @@ def _read_projection(file: Path, width: int) -> dict[str, Tensor]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """SafeLoader for which a tag that it does not know says nothing."""
+    """SafeLoader that ignores unknown tags."""
 
 
 def _plain(loader: _PlainLoader, node: yaml.Node) -> Any:

@@ -1,4 +1,4 @@
-"""Folders of sentence-transformers that this project did not export, served by that library."""
+"""Encoder for model folders that sentence-transformers reads and this project did not export."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,21 +11,21 @@ from anchor.models.backbone import DTYPES
 from eval.encoder import TextEncoder, finite, weights_xxh3
 
 RESULTS = "mteb"
-"""Where `eval mteb` puts results, vectors among them, unless told otherwise."""
+"""Subfolder that `eval mteb` writes results and cached vectors to by default."""
 _WEIGHTS = (".safetensors", ".bin")
 _DESCRIPTIONS = ("modules.json", "config.json", "sentence_bert_config.json")
 
 
 class PlainEncoder(TextEncoder):
-    """A folder of sentence-transformers that this project did not export, served by that library.
+    """Encoder that runs a folder through sentence-transformers.
 
     Args:
-        folder: holds ``modules.json``.
+        folder: a folder with ``modules.json``.
         dtype: ``bf16`` or ``fp32``.
-        pack_tokens: tokens of one forward pass, padding included, if every text had the maximal length.
+        pack_tokens: tokens of one forward pass, padding included, counting each text at maximum length.
 
     Raises:
-        ModelError: the library is not installed, or cannot read the folder.
+        ModelError: sentence-transformers is not installed or cannot read the folder.
     """
 
     raw = False
@@ -56,7 +56,7 @@ class PlainEncoder(TextEncoder):
         self.batch_size = max(1, self._pack_tokens // max_tokens)
 
     def revision(self) -> str:
-        """xxh3 of the weights and configurations of all modules."""
+        """Return the xxh3 of the weights and configurations of all modules."""
         beneath = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
         inside = (path for path in beneath if path.relative_to(self.folder).parts[0] != RESULTS)
         return weights_xxh3([path for path in inside if path.suffix in _WEIGHTS or path.name in _DESCRIPTIONS])
@@ -71,6 +71,6 @@ class PlainEncoder(TextEncoder):
     def states(self, texts: Sequence[str], prompt: str = "") -> Float[np.ndarray, "B D"]:
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        # An empty prompt keeps the folder's default prompt away.
+        # Without an explicit prompt, sentence-transformers would add the folder's default prompt.
         vectors = self.model.encode(list(texts), prompt=prompt, batch_size=self.batch_size, show_progress_bar=False)
         return finite(np.asarray(vectors, dtype=np.float32), self.folder)

@@ -1,4 +1,4 @@
-"""Figures as inline SVG (matplotlib): ink takes the page's own colour, so one figure serves light and dark."""
+"""Draw figures as inline SVG with matplotlib; ink takes the page's text colour, so they suit light and dark pages."""
 
 import io
 import itertools
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 _INK = "#010203"
 _PLACEHOLDER = "label"
 _COLOURS = ("#3b82c4", "#d9722e", "#2f9e6e", "#b45fb0", "#c9a227", "#5aa9b5", "#d0566b", "#8a7fd1")
-"""Told apart on white and on near-black, contrast at least 3 to 1 on both."""
+"""Line colours, distinguishable on white and near-black, with a contrast of at least 3 to 1 on both."""
 _DASHES = ("-", "--", ":", "-.")
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -43,17 +43,17 @@ _LABEL_CHARACTERS = 60
 
 
 def shown(text: str) -> str:
-    """Return a text that HTML and SVG can hold: control characters and half surrogate pairs become U+FFFD."""
+    """Return text that is valid in HTML and SVG: replace control characters and lone surrogates by U+FFFD."""
     return _UNSHOWABLE.sub("\ufffd", text)
 
 
 def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], y_label: str, *, log: bool = False) -> str:
-    """Lines over steps.
+    """Plot lines over steps and return the SVG.
 
     Args:
         series: label -> (steps, values).
         y_label: quantity and unit.
-        log: logarithmic values.
+        log: use a logarithmic y axis.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
@@ -72,7 +72,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], y_labe
 
 
 def histogram(groups: dict[str, Float[np.ndarray, " N"]], x_label: str) -> str:
-    """Densities of several groups over shared bins."""
+    """Plot the densities of several groups over shared bins and return the SVG."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
         axes = figure.subplots()
@@ -87,7 +87,7 @@ def histogram(groups: dict[str, Float[np.ndarray, " N"]], x_label: str) -> str:
 
 
 def scatter(points: Float[np.ndarray, "N 2"], labels: Sequence[str]) -> str:
-    """A labelled map; groups differ in colour and in mark."""
+    """Plot a labelled map and return the SVG; groups differ in colour and marker."""
     marks = "os^Dv<>PX*"
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(5.4, 4.6), layout="constrained")
@@ -107,7 +107,7 @@ def scatter(points: Float[np.ndarray, "N 2"], labels: Sequence[str]) -> str:
 
 
 def _write_labels(legend: Legend, labels: Iterable[str]) -> None:
-    """Write labels as they are: matplotlib would take ``$`` for mathematics and hide those that begin with ``_``."""
+    """Write labels literally: matplotlib would parse ``$`` as mathematics and hide labels that begin with ``_``."""
     for text, label in zip(legend.get_texts(), labels, strict=True):
         cut = label if len(label) <= _LABEL_CHARACTERS else f"{label[:_LABEL_CHARACTERS].rstrip()} …"
         text.set_parse_math(False)
@@ -117,10 +117,10 @@ def _write_labels(legend: Legend, labels: Iterable[str]) -> None:
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        # The reader's browser draws the letters, whatever matplotlib's own font lacks.
+        # The browser draws the text, so glyphs missing from matplotlib's font do not matter.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # The figure scales with the page; screen readers get the caption, not every tick.
+    # Hide the figure from screen readers: they get the caption, not every tick.
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

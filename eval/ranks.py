@@ -1,9 +1,9 @@
-"""Many ranks embed while one scores.
+"""Embed on all ranks while rank 0 runs mteb.
 
-Rank 0 runs mteb and asks for embeddings; the other ranks wait in :meth:`RankedEncoder.serve` for their share of the
-texts. The texts are dealt round in order of length, so that the shares take equal time. An error of any rank is raised
-on rank 0, and the others go on waiting. The group of its own waits for days where a collective of training would give
-up after minutes: scoring a task may take hours.
+Rank 0 requests embeddings; the other ranks wait in :meth:`RankedEncoder.serve` for their share of the texts. Texts are
+dealt round-robin by length, so that the shares take about equal time. Rank 0 raises the error of any rank, and the
+other ranks keep waiting. Scoring a task may take hours, so this module uses a separate process group with a timeout of
+days; a training collective would time out after minutes.
 """
 
 import datetime
@@ -26,20 +26,20 @@ from eval.encoder import NotFiniteError, TextEncoder
 log = logging.getLogger(__name__)
 
 PATIENCE = datetime.timedelta(days=14)
-"""Of a rank that waits for another that writes or scores."""
+"""Timeout of a rank that waits while another rank writes or scores."""
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks; 0 and 1 outside a process group."""
+    """Return this process's rank and the number of ranks; 0 and 1 outside a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextmanager
 def joined(timeout: datetime.timedelta | None = None) -> Iterator[None]:
-    """Meanwhile this process is a rank among all; see :func:`anchor.dist.init` for the argument.
+    """Join the process group for the ``with`` block; see :func:`anchor.dist.init` for the argument.
 
-    A rank that fails says why and ends at once, without leaving the process group: with NCCL it would wait there for
-    the other ranks, and those wait for this one. The launcher ends them.
+    A rank that fails logs the reason and exits without tearing down the process group: with NCCL, teardown would wait
+    for the other ranks, which wait for this one. The launcher stops the others.
     """
     if anchor_dist.init(timeout=timeout).world_size == 1:
         try:
@@ -57,7 +57,7 @@ def joined(timeout: datetime.timedelta | None = None) -> Iterator[None]:
 
 
 class RankedEncoder(TextEncoder):
-    """An encoder whose texts are shared by all ranks; every rank makes one, rank 0 calls :meth:`states`.
+    """Encoder that shares its texts among all ranks. Every rank creates one; rank 0 calls :meth:`states`.
 
     Args:
         local: this rank's encoder.
@@ -97,24 +97,24 @@ class RankedEncoder(TextEncoder):
         return out
 
     def serve(self) -> None:
-        """Embed what rank 0 sends until it calls :meth:`stop`; for the other ranks."""
+        """Embed the texts that rank 0 sends until it calls :meth:`stop`; called by the other ranks."""
         while (task := self._scatter(None)) is not None:
             dist.gather_object(self._work(*task), None, group=self._group)
 
     def stop(self) -> None:
-        """Let the other ranks go; rank 0 calls it once, also after an error."""
+        """Release the other ranks; rank 0 calls this once, also after an error."""
         if self.world_size > 1:
             self._scatter([None] * self.world_size)
 
     def _work(self, prompt: str, texts: list[str]) -> np.ndarray | Exception:
-        """This rank's share, or what :meth:`states` raises on rank 0."""
+        """Return the vectors of this rank's share, or the error for rank 0 to raise."""
         try:
             return self._local.states(texts, prompt)
         except AnchorError as error:
             return error
-        except Exception as error:  # of any kind: the other ranks wait in the gather that follows, for days
+        except Exception as error:  # catch all: otherwise the other ranks wait in the next gather for days
             log.exception("rank %d on %s failed", self.rank, socket.gethostname())
-            return RuntimeError(f"{type(error).__name__}: {error}")  # whatever it holds, this can be sent
+            return RuntimeError(f"{type(error).__name__}: {error}")  # the original error may not pickle
 
     def _scatter(self, tasks: list | None) -> tuple[str, list[str]] | None:
         box: list = [None]

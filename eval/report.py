@@ -1,7 +1,7 @@
-"""``python -m eval report``: one HTML file that opens offline, from run and result folders.
+"""``python -m eval report``: write one offline HTML file from run and result folders.
 
-The page holds no script and asks for nothing: figures are inline SVG, and its content security policy forbids the rest.
-It follows the reader's light or dark setting, fits a phone, and everything that scrolls or opens takes the keyboard.
+The page has no scripts and loads nothing: figures are inline SVG, and its content security policy forbids the rest.
+It follows the reader's light or dark setting and fits a phone. Everything that scrolls or opens works by keyboard.
 """
 
 import datetime
@@ -47,13 +47,13 @@ _CURVES = (
 
 @dataclass(frozen=True, slots=True)
 class Looks:
-    """What is shown of a model's embeddings.
+    """Inputs of the report's sections on a model's embeddings.
 
     Attributes:
-        encoder: the model, or None for no look at embeddings.
-        pairs: query-document pairs, for similarities and neighbours.
-        labelled: texts with labels, for the map.
-        decoded: file of ``eval decode``.
+        encoder: the model; None leaves these sections out, except decoded texts.
+        pairs: query-document pairs for the similarities and neighbours.
+        labelled: texts with labels for the map.
+        decoded: output file of ``eval decode``.
     """
 
     encoder: TextEncoder | None = None
@@ -75,14 +75,14 @@ def write_report(
 
     Args:
         runs: from :func:`eval.report_data.read_run`; labels must differ.
-        output: the file.
-        title: of the page.
-        benchmark: also show its categories and averages, beside published rows.
-        looks: what to show of embeddings.
+        output: the HTML file.
+        title: title of the page.
+        benchmark: also show its categories and averages, next to published rows.
+        looks: inputs of the sections on embeddings.
         overwrite: replace the file.
 
     Raises:
-        ConfigError: the file exists, or two runs have one label.
+        ConfigError: the file exists, two runs have the same label, or ``benchmark`` is given without results.
     """
     check_output(output, overwrite=overwrite)
     labels = [run.label for run in runs]

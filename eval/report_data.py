@@ -1,4 +1,4 @@
-"""What a report shows: training curves and provenance of runs, scores, and looks into the embeddings of a model."""
+"""Collect a report's data: training curves and provenance of runs, scores, and views of a model's embeddings."""
 
 import math
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ from eval.table import main_scores
 from eval.texts import check_field, iterate_rows, read_rows
 
 MAX_TEXTS = 500
-"""Texts of a look; enough for a picture, quick on a CPU."""
+"""Most texts or pairs to embed for a figure: enough for a picture, quick on a CPU."""
 _SHORT = 240
 _LARGEST = 1 << 63
-"""Of a whole number in the metrics; figures have no room for more."""
+"""Largest integer accepted in the metrics; figures cannot show more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run or result folder.
+    """Content of a run or result folder.
 
     Attributes:
-        label: shown.
-        folder: where it is.
+        label: name shown in the report.
+        folder: path of the folder.
         metrics: rows of ``metrics.jsonl``.
         held_out: rows of ``held_out.jsonl``.
-        provenance: ``run.yaml`` as text, or None.
+        provenance: text of ``run.yaml``, or None.
         scores: main score of each task, 0 to 1.
         results: folder of the scores, or None.
     """
@@ -50,23 +50,25 @@ class Run:
     results: Path | None = None
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric, where it is given."""
+        """Return the steps and values of a metric, from the rows that have it."""
         rows = [row for row in (*self.metrics, *self.held_out) if _is_number(row.get(name))]
         return [row["step"] for row in rows], [float(row[name]) for row in rows]
 
     def throughput(self) -> tuple[list[float], list[float]]:
-        """Steps and tokens per second."""
+        """Return the steps and the tokens per second."""
         wanted = ("data/tokens", "time/step_seconds")
         rows = [row for row in self.metrics if all(_is_number(row.get(name)) and row[name] for name in wanted)]
         return [row["step"] for row in rows], [row[wanted[0]] / row[wanted[1]] for row in rows]
 
 
 def read_run(item: str) -> Run:
-    """A folder, or ``LABEL=DIR``: a run (``metrics.jsonl``), results (``scores.json``), or a run with results below.
+    """Read a folder, given as ``DIR`` or ``LABEL=DIR``.
+
+    The folder is a run (``metrics.jsonl``), results (``scores.json``), or a run with results below it.
 
     Raises:
-        ConfigError: no such folder, or nothing in it that a report could show.
-        DataError: an unreadable file.
+        ConfigError: the folder is missing or holds nothing to report.
+        DataError: a file is unreadable.
     """
     label, equals, path = item.partition("=") if not _is_folder(item) else ("", "", "")
     folder = Path(path if equals else item)
@@ -93,7 +95,7 @@ def read_run(item: str) -> Run:
 
 
 def _metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics; none when there is no file. The half line that a killed run leaves is left out."""
+    """Return the rows of a metrics file, empty without a file; drop a half-written last line of a killed run."""
     found = list(files.read_rows(file)) if file.is_file() else []
     if found and found[-1].problem is not None and not str(found[-1].value).endswith("\n"):
         found.pop()
@@ -113,7 +115,7 @@ def _metrics(file: Path) -> list[dict[str, Any]]:
 def _is_folder(path: Path | str) -> bool:
     try:
         return Path(path).is_dir()
-    except OSError:  # a name of more than 255 characters
+    except OSError:  # the name is too long
         return False
 
 
@@ -129,7 +131,7 @@ def _text(file: Path) -> str:
 
 
 def final_values(run: Run) -> dict[str, str]:
-    """Last step, loss, throughput and peak memory, as text."""
+    """Return the last step, last loss, median throughput and peak memory, as text."""
     out: dict[str, str] = {}
     for name, key, unit in (("steps", "step", ""), ("loss", "loss/total_nats", " nats")):
         _, values = run.column(key)
@@ -145,10 +147,10 @@ def final_values(run: Run) -> dict[str, str]:
 
 
 def commit_of(run: Run) -> str:
-    """Commit of a run's provenance, or a dash.
+    """Return the commit from a run's provenance, or a dash.
 
     Raises:
-        DataError: the provenance is half-written.
+        DataError: ``run.yaml`` is not readable as YAML.
     """
     try:
         about = yaml.safe_load(run.provenance) if run.provenance else None
@@ -162,9 +164,10 @@ class PairsLook:
     """Similarities and neighbours of query-document pairs.
 
     Attributes:
-        figure: histogram of positives and negatives, SVG.
-        caption: the numbers behind it.
-        neighbours: per query: the query, rank of its document, and the nearest documents ``(text, cosine, right)``.
+        figure: SVG histogram of positives and negatives.
+        caption: numbers behind the figure.
+        neighbours: for each listed query: its text, the rank of its document, and the nearest documents as
+            ``(text, cosine, is positive)``.
     """
 
     figure: str
@@ -173,12 +176,18 @@ class PairsLook:
 
 
 def look_at_pairs(encoder: TextEncoder, path: Path, shown: int = 6) -> PairsLook:
-    """Embed pairs; every other document is a negative of a query, except documents of the same text.
+    """Embed pairs and compare each query with all documents.
+
+    Every other document is a negative, unless its text equals the positive's.
 
     Args:
         encoder: the model.
-        path: JSON lines with ``query`` and ``positive``, or a retrieval folder in MTEB's layout.
-        shown: queries whose neighbours are listed.
+        path: JSON lines with ``query`` and ``positive``, or a retrieval folder in MTEB's or BEIR's layout.
+        shown: number of queries to list neighbours for.
+
+    Raises:
+        ConfigError: no such file.
+        DataError: malformed input, or pairs that give no negative.
     """
     pairs = (retrieval_pairs(path) if path.is_dir() else read_pairs(path))[:MAX_TEXTS]
     queries, documents = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -205,14 +214,15 @@ def look_at_pairs(encoder: TextEncoder, path: Path, shown: int = 6) -> PairsLook
 
 
 def look_at_labels(encoder: TextEncoder, path: Path) -> tuple[str, str]:
-    """A 2-D map (t-SNE) of texts with labels, as SVG, and its caption.
+    """Return a 2-D map (t-SNE) of labelled texts, as SVG, and its caption.
 
     Args:
         encoder: the model.
         path: JSON lines with ``text`` and ``label``.
 
     Raises:
-        DataError: malformed, or fewer than eight texts.
+        ConfigError: no such file.
+        DataError: malformed rows, or fewer than eight texts.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected JSON lines with 'text' and 'label'")
@@ -226,13 +236,13 @@ def look_at_labels(encoder: TextEncoder, path: Path) -> tuple[str, str]:
 
 
 def flat_map(vectors: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N 2"]:
-    """t-SNE, the same for the same vectors."""
+    """Return a deterministic t-SNE map of the vectors."""
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     return TSNE(2, perplexity=perplexity, metric="cosine", init="random", random_state=0).fit_transform(vectors)
 
 
 def retrieval_pairs(folder: Path) -> list[tuple[str, str]]:
-    """``(query, document)`` of a retrieval folder's test judgements.
+    """Return ``(query, document)`` text pairs for a retrieval folder's positive test judgements.
 
     Raises:
         DataError: a file is missing or malformed.
@@ -247,11 +257,11 @@ def retrieval_pairs(folder: Path) -> list[tuple[str, str]]:
 
 
 def read_decoded(path: Path, shown: int = 20) -> list[dict[str, Any]]:
-    """First rows of a file of ``eval decode``.
+    """Return the first ``shown`` rows of an output file of ``eval decode``.
 
     Raises:
         ConfigError: no such file.
-        DataError: malformed.
+        DataError: a row is malformed.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected the --output of `python -m eval decode`")

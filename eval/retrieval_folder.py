@@ -1,4 +1,4 @@
-"""A local folder of a retrieval task, in MTEB's layout or in BEIR's own: what its files say, and what mteb reads.
+"""Read, check and convert a local retrieval folder in MTEB's or BEIR's layout.
 
 Both layouts have ``corpus.jsonl`` and ``queries.jsonl``. Judgements are ``qrels/test.jsonl`` in MTEB's layout and
 ``qrels/test.tsv`` in BEIR's. A folder with both is read as MTEB's.
@@ -22,12 +22,12 @@ _TEXT_FIELDS = ("_id", "id", "title", "text")
 
 
 class Judgement(NamedTuple):
-    """How relevant a document is to a query.
+    """Relevance of a document to a query.
 
     Attributes:
-        where: file and line.
-        query, document: their ids.
-        score: above 0 is relevant.
+        where: file and line of the judgement.
+        query, document: ids.
+        score: relevance; above 0 is relevant.
     """
 
     where: str
@@ -37,7 +37,7 @@ class Judgement(NamedTuple):
 
 
 def judgements_file(folder: Path) -> Path:
-    """Return the file of a folder's judgements.
+    """Return the path of a folder's judgements.
 
     Raises:
         DataError: one of the folder's three files is missing.
@@ -51,13 +51,13 @@ def judgements_file(folder: Path) -> Path:
 
 
 def read_judgements(folder: Path) -> Iterator[Judgement]:
-    """Read a folder's judgements in order; equal ones may be given twice.
+    """Yield a folder's judgements in order; identical duplicates are allowed.
 
     Raises:
-        DataError: malformed row, missing field, a score that is no whole number, or two scores of one pair.
+        DataError: malformed row, missing field, a score that is not a whole number, or two scores for one pair.
     """
     file = judgements_file(folder)
-    table = file.suffix == ".tsv"  # its cells are texts
+    table = file.suffix == ".tsv"  # TSV cells are strings
     given: dict[tuple[str, str], tuple[int, str]] = {}
     fields = {"query-id": object, "corpus-id": object, "score": object if table else float}
     for where, row in iterate_rows(file, fields):
@@ -73,14 +73,16 @@ def read_judgements(folder: Path) -> Iterator[Judgement]:
 
 
 def check_retrieval(folder: Path) -> None:
-    """Read a retrieval task's files row by row: `datasets` and mteb would fail far from the cause, or score nothing.
+    """Check a retrieval task's files row by row.
+
+    Without this check, `datasets` and mteb would fail far from the cause, or score nothing.
 
     Args:
-        folder: in one of the layouts.
+        folder: a folder in either layout.
 
     Raises:
-        DataError: a missing or empty file, malformed row, missing field, an id given twice, a judgement of an unknown
-            text, contradictory judgements.
+        DataError: a missing or empty file, malformed row, missing field, duplicate id, judgement of an unknown text,
+            or contradictory judgements.
     """
     judgements = judgements_file(folder)
     queries, corpus = _text_ids(folder / _QUERIES), _text_ids(folder / _CORPUS)
@@ -97,12 +99,12 @@ def check_retrieval(folder: Path) -> None:
 
 
 def retrieval_path(folder: Path) -> Path:
-    """A retrieval task's folder as :func:`eval.local_data.distinct_path` names it, in MTEB's layout with a README.md.
+    """Return a retrieval task's folder in MTEB's layout with a README.md, named as by :func:`distinct_path`.
 
-    A folder that lacks either is not written to: its files, linked or in MTEB's layout, lie in the library's cache.
+    If the folder lacks either, write links or converted files to the `datasets` cache; the folder stays unchanged.
 
     Args:
-        folder: checked by :func:`check_retrieval`.
+        folder: a folder that passed :func:`check_retrieval`.
     """
     path, judgements = distinct_path(folder), judgements_file(folder)
     if (folder / "README.md").is_file() and judgements.suffix == ".jsonl":
@@ -122,7 +124,7 @@ def retrieval_path(folder: Path) -> Path:
 
 
 def _write(path: Path, fill: Callable[[TextIO], Any]) -> None:
-    """Write a file beside and rename it into place: another rank may read it already."""
+    """Write a temporary file and rename it into place: another rank may already be reading the old one."""
     written = path.with_name(f"{path.name}.{os.getpid()}")
     with written.open("w", encoding="utf-8") as file:
         fill(file)
@@ -130,7 +132,7 @@ def _write(path: Path, fill: Callable[[TextIO], Any]) -> None:
 
 
 def _texts_alone(file: Path) -> Iterator[str]:
-    """Rows without BEIR's ``metadata``, whose type differs from row to row, so that `datasets` cannot read it."""
+    """Yield rows without BEIR's ``metadata``: its type varies between rows, so `datasets` cannot read it."""
     for _, row in iterate_rows(file, {"text": str}):
         yield json.dumps({name: row[name] for name in _TEXT_FIELDS if name in row}) + "\n"
 

@@ -1,7 +1,7 @@
-"""Folders of objective ``self_supervised``: special tokens and projections over a base model that lies elsewhere.
+"""Folders of objective ``self_supervised``: special tokens and projections on top of a separate base model.
 
-The embedding of a text is ``e = mean over P of W_align W_rec h``, h the final-norm states of its P special tokens; the
-decoder continues from the P soft prompts ``W_rec h`` (LLM2Vec-Gen, arXiv:2603.10913).
+A text's embedding is ``e = mean over P of W_align W_rec h``, where h are the final-norm states of its P special tokens.
+The decoder continues from the P soft prompts ``W_rec h`` (LLM2Vec-Gen, arXiv:2603.10913).
 """
 
 from pathlib import Path
@@ -17,14 +17,14 @@ from eval.encoder import PackedEncoder, weights_xxh3
 
 
 class SoftPromptsEncoder(PackedEncoder):
-    """Such a folder, ready to encode; ``states`` are e before they are normalised.
+    """Encoder for a ``self_supervised`` folder; ``states`` returns e before normalisation.
 
     Args:
-        folder, dtype, attention, pack_tokens: as :class:`eval.encoder.PackedEncoder`.
-        base: where the base model lies; where ``anchor.json`` says when None.
+        folder, dtype, attention, pack_tokens: as for :class:`eval.encoder.PackedEncoder`.
+        base: path of the base model; None uses the path in ``anchor.json``.
 
     Raises:
-        ModelError: missing folder, or a base that is missing or another one.
+        ModelError: the folder or the base is missing, or it is the wrong base.
     """
 
     def __init__(
@@ -53,6 +53,6 @@ class SoftPromptsEncoder(PackedEncoder):
         return states, prefixes
 
     def revision(self) -> str:
-        """xxh3 of the folder's weights, adapter included, and the fingerprint of the base."""
+        """Return the xxh3 of the folder's weights, adapter included, followed by the base's fingerprint."""
         files = sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("adapter/*.safetensors")])
         return f"{weights_xxh3(files)}-{self.about['base']['fingerprint'][:8]}"

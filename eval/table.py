@@ -1,6 +1,6 @@
-"""Tables of scores: main scores side by side, and a benchmark's categories and averages as mteb aggregates them.
+"""Tables of scores: main scores side by side, and a benchmark's categories and averages as aggregated by mteb.
 
-No task is silently missing: a category or an average that lacks a task is withheld, and the absent tasks are named.
+No task goes missing silently: a category or average that lacks a task is withheld, and the absent tasks are named.
 """
 
 import json
@@ -23,19 +23,19 @@ from anchor.errors import DataError, first_line
 MEAN_TASK, MEAN_TYPE = "Mean(Task)", "Mean(TaskType)"
 SCORES = "scores.json"
 _LARGEST = 1e6
-"""Of a score; a number of hundreds of digits could not be shown."""
+"""Largest absolute score accepted; a number with hundreds of digits cannot be shown."""
 _NO_RESULTS = ("model_meta.json", "run_settings.json", SCORES)
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a result folder says about a benchmark.
+    """Scores of a result folder on a benchmark.
 
     Attributes:
-        tasks: score of each task there is, 0 to 1.
-        absent: tasks of the benchmark without a result; of those with a part of one, its missing subsets in brackets.
-        values: categories and averages, 0 to 1; None where a task is absent.
-        counts: ``(there, all)`` tasks of each category.
+        tasks: score of each complete task, 0 to 1.
+        absent: tasks without a complete result; for a partial result, the missing subsets follow in brackets.
+        values: categories and averages, 0 to 1; None if a task is absent.
+        counts: ``(present, total)`` number of tasks per category.
     """
 
     tasks: dict[str, float]
@@ -45,10 +45,10 @@ class Summary:
 
 
 def score_table(labelled: list[tuple[str, Path]]) -> Table:
-    """One row per result folder, one column per task; scores times 100.
+    """Return a table with one row per result folder and one column per task; scores times 100.
 
     Raises:
-        DataError: a folder without ``scores.json``.
+        DataError: a folder has no ``scores.json``, or it is unreadable.
     """
     rows = [(label, main_scores(folder)) for label, folder in labelled]
     tasks = sorted({task for _, scores in rows for task in scores})
@@ -59,10 +59,10 @@ def score_table(labelled: list[tuple[str, Path]]) -> Table:
 
 
 def main_scores(folder: Path) -> dict[str, float]:
-    """Main scores of a folder that ``eval mteb`` wrote, by task.
+    """Return the main scores, by task, of a folder that ``eval mteb`` wrote.
 
     Raises:
-        DataError: a folder without ``scores.json``, or a half-written one.
+        DataError: the folder has no ``scores.json``, or it is unreadable.
     """
     if not (folder / SCORES).is_file():
         raise DataError(f"{folder}: no {SCORES}; run `python -m eval mteb` with --output {folder} first")
@@ -70,10 +70,10 @@ def main_scores(folder: Path) -> dict[str, float]:
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """All of ``scores.json``.
+    """Return the content of ``scores.json``.
 
     Raises:
-        DataError: half-written, or not of `eval mteb`.
+        DataError: the file is half-written, or not from `eval mteb`.
     """
     file = folder / SCORES
     try:
@@ -87,10 +87,10 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 def task_results(folder: Path) -> list[TaskResult]:
-    """Results in mteb's layout under a folder; of ours, those of the last run's revision.
+    """Return the results in mteb's layout under a folder; if it has ``scores.json``, only those of its revision.
 
     Raises:
-        DataError: none there, a file that is not a result, or results of several models.
+        DataError: there are no results, a file is not a result, or the results belong to several models.
     """
     files = [path for path in sorted(folder.rglob("*.json")) if path.name not in _NO_RESULTS]
     files = [path for path in files if "cache" not in path.relative_to(folder).parts]
@@ -114,7 +114,7 @@ def task_results(folder: Path) -> list[TaskResult]:
 
 
 def summarise(benchmark: Benchmark, results: list[TaskResult]) -> Summary:
-    """Categories and averages of a benchmark by mteb's own aggregation; only whole ones."""
+    """Return a benchmark's categories and averages by mteb's own aggregation, withholding incomplete ones."""
     chosen = ModelResult(model_name="one", model_revision="one", task_results=results).select_tasks(benchmark.tasks)
     missing = {result.task_name: _missing(result) for result in chosen.task_results}
     by_name = {result.task_name: result for result in chosen.task_results if not missing[result.task_name]}
@@ -136,7 +136,7 @@ def summarise(benchmark: Benchmark, results: list[TaskResult]) -> Summary:
 
 
 def _missing(result: TaskResult) -> list[str]:
-    """Subsets without a score, of a result that mteb has fitted to its task; where there is only one, the split."""
+    """Return a result's subsets that lack a score; for the subset ``default``, return the split instead."""
     gaps = [
         split if score["hf_subset"] == "default" else score["hf_subset"]
         for split, scores in result.scores.items()
@@ -147,10 +147,10 @@ def _missing(result: TaskResult) -> list[str]:
 
 
 def published(benchmark: str) -> dict[str, dict[str, float]]:
-    """Published rows of a benchmark: label -> column -> score, 0 to 1.
+    """Return published rows of a benchmark: label -> column -> score, 0 to 1.
 
     Raises:
-        DataError: none are known.
+        DataError: no rows are known for the benchmark.
     """
     known: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
     if benchmark not in known:
@@ -161,9 +161,9 @@ def published(benchmark: str) -> dict[str, dict[str, float]]:
 
 
 def benchmark_table(benchmark: Benchmark, summaries: dict[str, Summary], *, compare_published: bool = False) -> Table:
-    """One row per model, one column per category and average; scores times 100.
+    """Return a table with one row per model and one column per category and average; scores times 100.
 
-    A value that lacks tasks is shown as how many are there; published rows come last.
+    A value that lacks tasks is replaced by the number of tasks present, "3 of 4". Published rows come last.
     """
     columns = list(next(iter(summaries.values())).values)
     table = Table("model", *columns, title=benchmark.name)
@@ -177,14 +177,14 @@ def benchmark_table(benchmark: Benchmark, summaries: dict[str, Summary], *, comp
 
 
 def absent_line(label: str, summary: Summary) -> str | None:
-    """One line that names the tasks without a result, or None."""
+    """Return a line that names the tasks without a result, or None if there are none."""
     if not summary.absent:
         return None
     return f"{label}: averages are withheld, {len(summary.absent)} tasks have no result: {', '.join(summary.absent)}"
 
 
 def print_table(table: Table) -> None:
-    """Write a table to stdout: drawn on a terminal, else plain columns as wide as they need to be."""
+    """Write a table to stdout: drawn on a terminal, otherwise as plain aligned columns at full width."""
     console = Console()
     if console.is_terminal:
         console.print(table)

@@ -1,7 +1,7 @@
-"""Which tasks: mteb's by name or benchmark, a local retrieval folder, AdvBench-IR; and where their data is.
+"""Find tasks and their data: mteb tasks by name or benchmark, a local retrieval folder, or AdvBench-IR.
 
-With a data root, an offline copy by hub path (``DIR/mteb/scifact``; see :mod:`eval.fetch`), the hub is not asked,
-and tasks whose data is missing are known before anything is embedded.
+A data root is an offline copy by hub path (``DIR/mteb/scifact``; see :mod:`eval.fetch`). With one, no task contacts the
+hub, and tasks with missing data are reported before anything is embedded.
 """
 
 import copy
@@ -27,7 +27,7 @@ LITE_TASKS = (
     *("MedrxivClusteringP2P.v2", "SprintDuplicateQuestions", "Banking77Classification", "ImdbClassification"),
     *("BIOSSES", "STS17"),
 )
-"""The ten-task list of LLM2Vec-Gen's ablations, all of MTEB(eng, v2)."""
+"""The ten tasks of LLM2Vec-Gen's ablations, all from MTEB(eng, v2)."""
 
 
 ANCHOR15_TASKS = (
@@ -36,15 +36,17 @@ ANCHOR15_TASKS = (
     *("Banking77Classification", "EmotionClassification", "MassiveIntentClassification"),
     *("STS17", "SICK-R", "STSBenchmark"),
 )
-"""The 15 tasks of Anchor Embedding's ablations, all of MTEB(eng, v1), which are those of LLM2Vec's (BehnamGhader et al.
-2024, arXiv:2404.05961, appendix)."""
+"""The 15 tasks of Anchor Embedding's ablations, all from MTEB(eng, v1).
+
+LLM2Vec's ablations use the same tasks (BehnamGhader et al. 2024, arXiv:2404.05961, appendix).
+"""
 BRIGHT_TOKENS = 4096
-"""Longest text of BRIGHT in LLM2Vec-Gen's evaluation."""
+"""Maximum text length for BRIGHT in LLM2Vec-Gen's evaluation."""
 _OWN = {"lite": ("MTEB(eng, v2)", LITE_TASKS), "anchor15": ("MTEB(eng, v1)", ANCHOR15_TASKS)}
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """A benchmark of mteb by name, ``lite`` or ``anchor15``.
+    """Return a benchmark by name: one of mteb's, ``lite`` or ``anchor15``.
 
     Raises:
         ConfigError: unknown name.
@@ -63,11 +65,11 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def tasks_by_name(names: Sequence[str], data_root: Path | None) -> list[AbsTask]:
-    """Tasks by name; with ``data_root`` their data comes from ``data_root/<hub path>``.
+    """Return tasks by name; with ``data_root`` they read their data from ``data_root/<hub path>``.
 
     Raises:
-        ConfigError: unknown task.
-        DataError: tasks whose data is not under ``data_root``, all of them named.
+        ConfigError: unknown task, or a task that is not of text alone.
+        DataError: data is missing under ``data_root``; the message names all such tasks.
     """
     tasks, missing = with_data(named_tasks(names), data_root)
     if missing:
@@ -76,7 +78,7 @@ def tasks_by_name(names: Sequence[str], data_root: Path | None) -> list[AbsTask]
 
 
 def named_tasks(names: Sequence[str]) -> list[AbsTask]:
-    """Tasks by name, their data as mteb finds it.
+    """Return tasks by name, with data from the hub as mteb defines it.
 
     Raises:
         ConfigError: unknown task.
@@ -95,13 +97,14 @@ def named_tasks(names: Sequence[str]) -> list[AbsTask]:
 
 
 def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[AbsTask], list[str]]:
-    """The tasks whose data is there, and ``name (folder)`` of the others.
+    """Return the tasks with available data, and ``name (folder)`` of each other task.
 
     Args:
-        tasks: their data's path is changed to the folder under ``data_root``, and the revision, which goes into the
-            results, gets the folder's hash. A folder that ``checksums.json`` lists with another revision counts as
-            missing; one that it does not list is taken as it is.
-        data_root: None: everything is left to mteb and the hub, except AdvBench-IR, which only exists offline.
+        tasks: tasks to look up, changed in place. With ``data_root``, their data path becomes the folder under it, and
+            the folder's hash is appended to the revision, which goes into the results. A folder that
+            ``checksums.json`` lists with another revision counts as missing; an unlisted folder is accepted.
+        data_root: offline copy. With None, mteb and the hub provide all data except AdvBench-IR's, which is
+            offline only.
 
     Raises:
         ConfigError: a task of images, sound or video.
@@ -119,13 +122,13 @@ def with_data(tasks: Sequence[AbsTask], data_root: Path | None) -> tuple[list[Ab
         if any(absent):
             missing.append(f"{task.metadata.name} ({', '.join(one for one in absent if one)})")
             continue
-        if isinstance(task, AbsTaskAggregate):  # mteb makes its parts once, for all who ask
+        if isinstance(task, AbsTaskAggregate):  # mteb shares one copy of the parts, so copy them before the change
             own = [copy.copy(part) for part in parts_of(task)]
             task.metadata = task.metadata.model_copy(update={"tasks": own})
         for part in parts_of(task):
             folder = data_root / part.metadata.dataset["path"]
             hashes = [data_hash(data_root / path) for path, _ in hub_datasets(part)]
-            # AdvBench-IR finds its second folder beside the first, and reads both by such names itself.
+            # AdvBench-IR finds its second folder next to the first and calls distinct_path on both itself.
             path = folder.resolve() if isinstance(part, AdvBenchIR) else distinct_path(folder)
             _set_dataset(part, path=str(path), revision="-".join([part.metadata.revision, *hashes]))
         if isinstance(task, AbsTaskAggregate):
@@ -151,19 +154,19 @@ def _set_dataset(task: AbsTask, **changes: str) -> None:
 
 
 def hub_datasets(task: AbsTask) -> list[tuple[str, str | None]]:
-    """``(path, revision)`` of the hub repositories that a task reads."""
+    """Return ``(path, revision)`` of each hub repository that a task reads."""
     if isinstance(task, AdvBenchIR):
         return [(path, None) for path in task.hub_paths]
     return [(one.metadata.dataset["path"], one.metadata.dataset.get("revision")) for one in parts_of(task)]
 
 
 def parts_of(task: AbsTask) -> list[AbsTask]:
-    """The tasks that a task of tasks is made of; else only itself."""
+    """Return the parts of an aggregate task; for any other task, only the task itself."""
     return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
 
 
 def _absent(data_root: Path, path: str, revision: str | None, sums: dict[str, Any]) -> str | None:
-    """What to say of a repository that a task cannot use; None where it is there."""
+    """Return why a task cannot use a repository, or None if it can."""
     folder = data_root / path
     if not holds_files(folder):
         return str(folder)
@@ -173,15 +176,17 @@ def _absent(data_root: Path, path: str, revision: str | None, sums: dict[str, An
 
 
 def is_bright(task: AbsTask) -> bool:
-    """Whether a task is one of BRIGHT's."""
+    """Return whether a task belongs to BRIGHT."""
     return task.metadata.name.startswith("Bright") and not task.metadata.name.startswith("BrightPro")
 
 
 def local_retrieval_task(folder: Path) -> AbsTask:
-    """A retrieval task from a folder with corpus.jsonl, queries.jsonl and qrels/test.jsonl, or BEIR's qrels/test.tsv.
+    """Create a retrieval task from a folder in MTEB's or BEIR's layout.
+
+    The folder holds corpus.jsonl, queries.jsonl and qrels/test.jsonl (MTEB) or qrels/test.tsv (BEIR).
 
     Raises:
-        DataError: a file is missing, or a row of one cannot be used.
+        DataError: a file is missing, or one of its rows cannot be used.
     """
     check_retrieval(folder)
 

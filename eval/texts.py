@@ -1,4 +1,4 @@
-"""Texts with ids, block by block, from files of :mod:`anchor.data.row_files`, plain text or standard input."""
+"""Read texts with ids, block by block, from files of :mod:`anchor.data.row_files`, plain text or standard input."""
 
 import hashlib
 import reprlib
@@ -26,13 +26,13 @@ _KINDS = {str: "a text", float: "a number"}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where texts come from.
+    """File or stream to read texts from.
 
     Attributes:
         path: a file, or None for standard input.
-        kind: one of :data:`FORMATS`; by the file's suffix when None, ``txt`` for standard input.
+        kind: one of :data:`FORMATS`; None chooses by the file's suffix, and ``txt`` for standard input.
         text: field or column of the text.
-        id: field or column of the id. None: ``id`` where there is one, else the number of the text, from 0.
+        id: field or column of the id. None uses ``id`` if a row has it, else the number of the text, from 0.
     """
 
     path: Path | None
@@ -50,9 +50,9 @@ class Block:
     """Consecutive texts.
 
     Attributes:
-        number: from 0.
-        ids: all different over all blocks.
-        texts: as many.
+        number: index of the block, from 0.
+        ids: ids of the texts, unique across all blocks.
+        texts: one text per id.
     """
 
     number: int
@@ -61,7 +61,7 @@ class Block:
 
 
 def read_texts(source: Source) -> tuple[list[str], list[str]]:
-    """All ids and texts of a source; errors as :func:`read_blocks`."""
+    """Return all ids and all texts of a source; raises as :func:`read_blocks`."""
     ids: list[str] = []
     texts: list[str] = []
     for block in read_blocks(source, 1 << 16):
@@ -71,19 +71,19 @@ def read_texts(source: Source) -> tuple[list[str], list[str]]:
 
 
 def read_blocks(source: Source, num_texts: int, *, check_ids: bool = True) -> Iterator[Block]:
-    """Blocks of ``num_texts`` texts (the last may have fewer), in the order of the source.
+    """Yield blocks of ``num_texts`` texts, in source order; the last block may be shorter.
 
     Args:
-        source: read once, in constant memory but for the check.
-        num_texts: texts of a block.
-        check_ids: refuse an id that was there before, for 75 bytes an id. One rank of several is enough.
+        source: texts, read once. Memory is constant except for the id check.
+        num_texts: texts per block.
+        check_ids: refuse duplicate ids, at 75 bytes per id. It is enough if one rank checks.
 
     Raises:
-        ConfigError: missing file or another kind of file.
-        DataError: malformed line, missing field, an id given twice, no text at all.
+        ConfigError: the file is missing or of an unsupported format.
+        DataError: malformed line, missing field, overlong text, duplicate id, or no text at all.
     """
     number, ids, texts = 0, [], []
-    seen: set[bytes] = set()  # hashes instead of the ids themselves
+    seen: set[bytes] = set()  # hashes of the ids, to save memory
     for one, text in _rows(source):
         if len(text) > MAX_TEXT_CHARACTERS:
             raise DataError(
@@ -107,15 +107,15 @@ def read_blocks(source: Source, num_texts: int, *, check_ids: bool = True) -> It
 
 
 def read_rows(path: Path, fields: Mapping[str, type], limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; blank lines are none.
+    """Return the rows of a JSON-lines file; blank lines are skipped.
 
     Args:
-        path: exists.
-        fields: that every row must have: ``str`` a text, ``float`` a number, ``object`` anything.
-        limit: only the first so many.
+        path: an existing file.
+        fields: required fields and their types: ``str`` for text, ``float`` for a number, ``object`` for anything.
+        limit: maximum number of rows; None for all.
 
     Raises:
-        DataError: malformed line, or a field that is missing or of another type.
+        DataError: malformed line, or a field that is missing or of the wrong type.
     """
     return [row for _, row in iterate_rows(path, fields, limit)]
 
@@ -123,7 +123,7 @@ def read_rows(path: Path, fields: Mapping[str, type], limit: int | None = None) 
 def iterate_rows(
     path: Path, fields: Mapping[str, type], limit: int | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``(file:line, row)`` of a JSON-lines file; arguments and errors as :func:`read_rows`."""
+    """Yield ``(file:line, row)`` of a JSON-lines file; arguments and errors as in :func:`read_rows`."""
     with _opened(path) as stream:
         rows = islice(_stream_rows(str(path), stream, "tsv" if kind_of(path) == "tsv" else "jsonl"), limit)
         for where, row in rows:
@@ -133,7 +133,7 @@ def iterate_rows(
 
 
 def check_field(where: str, row: object, name: str, kind: type) -> None:
-    """Refuse a row, at ``where``, whose field ``name`` is missing or of another kind; see :func:`read_rows`."""
+    """Refuse the row at ``where`` if its field ``name`` is missing or of the wrong type; see :func:`read_rows`."""
     known = row if isinstance(row, dict) else {}
     if name not in known:
         what = f" with {_KINDS[kind]}" if kind in _KINDS else ""
@@ -155,10 +155,10 @@ def _refuse_surrogate(where: str, name: str, text: str) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """The decompressed bytes of a file.
+    """Open the decompressed bytes of a file.
 
     Raises:
-        DataError: it cannot be read or decompressed, also meanwhile.
+        DataError: the file cannot be opened, or reading or decompressing fails inside the ``with`` block.
     """
     try:
         with open_input(path) as stream:
@@ -168,10 +168,10 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def _stream_rows(name: str, stream: BufferedReader, kind: str) -> Iterator[tuple[str, Any]]:
-    """``(file:line, row)``.
+    """Yield ``(file:line, row)``.
 
     Raises:
-        DataError: a row that cannot be parsed.
+        DataError: a row cannot be parsed.
     """
     for row in map(parsed, stream_rows(name, stream, kind)):
         if row.problem is not None:
@@ -180,10 +180,10 @@ def _stream_rows(name: str, stream: BufferedReader, kind: str) -> Iterator[tuple
 
 
 def _text_lines(name: str, stream: Iterable[bytes]) -> Iterator[str]:
-    """Lines without their ends.
+    """Yield lines without their line endings.
 
     Raises:
-        DataError: not UTF-8.
+        DataError: a line is not UTF-8.
     """
     for number, raw in enumerate(stream, start=1):
         try:
@@ -195,10 +195,10 @@ def _text_lines(name: str, stream: Iterable[bytes]) -> Iterator[str]:
 
 
 def check_source(source: Source) -> str:
-    """What kind of file a source is, one of :data:`FORMATS`, before anything is read.
+    """Return the format of a source, one of :data:`FORMATS`, without reading it.
 
     Raises:
-        ConfigError: missing file or another kind of file.
+        ConfigError: the file is missing or of an unsupported format, or a field is named for plain text.
     """
     path = source.path
     if path is None:
@@ -258,10 +258,10 @@ def _parquet_rows(source: Source, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _python_rows(batch: pa.RecordBatch, number: int, path: Path) -> list[dict[str, Any]]:
-    """The rows of a batch that begins with row ``number``; where one cannot be had in Python it is named."""
+    """Return the rows of a batch that starts at row ``number``; name a row that cannot be converted to Python."""
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # bytes that are no UTF-8, times that Python does not know
+    except (ValueError, OverflowError):  # invalid UTF-8, or times that Python cannot represent
         for i in range(len(batch)):
             try:
                 batch.slice(i, 1).to_pylist()

@@ -1,13 +1,13 @@
-"""Embedding files: ``.npy``, Parquet or safetensors, their ids and norms, and the manifest that completes a folder.
+"""Write and read folders of embeddings with ids, norms and a manifest, as ``.npy``, Parquet or safetensors.
 
-A folder holds ``manifest.json`` (written last: without it the folder is unfinished) and
+A folder holds ``manifest.json`` (written last: without it the folder is unfinished) and one of
 
-* ``npy``: ``embeddings.npy`` (N x D), ``norms.npy`` (N, float32), ``ids.txt`` (one id a line);
+* ``npy``: ``embeddings.npy`` (N x D), ``norms.npy`` (N, float32), ``ids.txt`` (one id per line);
 * ``safetensors``: ``embeddings.safetensors`` with the tensors ``embeddings`` and ``norms``, and ``ids.txt``;
 * ``parquet``: ``embeddings.parquet`` with the columns ``id``, ``embedding`` (list of D) and ``norm``.
 
-``norms`` are the lengths of the anchor states before normalisation: with them a normalised embedding can be decoded,
-see :mod:`eval.decode`.
+``norms`` are the lengths of the anchor states before normalisation. Decoding a normalised embedding needs them, see
+:mod:`eval.decode`.
 """
 
 import json
@@ -44,7 +44,7 @@ class Part:
     """Consecutive vectors.
 
     Attributes:
-        ids: of the texts.
+        ids: ids of the texts.
         embeddings: ``B D``.
         norms: float32 ``B``.
     """
@@ -56,13 +56,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A finished folder, read back.
+    """Content of a finished folder.
 
     Attributes:
-        manifest: ``manifest.json``.
-        ids: of the texts.
-        embeddings: as stored; memory-mapped where the format allows it.
-        norms: lengths of the anchor states, or None where the folder's model gave none.
+        manifest: content of ``manifest.json``.
+        ids: ids of the texts.
+        embeddings: vectors as stored; memory-mapped if the format allows it.
+        norms: lengths of the anchor states, or None if the folder's model has none.
     """
 
     manifest: dict[str, Any]
@@ -72,15 +72,15 @@ class Stored:
 
 
 def write_folder(folder: Path, parts: Iterator[Part], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write vectors in the manifest's ``format``, then the manifest with sizes and checksums; returns it.
+    """Write vectors in the manifest's ``format``, then the manifest with sizes and checksums; return the manifest.
 
     Args:
-        folder: exists; files of the same names are replaced.
-        parts: all vectors in order.
-        manifest: ``format``, ``texts``, ``dimension``, ``dtype`` and whatever else is to be recorded.
+        folder: an existing folder; files of the same names are replaced.
+        parts: all vectors, in order.
+        manifest: ``format``, ``texts``, ``dimension``, ``dtype`` and anything else to record.
 
     Raises:
-        OSError: a full disk, and whatever else the operating system refuses.
+        OSError: the disk is full, or the operating system refuses for another reason.
     """
     writer = {"npy": _write_npy, "parquet": _write_parquet, "safetensors": _write_safetensors}[manifest["format"]]
     names = writer(folder, parts, manifest)
@@ -94,7 +94,7 @@ def read_folder(folder: Path) -> Stored:
     """Read a folder that :func:`write_folder` finished.
 
     Raises:
-        DataError: unfinished, altered, or of another number of rows than its manifest says.
+        DataError: the folder is unfinished, or a file is missing or altered.
     """
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder}: no {MANIFEST}; expected a finished folder of `python -m eval embed`")
@@ -111,7 +111,7 @@ def read_folder(folder: Path) -> Stored:
         embeddings = np.asarray(flat.values).reshape(len(ids), manifest["dimension"])
         norms = table.column("norm").to_numpy()
     else:
-        ids = (folder / "ids.txt").read_bytes().decode().split("\n")[:-1]  # as text, "\r" would end a line too
+        ids = (folder / "ids.txt").read_bytes().decode().split("\n")[:-1]  # text mode would also split at "\r"
         if manifest["format"] == "npy":
             embeddings, norms = np.load(folder / "embeddings.npy", mmap_mode="r"), np.load(folder / "norms.npy")
         else:
@@ -132,15 +132,15 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def write_part(path: Path, part: Part, key: str) -> None:
-    """Write vectors of a block beside and rename: a part that has its name is whole.
+    """Write a block's vectors to a temporary file and rename it, so that a part under its final name is complete.
 
     Args:
-        path: the part's file.
-        part: what to write; no id holds a line end.
-        key: identifies the texts.
+        path: file of the part.
+        part: vectors to write; ids must not contain line endings.
+        key: stored with the part and checked on reading.
 
     Raises:
-        OSError: a full disk, and whatever else the operating system refuses.
+        OSError: the disk is full, or the operating system refuses for another reason.
     """
     beside = path.with_name(path.name + ".tmp")
     embeddings = np.ascontiguousarray(part.embeddings)
@@ -151,10 +151,10 @@ def write_part(path: Path, part: Part, key: str) -> None:
 
 
 def read_part(path: Path, key: str) -> Part:
-    """A part back.
+    """Read a part that :func:`write_part` wrote.
 
     Raises:
-        DataError: half-written, altered, or of other texts than ``key`` says.
+        DataError: the part is half-written or altered, or its key differs from ``key``.
     """
     try:
         tensors = load_file(path)
@@ -173,7 +173,7 @@ def read_part(path: Path, key: str) -> Part:
 
 
 def read_part_ids(path: Path, key: str) -> list[str]:
-    """Only the ids of a part; errors as :func:`read_part`."""
+    """Return only the ids of a part, without the checksum test; raises otherwise as :func:`read_part`."""
     try:
         with safe_open(path, "np") as opened:
             same = opened.metadata()["key"] == key
@@ -193,14 +193,14 @@ def _tensors_xxh3(tensors: dict[str, np.ndarray]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside and rename."""
+    """Write JSON to a temporary file and rename it into place."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
 
 
 def file_xxh3(path: Path) -> str:
-    """xxh3 of a file's bytes."""
+    """Return the xxh3 of a file's bytes."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as stream:
         while block := stream.read(1 << 24):
@@ -227,7 +227,7 @@ def _write_safetensors(folder: Path, parts: Iterator[Part], manifest: dict[str, 
 
 
 def _new_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    """A new ``.npy`` file, mapped, with all its blocks: a write into a mapped hole of a full disk is a bus error."""
+    """Create and map a ``.npy`` file with all blocks allocated: on a full disk, writing to a hole is a bus error."""
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with _refusals_named(path), path.open("rb+") as stream:
         os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
@@ -241,7 +241,7 @@ def _save(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str] |
 
 @contextmanager
 def _refusals_named(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses to a library, which may put it otherwise, into an error of the path."""
+    """Convert operating-system errors, also those wrapped by a library, into an ``OSError`` that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -253,7 +253,7 @@ def _refusals_named(path: Path) -> Iterator[None]:
 
 
 def _fill(folder: Path, out: np.ndarray, norms: np.ndarray, parts: Iterator[Part]) -> None:
-    """Copy the parts into ``out`` and ``norms`` and their ids into ``ids.txt``."""
+    """Copy the parts into ``out`` and ``norms``, and their ids into ``ids.txt``."""
     start = 0
     with (folder / "ids.txt").open("w", encoding="utf-8", newline="\n") as stream:
         for part in parts:

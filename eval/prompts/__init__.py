@@ -1,9 +1,13 @@
-"""Instructions per mteb task, as files that ship with the project.
+"""Instructions per mteb task, from prompt files that ship with the project.
 
-A file holds ``tasks`` (instruction -> names of tasks, as published), ``same_as`` (task -> task of the file whose
-instruction it takes), ``ours`` (instruction -> tasks, not published), ``query`` (instruction of queries of tasks that
-the file does not know, or null), ``document`` (instruction of documents, or null) and ``instruction_format`` (how an
-instruction joins its text; null: as the model folder's template says).
+A prompt file has these keys:
+
+* ``tasks``: instruction -> task names, as published;
+* ``same_as``: task -> a task in ``tasks`` whose instruction it shares;
+* ``ours``: instruction -> task names, not published;
+* ``query``: instruction for queries of tasks that the file does not list, or null;
+* ``document``: instruction for documents, or null;
+* ``instruction_format``: format that joins an instruction and its text; null uses the model folder's template.
 """
 
 from collections.abc import Iterator
@@ -23,11 +27,11 @@ class PromptSet:
     """Instructions per task.
 
     Attributes:
-        name: of the file.
-        tasks: task name -> instruction of queries and of symmetric texts.
-        query: instruction of queries of other retrieval tasks, or None for that of mteb's own task.
-        document: instruction of documents, or None.
-        instruction_format: format string that ends in ``{text}``, or None for that of the model folder.
+        name: name of the file.
+        tasks: task name -> instruction for queries and for symmetric texts.
+        query: instruction for queries of other retrieval tasks; None uses the instruction of mteb's task.
+        document: instruction for documents, or None.
+        instruction_format: format string that ends in ``{text}``; None uses the model folder's format.
     """
 
     name: str
@@ -38,15 +42,15 @@ class PromptSet:
 
 
 def shipped_names() -> list[str]:
-    """Names of the files that ship."""
+    """Return the names of the prompt files that ship with the project."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
 def load_prompts(name: str) -> PromptSet:
-    """A file by its shipped name or its path.
+    """Load a prompt file by its shipped name or its path.
 
     Raises:
-        ConfigError: no such file, another key, a value of another kind, or a key or task given twice.
+        ConfigError: missing file, unknown key, value of the wrong type, or duplicate key or task.
     """
     path = Path(name) if name.endswith(".yaml") else _FOLDER / f"{name}.yaml"
     if not path.is_file():
@@ -70,7 +74,7 @@ def load_prompts(name: str) -> PromptSet:
 
 
 def _check(content: dict[str, Any], path: Path) -> None:
-    """Refuse values of another kind than the module says."""
+    """Refuse values of the wrong type; the module docstring lists the types."""
     for key in ("tasks", "ours", "same_as"):
         of_key = content.get(key) or {}
         if not isinstance(of_key, dict):
