@@ -31,7 +31,7 @@ def encoder(export_dir) -> Encoder:
 
 
 def greedy_without_cache(encoder: Encoder, state: torch.Tensor, steps: int) -> list[int]:
-    """One packed pass per token: the decode pass of training, its last row's best token appended."""
+    """Decode with one packed pass per token, the decode pass of training; append the last row's best token."""
     inputs, ids = state[None], []
     model = encoder.embedder
     for _ in range(steps):
