@@ -1,11 +1,12 @@
-"""The ranks of one training run on this machine, started and ended together; ``launch/onenode.sh`` calls it.
+"""Start and end the ranks of one training run on this machine together; ``launch/onenode.sh`` calls this.
 
-1. One process per rank, each in a process group of its own: Ctrl-C reaches this process alone. A rank dies with this
-   process, however that dies.
-2. The first signal goes on to all ranks as SIGUSR1: they write a checkpoint and exit with 85. A rank that it kills had
-   not begun to listen, so nothing is lost. Signals of the next 2 s count as the same one; a later one kills the ranks.
-3. When a rank fails, the others have 10 s to end and say why, then they are killed.
-4. The exit code is 0 only if every rank exited with 0.
+1. Start one process per rank, each in its own process group, so that Ctrl-C reaches only this process. A rank dies
+   with this process, however it dies.
+2. Pass the first signal on to all ranks as SIGUSR1: they write a checkpoint and exit with 85. A rank killed by it
+   was not listening yet, so nothing is lost. Signals within the next 2 s count as the same one; a later one kills the
+   ranks.
+3. When a rank fails, give the others 10 s to end and say why, then kill them.
+4. Exit with 0 only if every rank exited with 0.
 """
 
 import os
@@ -28,10 +29,10 @@ _COUNT = "import torch; from anchor import dist; print(torch.cuda.device_count()
 
 
 class Signals:
-    """The signals that this process received.
+    """Signals that this process received.
 
     Attributes:
-        asked: one came: all ranks should stop with a checkpoint.
+        asked: a signal came: all ranks should stop with a checkpoint.
         impatient: another one came later: all ranks should end at once.
     """
 
@@ -39,7 +40,7 @@ class Signals:
         self.asked, self.impatient = False, False
         self._since = 0.0
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background of a script
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup or in a background job
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -54,10 +55,10 @@ def run_ranks(command: Sequence[str], num_ranks: int, port: int, signals: Signal
     """Start a process per rank and wait for them.
 
     Args:
-        command: of a rank.
-        num_ranks: how many.
-        port: of the rendezvous.
-        signals: what this process has received and will receive.
+        command: command line of a rank.
+        num_ranks: number of ranks.
+        port: port of the rendezvous.
+        signals: signals that this process has received and will receive.
 
     Returns:
         The exit code of the run.
@@ -93,7 +94,7 @@ def _start(command: Sequence[str], rank: int, num_ranks: int, port: int) -> subp
 
 
 def _verdict(codes: list[int], first_failed: int) -> int:
-    """Return the exit code of the run; other than 0 it is said on standard error, by a rank or here."""
+    """Return the exit code of the run. Unless it is 0, a rank or this function explains it on standard error."""
     if not any(codes):
         return 0
     if EXIT_REQUEUE in codes or -signal.SIGUSR1 in codes:
@@ -112,13 +113,13 @@ def _say(line: str) -> None:
 
 
 def _count_ranks() -> int:
-    """Count the GPUs that are to be seen here; without any, one rank."""
+    """Return the number of visible GPUs, or 1 without any."""
     done = subprocess.run([sys.executable, "-c", _COUNT], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
 def main(port: str, ranks: str, *arguments: str) -> int:
-    """Entry point: port of the rendezvous, number of ranks or an empty word, arguments of the training."""
+    """Run the entry point: port of the rendezvous, number of ranks or an empty string, arguments of the training."""
     signals = Signals()
     num_ranks = int(ranks) if ranks else _count_ranks()
     if signals.asked:

@@ -1,4 +1,4 @@
-"""Bad command lines, environments and inputs of the commands that read neither recipes nor models first."""
+"""Bad command lines, environments and inputs of commands that do not read a recipe or model first."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bad files: what a JSON file, a model folder, a folder of shards and a file of texts may turn out to be."""
+"""Bad JSON files, model folders, folders of shards and files of texts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from bad_inputs import Bad, Content, Ground
 
 _UNREADABLE = Path("/proc/self/mem")
-"""A file that can be opened, by root too, and whose first byte is an input/output error."""
+"""File that anyone can open, root included, but whose first byte is an input/output error."""
 _JSON: dict[str, Content] = {
     "is empty": "",
     "is binary": bytes(range(256)),
@@ -23,7 +23,7 @@ _JSON: dict[str, Content] = {
     "cannot be read": _UNREADABLE,
     "is a folder": None,
 }
-"""Of a file that holds an object with keys of its own."""
+"""Bad contents of a file that must hold a JSON object with known keys."""
 
 
 def _vectors(g: Ground, manifest: Content) -> list[str]:
@@ -82,7 +82,7 @@ _OBJECTS: dict[str, tuple[str, Callable[[Ground, Content], list[str]]]] = {
 _ALLOWED = {
     # sentence-transformers serves such a folder.
     ("anchor.json", "is a folder"),
-    # None of them says anything that is missed.
+    # Packing needs nothing from this file.
     ("tokenizer_config.json to pack with", "is a folder"),
     ("tokenizer_config.json to pack with", "holds nothing"),
     ("tokenizer_config.json to pack with", "holds a number of 5,000 digits"),
@@ -91,7 +91,7 @@ _ALLOWED = {
 
 def _objects() -> list[Bad]:
     return [
-        # Other libraries read some of these files, and what the operating system tells them names no file.
+        # Other libraries read some of these files, and their system errors name no file.
         Bad(
             f"{what} {name}",
             lambda g, make=make, content=content: make(g, content),
@@ -141,7 +141,7 @@ ENDLESS = Bad(
     _chat("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
     "chat template",
 )
-"""For a process of its own: what is given up goes on in its thread."""
+"""Run it in a separate process: the abandoned template keeps looping in its thread."""
 
 FILES = [
     *_objects(),

@@ -1,4 +1,4 @@
-"""Ground on which bad inputs are made: a folder per input, with good copies of everything that a command reads."""
+"""Ground for making bad inputs: one folder per input, with good copies of everything that a command reads."""
 
 import json
 import shutil
@@ -12,17 +12,17 @@ from conftest import english_pairs, write_jsonl
 from studies import write_scale
 
 Content = str | bytes | Path | None
-"""Text or bytes of a file; a path for a link to it, None for a folder in its place."""
+"""Text or bytes of a file; a path makes a link to it, None a folder in its place."""
 
 
 class Bad(NamedTuple):
-    """A bad input.
+    """Bad input and the error line expected for it.
 
     Attributes:
-        name: what is wrong, as a reader of the test's output wants it.
+        name: what is wrong, in words for the test's output.
         make: makes the input on its ground and returns the command line, program first.
-        says: what the one line must contain.
-        environment: of the command.
+        says: text that the error line must contain.
+        environment: extra environment variables of the command.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Bad(NamedTuple):
 
 @dataclass(frozen=True)
 class Ground:
-    """A new folder, and good inputs to copy from.
+    """New folder, with good inputs to copy from.
 
     Attributes:
         folder: empty at first.
         shards: packed pairs; never written to.
-        model: a folder with weights and tokenizer; never written to.
-        export: a model folder as an export leaves it; never written to.
+        model: folder with weights and tokenizer; never written to.
+        export: exported model folder; never written to.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Ground:
     export: Path
 
     def path(self, name: str) -> str:
-        """A path on the ground; its folder exists."""
+        """Return a path on the ground; create its parent folder."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return str(path)
@@ -69,16 +69,16 @@ class Ground:
         return self.file(name, json.dumps(value))
 
     def loop(self, name: str) -> str:
-        """A symbolic link to itself."""
+        """Make a symbolic link to itself."""
         Path(self.path(name)).symlink_to(name.rpartition("/")[2])
         return self.path(name)
 
     def copied(self, source: Path, name: str) -> Path:
-        """A copy of a folder."""
+        """Copy a folder."""
         return Path(shutil.copytree(source, self.path(name)))
 
     def train(self, *overrides: str, **changes: Any) -> list[str]:
-        """The dry run of a recipe; ``changes`` are sections, ``overrides`` follow the recipe."""
+        """Return the dry run of a recipe; ``changes`` replace sections, ``overrides`` follow the recipe."""
         recipe = {
             "output_dir": self.path("run"),
             "seed": 0,
@@ -91,7 +91,7 @@ class Ground:
         return ["train", self.file("train.yaml", yaml.safe_dump(recipe | changes)), *overrides, "--dry-run"]
 
     def resumed(self, state: Content) -> list[str]:
-        """The run of a recipe whose one checkpoint has this ``state.json``."""
+        """Return the run of a recipe whose only checkpoint has this ``state.json``."""
         command = self.train()
         self.file("run/checkpoints/step-00000002/state.json", state)
         return command[:2]
@@ -132,24 +132,24 @@ class Ground:
         return ["embed", str(folder), "--input", self.file("texts.txt", "a\n"), "--output", self.path("vectors")]
 
     def without(self, source: Path, file: str) -> Path:
-        """A copy of a folder with one file removed."""
+        """Copy a folder without one of its files."""
         folder = self.copied(source, f"altered-{source.name}")
         (folder / file).unlink(missing_ok=True)
         return folder
 
     def altered(self, source: Path, file: str, content: Content) -> Path:
-        """A copy of a folder with one file replaced."""
+        """Copy a folder with one file replaced."""
         folder = self.without(source, file)
         self.file(f"{folder.name}/{file}", content)
         return folder
 
     def edited(self, source: Path, file: str, **changes: Any) -> Path:
-        """A copy of a folder with other values in one JSON object; ``...`` removes a key."""
+        """Copy a folder with other values in one JSON object; ``...`` removes a key."""
         content = json.loads((source / file).read_text(encoding="utf-8")) | changes
         return self.altered(source, file, json.dumps({k: v for k, v in content.items() if v is not ...}))
 
     def study(self, result: str | None = None) -> str:
-        """The scale of a small study, with a file of results or none."""
+        """Write the scale of a small study, with a result file if given."""
         scale, _ = write_scale(self.folder, self.model)
         if result is not None:
             self.file("results/stage2-seed0-step3.json", result)

@@ -1,4 +1,4 @@
-"""Bad recipes: what no YAML file may hold, whatever command reads it, and values that no run can have."""
+"""Bad recipes: YAML that every command must refuse, and values that no run can have."""
 
 from collections.abc import Callable
 from functools import partial
@@ -57,7 +57,7 @@ _COMMANDS: dict[str, Callable[[str], list[str]]] = {
 def _of_all_commands() -> list[Bad]:
     found = []
     for reader, command in _COMMANDS.items():
-        # Merging reads what packing reads.
+        # Merging reads recipes as packing does.
         texts = _TEXTS if reader != "merging" else {}
         for name, (text, says) in texts.items():
             found.append(Bad(f"recipe of {reader} {name}", partial(_written, command, text), says))

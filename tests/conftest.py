@@ -43,7 +43,7 @@ WORDS = """
 
 
 def english_pairs(number: int, negatives: int = 2, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows with ``query``, ``positive`` and ``negative`` (a list); texts of many lengths, all different."""
+    """Return rows with ``query``, ``positive`` and ``negative`` (a list); texts of many lengths, all different."""
     draw = random.Random(seed)
 
     def text(kind: str, i: int, words: int) -> str:
@@ -133,7 +133,7 @@ def long_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Pat
 
 @pytest.fixture(scope="session")
 def tiny_untied_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
-    """A random Qwen3 with an output layer of its own, and its tokenizer."""
+    """A random Qwen3 with an untied output layer, and its tokenizer."""
     return _save_tiny_model(tmp_path_factory.mktemp("qwen3"), tiny_tokenizer_dir, "qwen3", tied=False)
 
 
@@ -213,7 +213,7 @@ def make_shards(make_recipe: Callable[..., Path]) -> Callable[..., Path]:
 def export_dir(
     tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, make_shards: Callable[..., Path]
 ) -> Path:
-    """A model folder as an untrained export leaves it, without the time that training takes."""
+    """Exported folder of an untrained model, made without the time that training takes."""
     from transformers import AutoModelForCausalLM
 
     from anchor.data.shards import read_index
@@ -231,7 +231,7 @@ def export_dir(
 
 @pytest.fixture
 def scale(tmp_path: Path, tiny_model_dir: Path) -> Path:
-    """A tiny study's scale over seven tiny sources and one to retrieve from, in a folder of its own."""
+    """Scale of a tiny study over seven tiny sources and one to retrieve from, in a new folder."""
     from studies import write_scale
 
     path, sources = write_scale(tmp_path, tiny_model_dir)
@@ -245,7 +245,7 @@ def scale(tmp_path: Path, tiny_model_dir: Path) -> Path:
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of a single rank, which the command would otherwise leave in this process."""
+    """Set the environment of a single rank, which the command would otherwise leave behind in this process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -256,13 +256,13 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blocks(folder: Path) -> int:
-    """Bytes that a folder takes on a disk of 4 KiB blocks."""
+    """Return the bytes that a folder takes on a disk with 4 KiB blocks."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*"))
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """``small_disk(bytes)``: a folder on a disk of that size; again, the same one with another size."""
+    """``small_disk(bytes)`` returns a folder on a disk of that size; a second call resizes the same disk."""
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:

@@ -12,12 +12,12 @@ import torch.multiprocessing
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call ``function(ranks, *args)`` on every rank; results in rank order.
+    """Call ``function(ranks, *args)`` on every rank; return the results in rank order.
 
     Args:
-        function: defined at the top of a module; its result must pickle.
+        function: defined at the top level of a module; its result must pickle.
         world_size: number of processes.
-        args: passed on, must pickle.
+        args: passed on; must pickle.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (world_size, folder, function, args), nprocs=world_size)

@@ -1,4 +1,4 @@
-"""What the packed code must equal, written the long way: plain transformers, one text at a time."""
+"""Slow references for the packed code: plain transformers, one text at a time."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from anchor.data.shards import Batch, Pack
 
 
 def plain_model(folder, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model as anybody would load it."""
+    """Load the model with plain transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def segments_of(pack: Pack) -> list[dict]:
-    """The pack cut into its texts: ids, body span, role, pair."""
+    """Cut the pack into its texts: ids, body span, role, pair."""
     out, start, pair = [], 0, -1
     for s, length in enumerate(pack.segment_lengths):
         pair += int(pack.roles[s] == 0)
@@ -46,15 +46,15 @@ def plain_reconstruction(
     kept: Sequence[Tensor] | None = None,
     vector: Callable[[Tensor, dict], Tensor] = lambda state, _: state,
 ) -> Tensor:
-    """Algorithm 1 of the paper, one pair at a time, full logits.
+    """Algorithm 1 of the paper, one pair at a time, with full logits.
 
     Args:
         model: the model.
         batch: the batch.
         alpha: weight of the documents' side.
-        prefix: targets begin behind so many tokens; None: they are the bare texts.
+        prefix: number of tokens that targets skip; None: targets are the bare texts.
         decode_prefix: tokens before the anchor vector.
-        kept: per pack, which of its decode inputs are not dropped; None: all.
+        kept: per pack, which decode inputs are not dropped; None: all.
         vector: anchor state and its segment -> vector of the decode pass.
     """
     sums, counts = [0.0, 0.0], [0, 0]

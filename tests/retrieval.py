@@ -1,4 +1,4 @@
-"""A retrieval task of random texts, as files."""
+"""Files of a retrieval task of random texts."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from anchor.data.retrieval_files import RETRIEVAL_README
 
 
 def write_retrieval(folder: Path, seed: int = 0, pairs: int = 30) -> Path:
-    """A retrieval task in MTEB's folder layout; the first ten texts have a query."""
+    """Write a retrieval task in MTEB's folder layout; the first ten texts have a query."""
     rows = english_pairs(pairs, seed=seed)
     write_jsonl(
         folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": r["positive"]} for i, r in enumerate(rows)]

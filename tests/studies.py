@@ -1,4 +1,4 @@
-"""A study so small that tests can run it, and results as its runs would write them."""
+"""Study small enough for tests, and results in the form that its runs write."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ TINY = {
 
 
 def write_scale(folder: Path, base: Path) -> tuple[Path, list[str]]:
-    """A scale of the shipped arms and recipes over ``folder/pairs``, and the names of the sources it wants there."""
+    """Write a scale of the shipped arms and recipes over ``folder/pairs``; return it and the source names."""
     recipes = Path(shutil.copytree(ROOT / "launch/recipes/study", folder / "recipes"))
     (source,) = load_recipe(recipes / "pack.yaml", PackRecipe).sources
     assert isinstance(source, E5Source)
@@ -47,13 +47,13 @@ def write_scale(folder: Path, base: Path) -> tuple[Path, list[str]]:
 
 
 def plan_of(scale: Path, **matched: int) -> StudyPlan:
-    """The plan of a scale; ``matched``: steps of the arms of equal compute."""
+    """Return the plan of a scale; ``matched`` gives the steps of the arms with equal compute."""
     study = load_recipe(scale, StudyRecipe)
     return StudyPlan(study, load_arms(study), StudyData(study.work_dir / "data"), matched)
 
 
 def write_result(plan: StudyPlan, cell: Cell, score: float, **changes: Any) -> Path:
-    """A result of the cell with a made-up score and cost."""
+    """Write a result of the cell with a made-up score and cost."""
     cost = {"steps": cell.step, "pairs": 8, "tokens": 1000, "training_seconds": 60.0, "petaflops": 2.0}
     arm = plan.arm(cell.arm)
     result = {

@@ -1,4 +1,4 @@
-"""Shards with trained special tokens and a teacher's vectors, drawn at random; and the losses the long way."""
+"""Shards with trained special tokens and a random teacher's vectors, and slow references for the losses."""
 
 import dataclasses
 import shutil
@@ -18,7 +18,7 @@ TEMPLATE = {"kind": "special_tokens", "tokens": TOKENS, "end": "<|im_end|>"}
 
 
 def teach_at_random(shards: Path, dimension: int = DIMENSION) -> Path:
-    """The same shards with a teacher column; a text has the same vector wherever it stands."""
+    """Write the same shards with a teacher column; equal texts get equal vectors."""
     folder = shards.with_name(f"{shards.name}-taught-{dimension}")
     reader = ShardReader(shards)
     folder.mkdir()
@@ -55,7 +55,7 @@ def plain_embeddings(model: PreTrainedModel, special: SpecialTokens, ids: Tensor
 def plain_losses(
     encoder: PreTrainedModel, special: SpecialTokens, batch: Batch, decoder: PreTrainedModel | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``L_align`` and ``L_rec`` of a batch, one pair at a time, full logits; the encoder decodes unless told."""
+    """Return ``L_align`` and ``L_rec``, one pair at a time, with full logits; the encoder decodes by default."""
     decoder = encoder if decoder is None else decoder
     squares, nll = [], []
     for pack in batch.packs:

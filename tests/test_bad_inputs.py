@@ -1,5 +1,6 @@
-"""Invariants: whatever is wrong with what a command is given, it says so in one line and exits with code 2, within
-seconds: no traceback, no silence. The tables are `bad_recipes.py`, `bad_files.py` and `bad_commands.py`.
+"""Invariants: for any bad input, a command prints one line and exits with code 2 within seconds, without a traceback.
+
+The tables of bad inputs are `bad_recipes.py`, `bad_files.py` and `bad_commands.py`.
 """
 
 import os
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 30
 CHARACTERS = 2100
 ALL = [*RECIPES, *FILES, *COMMANDS]
-# Begun as a process: what a signal handler, an exception hook or an exit handler makes of an error shows only there.
+# Run as processes too: signal handlers, exception hooks and exit handlers act only there.
 PROCESSES = (
     "recipe of training is nested too deep",
     "recipe of packing is UTF-16",
@@ -33,17 +34,17 @@ PROCESSES = (
     "the doctor as ranks that are a word",
     "the index of shards to inspect holds null",
 )
-PROCESS_SECONDS = 90  # on a busy machine, imports alone take ten
+PROCESS_SECONDS = 90  # imports alone take 10 s on a busy machine
 _MODULES = {"train": "anchor.train", "doctor": "anchor.doctor", "study": "launch.study"}
 _OF_EVAL = {"eval", "embed", "mteb", "fetch", "decode", "report", "table", "convert"}
 
 
 def module_and_arguments(command: list[str]) -> tuple[str, list[str]]:
-    """The module to run, and its arguments: that of training has no commands."""
+    """Return the module to run, and its arguments without the word that selects the module."""
     name, *arguments = command
     if name in _MODULES:
         return _MODULES[name], arguments
-    # "eval" and "data_prep" stand for the program without a command of its own.
+    # "eval" and "data_prep" stand for the program without a command.
     return "eval" if name in _OF_EVAL else "data_prep", arguments if name in ("eval", "data_prep") else command
 
 
@@ -79,7 +80,7 @@ def ground(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     environment = dict(os.environ)
-    # An earlier test's rank would be taken for this one's.
+    # An earlier test may have left its rank here.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     yield Ground(folder, good_shards, tiny_model_dir, export_dir)
@@ -105,7 +106,7 @@ def test_a_bad_input_is_one_line_and_exit_code_2(bad: Bad, ground: Ground, capsy
     module, arguments = module_and_arguments(bad.make(ground))
     main = main_of(module)
     with warnings.catch_warnings(), time_limit(), pytest.raises(SystemExit) as stop:
-        warnings.simplefilter("default")  # as a program, not as a test
+        warnings.simplefilter("default")  # as in a program; tests turn warnings into errors
         main(arguments)
     check_one_line(bad, stop.value.code, capsys.readouterr().err)
 

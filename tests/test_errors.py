@@ -38,7 +38,7 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class SafetensorError(Exception):
-    """As safetensors raises it."""
+    """Error of the same name that safetensors raises."""
 
 
 FULL = os.strerror(errno.ENOSPC)

@@ -47,7 +47,7 @@ TRANSFORMERS_EVERYWHERE = {
 
 
 def package_files() -> dict[str, Path]:
-    """Module name -> file, of everything that is imported, not run as a script."""
+    """Map the name of each module that is imported, not run as a script, to its file."""
     files = [
         file for package in ("anchor", "data_prep", "eval", "launch") for file in sorted((ROOT / package).rglob("*.py"))
     ]
@@ -55,7 +55,7 @@ def package_files() -> dict[str, Path]:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """(module, name) of every import, also inside functions; name is "" for ``import module``."""
+    """Return (module, name) of every import, also inside functions; name is "" for ``import module``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)

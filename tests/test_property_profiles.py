@@ -6,7 +6,7 @@ from hypothesis import settings
 
 
 def test_chance_stops_nobody_but_the_run_that_decides_whether_a_change_lands() -> None:
-    """A newcomer's first `bash launch/test.sh` failed on a real fault that random examples had missed for weeks."""
+    """Regression: a newcomer's first `bash launch/test.sh` failed on a real fault that examples missed for weeks."""
     assert settings.get_profile("anchor").derandomize
     assert not settings.get_profile("random").derandomize
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Fixtures of the tests marked `cluster`: two hosts with sshd, two hosts under SLURM, and one run of one process.
+"""Fixtures of the tests marked `cluster`: two hosts with sshd, two hosts under SLURM, and a run of one process.
 
-Where the machine cannot have them the tests skip with the reason; ``ANCHOR_REQUIRE_CLUSTER=1`` makes that a failure.
+On a machine that cannot provide them the tests skip with the reason; ``ANCHOR_REQUIRE_CLUSTER=1`` makes that a failure.
 """
 
 import json
@@ -35,7 +35,7 @@ class Cluster:
         self.hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{n.address} {n.name}\n" for n in self.nodes))
 
     def off(self) -> None:
-        """End everything."""
+        """Power off both nodes and the switch."""
         for node in [*self.nodes, self.switch]:
             node.off()
 
@@ -45,7 +45,7 @@ Kind = TypeVar("Kind", bound=Cluster)
 
 @contextmanager  # the folder's path is short because sockets are made below it
 def cluster(kind: type[Kind], prefix: str, programs: tuple[str, ...]) -> Iterator[Kind]:
-    """Two nodes with nothing running in them yet; skips where that is impossible."""
+    """Two nodes without processes; skips where that is impossible."""
     reason = why_not(programs)
     if reason is not None:
         if os.environ.get("ANCHOR_REQUIRE_CLUSTER") == "1":
@@ -182,24 +182,24 @@ class Slurm(Cluster):
         node.run("slurmd")
 
     def states(self) -> str:
-        """A line `NODE STATE` for each node."""
+        """Return a line `NODE STATE` for each node."""
         return self.nodes[0].run("sinfo", "-h", "-N", "-o", "%N %T", check=False).stdout
 
     def ready(self) -> bool:
-        """Whether both nodes are idle."""
+        """Return whether both nodes are idle."""
         return sorted(set(self.states().splitlines())) == ["node1 idle", "node2 idle"]
 
     def submit(self, *argv: object, **changes: str) -> str:
-        """``sbatch``; returns the job id."""
+        """Run ``sbatch``; return the job id."""
         return self.nodes[0].run("sbatch", "--parsable", *argv, **changes).stdout.split()[-1]
 
     def job(self, job: str) -> dict[str, str]:
-        """``scontrol show job`` as a mapping."""
+        """Return ``scontrol show job`` as a mapping."""
         shown = self.nodes[0].run("scontrol", "-o", "show", "job", job).stdout.splitlines()[0]
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def finished(self, job: str, seconds: float = 400) -> dict[str, str]:
-        """Wait for a job's end (`sbatch --wait` looks too rarely); returns what SLURM knows of it."""
+        """Wait for a job's end (`sbatch --wait` polls too rarely); return SLURM's record of it."""
         going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
         end = time.monotonic() + seconds
         while (state := self.job(job))["JobState"] in going:
@@ -208,7 +208,7 @@ class Slurm(Cluster):
         return state
 
     def clear(self) -> None:
-        """No jobs left, both nodes idle."""
+        """Cancel all jobs and wait until both nodes are idle."""
         self.nodes[0].run("scancel", "-u", "root", check=False)
         wait_until(self.ready, 30, "idle nodes")
 
@@ -226,13 +226,13 @@ def slurm_session() -> Iterator[Slurm]:
 
 @pytest.fixture
 def slurm(slurm_session: Slurm) -> Iterator[Slurm]:
-    """SLURM without jobs, before and after."""
+    """SLURM without jobs, before and after the test."""
     yield slurm_session
     slurm_session.clear()
 
 
 def losses(folder: Path) -> list[float]:
-    """The loss of every step of a run."""
+    """Return the loss of every step of a run."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss/total_nats"] for line in lines]
 
@@ -263,7 +263,7 @@ def write_stage1(
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that every other way of starting it must equal.
+    """Run that a run started in any other way must equal.
 
     Attributes:
         recipe: Stage I, 40 steps.
@@ -276,7 +276,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def reference(write_stage1: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Trained once for all tests."""
+    """Reference run, trained once for all tests."""
     recipe, folder = write_stage1(total_steps=40), tmp_path_factory.mktemp("alone")
     command = ["python", "-m", "anchor.train", recipe, f"output_dir={folder}"]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=600)

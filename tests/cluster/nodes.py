@@ -22,7 +22,7 @@ _INIT = 'echo ready; while :; do sleep 3600 & wait "$!"; done'
 
 
 def why_not(programs: Sequence[str]) -> str | None:
-    """Why this machine cannot have such nodes, or None."""
+    """Return why this machine cannot have such nodes, or None."""
     if os.geteuid() != 0:
         return f"needs root (uid is {os.geteuid()})"
     path = f"{os.environ['PATH']}:{_SBIN}"
@@ -110,7 +110,7 @@ class Node:
         assert done.returncode == 0, f"{self.name}: {script}: {done.stderr}"
 
     def command(self, argv: Sequence[object], timeout_seconds: float) -> list[str]:
-        """What runs ``argv`` in this node, ended there too when the time is over."""
+        """Return the command that runs ``argv`` in this node and ends it there after the time limit."""
         inside = ["nsenter", "-t", str(self._init_pid), "-n", "-m", "-u", "-i", "-p", f"--wd={ROOT}"]
         return [*inside, "timeout", "-k", "5", str(timeout_seconds), *map(str, argv)]
 
@@ -142,7 +142,7 @@ class Node:
         return done
 
     def pids(self, words: str, program: str = "python") -> list[int]:
-        """Ids, as the node counts, of a program's processes whose command line holds ``words``."""
+        """Return the process ids, in this node, of a program's processes whose command line contains ``words``."""
         lines = self.run("ps", "-eo", "pid=,args=").stdout.splitlines()
         found = [line.split(None, 1) for line in lines]
         return [int(pid) for pid, arguments in found if words in arguments and program in arguments.split()[0]]
@@ -162,14 +162,14 @@ class Node:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment as a login shell of a cluster would have it, with this project's programs first."""
+    """Return the environment of a cluster's login shell, with this project's programs first."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "TORCH_EXTENSIONS_DIR") if name in os.environ}
     path = f"{ROOT / '.venv/bin'}:/usr/local/bin:/usr/bin:/bin:{_SBIN}"
     return kept | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Poll until ``condition`` holds; fail, naming ``what``, when it does not in time."""
+    """Poll until ``condition`` holds; after the time limit fail and name ``what``."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"

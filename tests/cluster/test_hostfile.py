@@ -26,7 +26,7 @@ def gone(nodes: list[Node]) -> bool:
 
 
 def train_long(cluster: Cluster, recipe: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start a run on both hosts that would take minutes; returns when it has taken three steps."""
+    """Start a run on both hosts that would take minutes; return once it has taken three steps."""
     run = cluster.nodes[0].start(*multinode(cluster.folder / "hostfile", *CHECKED, recipe), log=log)
     wait_until(lambda: "step 3/" in log.read_text() or run.poll() is not None, 300, f"step 3 in {log}")
     assert run.poll() is None, log.read_text()

@@ -17,7 +17,7 @@ RANK = "-m anchor.train"
 
 @pytest.fixture
 def submit_training(slurm: Slurm, tmp_path: Path) -> Callable[..., str]:
-    """``submit(recipe, output, **environment)``: two nodes, one rank each; what it prints is in ``out``."""
+    """``submit(recipe, output, **environment)`` submits a job of two nodes, one rank each; ``out`` gets its output."""
 
     def submit(recipe: Path, output: Path, **environment: str) -> str:
         options = ("--nodes=2", "--gpus-per-node=1", "--time=30", "-o", tmp_path / "out")

@@ -161,7 +161,7 @@ def test_bad_overrides_are_refused(recipe: Path, override: str, expected: str) -
 
 
 def test_a_variable_in_a_path_is_the_environments(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run once went to a folder called "$SCRATCH" below the working directory."""
+    """Regression: a run wrote to a folder named "$SCRATCH" in the working directory."""
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("NOWHERE", raising=False)

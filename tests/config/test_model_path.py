@@ -51,7 +51,7 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, path: str
 
 
 def test_without_a_network_the_cache_of_the_hub_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was refused, while transformers would have loaded it."""
+    """Regression: the model was refused although transformers would have loaded it from the cache."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--owner--name/snapshots/abc"

@@ -27,7 +27,7 @@ PACK: dict[str, Any] = {
 
 
 def attributes_read() -> set[str]:
-    """Names that any module but the schema itself reads as ``something.name``."""
+    """Return the names that any module except the schema reads as ``something.name``."""
     files = [file for package in ("anchor", "data_prep", "eval") for file in (ROOT / package).rglob("*.py")]
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files if file.parent.name != "config"]
     assert len(trees) > 15

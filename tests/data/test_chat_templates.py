@@ -25,7 +25,7 @@ def tokenizer(tiny_tokenizer_dir: Path) -> Any:
 
 
 def test_a_template_that_only_trims_its_text_gives_a_frame(tokenizer: Any) -> None:
-    """Llama 3 and Gemma trim."""
+    """Llama 3's and Gemma's templates trim the text."""
     tokenizer.chat_template = OPEN + "{{ m['content'] | trim }}" + CLOSE
     assert chat_frame(tokenizer) == ("<|im_start|>", "<|im_end|>")
 
@@ -45,7 +45,7 @@ def test_a_template_that_only_trims_its_text_gives_a_frame(tokenizer: Any) -> No
     ],
 )
 def test_a_template_that_repeats_or_alters_the_text_is_refused(tokenizer: Any, body: str, problem: str | None) -> None:
-    """The literal placeholder of this project once stood in the suffix of all shards."""
+    """Regression: all shards had this project's placeholder literally in their suffix."""
     tokenizer.chat_template = OPEN + body + CLOSE
     with pytest.raises(ConfigError) as caught:
         resolve_template(ChatTemplate(kind="chat"), tokenizer, "r")
@@ -94,10 +94,10 @@ HARMONY = OPEN + CONTENT + "{{ '<|im_end|>' if loop.last and m['role'] != 'user'
 def test_an_anchor_that_ends_neither_texts_nor_turns_is_named(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         resolve_template(ChatTemplate(kind="chat"), tokenizer, "r")
-        tokenizer.chat_template = HARMONY  # as in gpt-oss, the end of a turn is another token than the end of a text
+        tokenizer.chat_template = HARMONY  # as in gpt-oss, a turn and a text end in different tokens
         assert resolve_template(ChatTemplate(kind="chat"), tokenizer, "r").suffix == "<|endoftext|>"
         assert caplog.messages == []
-        tokenizer.chat_template = MISTRAL  # as `[/INST]` there
+        tokenizer.chat_template = MISTRAL  # ends a user's turn as Mistral's `[/INST]` does
         resolve_template(ChatTemplate(kind="chat"), tokenizer, "r")
     (message,) = caplog.messages
     assert message.startswith(

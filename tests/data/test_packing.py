@@ -21,7 +21,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[int], int, int]:
-    """Lengths, budget and multiple that a valid recipe could have."""
+    """Strategy for lengths, budget and multiple of a valid recipe."""
     multiple = draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, 60), min_size=multiple, max_size=10 * multiple))
     lengths = lengths[: len(lengths) // multiple * multiple]

@@ -12,7 +12,7 @@ from anchor.errors import DataError
 
 
 def limit(config: dict[str, Any]) -> int | None:
-    """The longest text that is not refused, by the message about a longer one."""
+    """Return the longest accepted text, read from the error about a longer one."""
     try:
         check_positions(config, "m", 10**9, "x: text.max_tokens")
     except DataError as error:
@@ -32,7 +32,7 @@ def limit(config: dict[str, Any]) -> int | None:
         ({"max_position_embeddings": None}, None),
         ({"max_position_embeddings": "many"}, None),
         ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, 131072),
-        # Said before scaling (Qwen's model cards) or after it.
+        # The number of positions before scaling (Qwen's model cards), or after it.
         ({"max_position_embeddings": 256, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 1024),
         (
             {
@@ -42,7 +42,7 @@ def limit(config: dict[str, Any]) -> int | None:
             1024,
         ),
         ({"max_position_embeddings": 256, "rope_scaling": {"type": "linear", "factor": 2.0}}, 512),
-        # The longest text of a pack would change the others.
+        # With this scaling, a pack's longest text would change the others.
         ({"max_position_embeddings": 256, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 256),
         (
             {

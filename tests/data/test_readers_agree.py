@@ -68,7 +68,7 @@ PIECES = [
 
 
 def texts_of(tokenizer: Any) -> list[str]:
-    """400 different texts, of which the last 100 hold names of special tokens."""
+    """Return 400 different texts; the last 100 contain names of special tokens."""
     draw = random.Random(0)
     out = dict.fromkeys(PIECES)
     while len(out) < 300:
@@ -110,7 +110,7 @@ def shards_ids(folder: Path, tokenizer: Path, texts: list[str]) -> dict[str, lis
 
 
 def exported(folder: Path) -> Path:
-    """A model folder with the shards' tokenizer over a model as small as its vocabulary allows."""
+    """Write a model folder with the shards' tokenizer and the smallest model that fits its vocabulary."""
     index, export = read_index(folder / "shards"), folder / "export"
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     highest = max(load_tokenizer(str(folder / "shards/tokenizer")).get_vocab().values())
@@ -150,7 +150,7 @@ def packed(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # a chat template that ends a turn in [/INST], and what these packages deprecate
+@pytest.mark.filterwarnings("ignore")  # turns that end in [/INST]; deprecations in these packages
 def test_shards_evaluation_and_sentence_transformers_have_the_same_ids(
     packed: tuple[Path, dict[str, list[int]]],
 ) -> None:
@@ -170,8 +170,11 @@ def test_shards_evaluation_and_sentence_transformers_have_the_same_ids(
     reason="needs node, and ANCHOR_NODE_MODULES: the folder node_modules with @huggingface/tokenizers",
 )
 def test_the_javascript_reader_has_the_same_ids(packed: Packed) -> None:
-    """It took the pieces `prefix` and `suffix` for the words. Names of special tokens it takes for the tokens, unless
-    these are made ordinary words of the vocabulary first: eval/README.md says how."""
+    """Regression: the reader took the pieces `prefix` and `suffix` for ordinary words.
+
+    It encodes names of special tokens as the tokens, unless they are first made ordinary words of the vocabulary (see
+    eval/README.md).
+    """
     export, expected = packed
     assert javascript(export, list(expected), "protect") == list(expected.values())
     special = {

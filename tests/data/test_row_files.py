@@ -110,7 +110,7 @@ def test_a_malformed_row_is_named_and_the_next_is_read(
     ],
 )
 def test_a_quote_that_takes_in_other_rows_is_refused(tmp_path: Path, bad: str, good: str, expected: str) -> None:
-    """One row was put aside for the quote, and those that it had swallowed were lost without being counted."""
+    """Regression: one row was set aside for the quote; the rows inside the quote were lost without being counted."""
     file = tmp_path / "a.csv"
     file.write_text(f"a,b\n1,2\n{bad}\n7,8\n{good}\n")
     with pytest.raises(DataError) as caught:
@@ -162,7 +162,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_every_cut_of_a_compressed_file_is_refused(tmp_path: Path, kind: str) -> None:
-    """A file cut to 0 bytes was read as one without rows, every other length was refused."""
+    """Regression: a file cut to 0 bytes was read as a file without rows; every other length was refused."""
     data = b"".join(json.dumps({"query": f"q{i}", "positive": f"p{i}"}).encode() + b"\n" for i in range(8))
     whole = gzip.compress(data) if kind == "gz" else pa.Codec("zstd").compress(data, asbytes=True)
     file = tmp_path / f"a.jsonl.{kind}"
@@ -182,7 +182,7 @@ def test_an_empty_or_short_plain_file_is_read(tmp_path: Path, data: bytes) -> No
 
 
 def test_a_time_that_python_does_not_know_is_its_number(tmp_path: Path) -> None:
-    """A column that no recipe names, with the year 148,000 in it, ended packing with a traceback."""
+    """Regression: the year 148,000 in a column that no recipe names made packing fail with a traceback."""
     file, far = tmp_path / "a.parquet", 2**62
     time, day = pa.array([far, None]).cast(pa.timestamp("us")), pa.array([2**30, 1], pa.int32()).cast(pa.date32())
     table = pa.table(

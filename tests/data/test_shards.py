@@ -69,7 +69,7 @@ def write_folder(folder: Path, batches: list[Batch], batches_per_shard: int = 3)
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    """Equal in every value and every dtype."""
+    """Return whether every value and every dtype is equal."""
     same = len(a.packs) == len(b.packs) and dataclasses.replace(a, packs=()) == dataclasses.replace(b, packs=())
     return same and all(
         getattr(x, name).dtype == getattr(y, name).dtype and np.array_equal(getattr(x, name), getattr(y, name))

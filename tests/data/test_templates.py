@@ -17,7 +17,7 @@ from anchor.errors import ConfigError
 
 
 def backend(pre_tokenizer: Any = None) -> Tokenizer:
-    """One token per word; with Metaspace a space before each text, as SentencePiece has it."""
+    """Return a tokenizer with one token per word; Metaspace adds a space before each text, as in SentencePiece."""
     tokens = Tokenizer(WordLevel({"<unk>": 0, "▁a": 1, "a": 2}, "<unk>"))
     tokens.pre_tokenizer = pre_tokenizer
     return tokens
@@ -50,7 +50,7 @@ def test_plain_leaves_out_a_missing_beginning_of_text() -> None:
 
 
 def test_the_mistral_preset_has_no_spaces_for_tokenizers_that_add_none() -> None:
-    """Mistral's tekken tokenizers made tokens of them."""
+    """Regression: Mistral's tekken tokenizers turned the spaces into tokens."""
     section = PresetTemplate(kind="preset", name="mistral")
     template = resolve_template(section, tokenizer(backend_tokenizer=backend()))
     assert (template.prefix, template.suffix) == ("<s>[INST]", "[/INST]</s>")

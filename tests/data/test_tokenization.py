@@ -43,7 +43,7 @@ def tokenizer(tiny_tokenizer_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def reloaded(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tokenizer as any later user of the exported folder gets it."""
+    """Reload the tokenizer from its exported folder, as any later user does."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("saved")
@@ -82,7 +82,7 @@ def split(found: Segments) -> list[Segment]:
 
 
 def byte_lengths(segmenter: SegmentTokenizer, ids: np.ndarray) -> np.ndarray:
-    """Bytes of text per token: a byte-level token has one character per byte."""
+    """Return the bytes of text per token: a byte-level token has one character per byte."""
     return np.asarray([len(segmenter.backend.id_to_token(int(i)) or "") for i in ids])
 
 
@@ -334,7 +334,7 @@ def test_a_vocabulary_that_makes_a_special_token_of_its_name_is_refused() -> Non
 def test_a_special_name_that_is_no_token_of_this_tokenizer_is_refused(
     tiny_tokenizer_dir: Path, template: Template, name: str
 ) -> None:
-    """It was packed as seven ordinary pieces before every text."""
+    """Regression: the name was packed as seven ordinary pieces before every text."""
     tokenizer = load_tokenizer(str(tiny_tokenizer_dir))
     with pytest.raises(DataError) as caught:
         prepare_tokenizer(tokenizer, template, "tiny")
@@ -351,7 +351,7 @@ def test_tags_that_name_no_special_token_are_template_text(tiny_tokenizer_dir: P
 
 
 def test_an_added_token_that_the_vocabulary_makes_too_stays_an_ordinary_token() -> None:
-    """Gemma adds the line break, which stands in its template and in every other text."""
+    """Gemma adds the line break as a token; it occurs in its template and in every other text."""
     words = ["\n", "a", "b", "</s>", "<turn>"]
     backend = Tokenizer(BPE({word: i for i, word in enumerate(words)}, []))
     backend.add_special_tokens([AddedToken("</s>", special=True)])

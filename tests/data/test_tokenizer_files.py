@@ -21,7 +21,7 @@ TEXTS = ["the river", "", "a <|im_end|> inside"]
 
 
 def piece_names(file: Path) -> list[str]:
-    """Names of the post-processor's special pieces, in order; each stands for one token of that name."""
+    """Return the names of the post-processor's special pieces, in order; each stands for one token of that name."""
     processor = json.loads(file.read_text())["post_processor"]
     for name, piece in processor["special_tokens"].items():
         assert (piece["id"], piece["tokens"], len(piece["ids"])) == (name, [name], 1)
@@ -29,7 +29,7 @@ def piece_names(file: Path) -> list[str]:
 
 
 def test_each_template_token_is_a_piece_of_its_name(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Two pieces, `prefix` and `suffix`, became the ordinary words of these names in the JavaScript reader."""
+    """Regression: the JavaScript reader took the pieces `prefix` and `suffix` for ordinary words."""
     tokenizer = prepare_tokenizer(load_tokenizer(str(tiny_tokenizer_dir)), CHATML, "tiny")
     tokenizer.save_pretrained(tmp_path)
     names = piece_names(tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""What tests of packing share: recipes' sources, and shards and folders in a form that can be compared."""
+"""Helpers for tests of packing: sections for recipes' sources, and shards and folders in comparable form."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def packed(recipe: Path, *overrides: str) -> ShardReader:
 
 
 def contents(reader: ShardReader) -> list[tuple[Any, ...]]:
-    """Everything in the shards, in order."""
+    """Return everything in the shards, in order."""
     batches: list[Batch] = [reader.read(i) for i in range(len(reader))]
     return [
         (batch.source, pack.input_ids.tolist(), pack.pair_ids.tolist(), pack.text_ids.tolist(), pack.roles.tolist())

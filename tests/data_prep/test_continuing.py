@@ -116,7 +116,7 @@ BUSY = "another process is packing it; wait for it or choose another output_dir"
 def test_a_folder_that_another_process_packs_is_refused_and_left_alone(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Two runs appended their units to one spool; both ended in an error, and so did every later one."""
+    """Regression: two runs appended their units to one spool; both failed, and so did every later run."""
     recipe = make_recipe()
     folder = recipe.parent / "shards"
     expected = folder_bytes(packed(recipe).folder)
@@ -186,7 +186,7 @@ def test_an_input_that_changed_is_not_continued(tmp_path: Path, make_recipe: Mak
 
 
 def test_a_folder_of_a_version_with_fewer_fields_is_finished(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Every new field of the recipe had made the folders of the version before it those of another recipe."""
+    """Regression: after each new recipe field, folders of the version before counted as folders of another recipe."""
     rows = [{"query": q, "pos": [p], "neg": [n]} for q, p, n in (("a b c", f"d {i}", f"e {i}") for i in range(16))]
     source = {"kind": "files", "name": "x", "format": "flag_embedding", "instructions": []}
     recipe = make_recipe([source | {"path": str(write_jsonl(tmp_path / "x.jsonl", rows))}])

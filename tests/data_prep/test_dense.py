@@ -27,7 +27,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def expected_of(folder: Path, rows: list[dict[str, Any]], window: Window) -> list[list[str]]:
-    """By one product of all queries with all documents; no draw: the window has as many ranks as negatives."""
+    """Return the expected negatives from one product of all queries with all documents.
+
+    Nothing is drawn: the window has as many ranks as negatives.
+    """
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     documents = list(dict.fromkeys(text for row in rows for text in (row["positive"], *row["negative"])))
     queries = list(dict.fromkeys(row["query"] for row in rows))
@@ -81,7 +84,7 @@ def test_negatives_are_those_of_the_models_cosines(
 
 
 class _Flat:
-    """An embedder of few directions, so that many scores are equal."""
+    """Embedder with few directions, so that many scores are equal."""
 
     device = "cpu"
 

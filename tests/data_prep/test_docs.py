@@ -31,7 +31,7 @@ def function(i: int, indent: str = "", self_argument: str = "") -> str:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of 12 modules with 6 documented functions and methods each, which cannot be imported."""
+    """Package of 12 modules with 6 documented functions and methods each, which cannot be imported."""
     root = tmp_path / "site" / "fakepackage"
     root.mkdir(parents=True)
     (root / "__init__.py").write_text("raise RuntimeError('imported')\n")
@@ -55,7 +55,7 @@ def run(package: str, output: Path, **changes: Any) -> dict[str, Any]:
 
 
 def module_of(text: str) -> int:
-    """The module that a document of the fake package comes from."""
+    """Return the fake package's module that a document comes from."""
     return next(i for i in range(72) if text == prose(i)) // 6
 
 

@@ -29,7 +29,7 @@ def shards(make_shards: MakeShards) -> Path:
 
 
 def rewritten(folder: Path, change: Callable[[list[Batch]], list[Batch]]) -> ShardReader:
-    """The folder with changed batches, whose files and checksums are in order."""
+    """Rewrite the folder with changed batches; its files and checksums are valid."""
     reader = ShardReader(folder)
     # Not in place: the batches are views of the old file.
     beside = folder / "beside"
@@ -44,7 +44,7 @@ def rewritten(folder: Path, change: Callable[[list[Batch]], list[Batch]]) -> Sha
 
 
 def with_first_pack(batches: list[Batch], **changes: Any) -> list[Batch]:
-    """The second batch's first pack with other arrays."""
+    """Replace arrays in the second batch's first pack."""
     batch = batches[1]
     first = dataclasses.replace(batch.packs[0], **changes)
     return [batches[0], dataclasses.replace(batch, packs=(first, *batch.packs[1:])), *batches[2:]]
@@ -171,7 +171,7 @@ PROMISES: list[tuple[Callable[[list[Batch]], list[Batch]], str]] = [
 
 
 def _halved(packs: tuple[Pack, ...]) -> tuple[Pack, ...]:
-    """The same pairs in one pack more."""
+    """Return the same pairs in one more pack."""
     pack = packs[0]
     first = np.arange(len(pack.roles)) < 3
     return (pack.select(first), pack.select(~first), *packs[1:])

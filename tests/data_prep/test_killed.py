@@ -43,7 +43,7 @@ def size(folder: Path) -> int:
 
 
 def kill_after(process: subprocess.Popen[bytes], folder: Path, grown_bytes: int) -> bool:
-    """Kill the process and its workers once the folder has grown by so much; whether it was still running."""
+    """Kill the process and its workers once the folder has grown by so much; return whether it was still running."""
     before = size(folder)
     while process.poll() is None and abs(size(folder) - before) < grown_bytes:
         time.sleep(0.001)

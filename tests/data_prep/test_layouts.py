@@ -26,7 +26,7 @@ FORMATS = ("columns", "sentence_transformers", "flag_embedding", "tevatron")
 
 
 def in_format(row: dict[str, Any], kind: str, *more: str) -> dict[str, Any]:
-    """One of `english_pairs` in a trainer's layout, with further positives."""
+    """Return one of `english_pairs` in a trainer's layout, with further positives."""
     query, positive, (first, second) = row["query"], row["positive"], row["negative"]
     if kind == "columns":
         return row

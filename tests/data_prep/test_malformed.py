@@ -73,7 +73,7 @@ def same(got: str, expected: str) -> bool:
 
 
 def check(tmp_path: Path, make_recipe: MakeRecipe, file: Path, place: str, expected: str) -> Any:
-    """Both ways; returns the quarantined content."""
+    """Check the row under `fail` and under `skip`; return the quarantined content."""
     source = files_source(file)
     message = refusal(make_recipe([source]))
     assert message.startswith(f"{file}{place}: ")
@@ -131,7 +131,7 @@ def test_a_malformed_table_row_is_refused_or_put_aside(
 
 
 def test_rows_that_a_quote_has_swallowed_are_not_skipped_silently(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    """500 good rows behind an unbalanced quote vanished: one of 201 rows was dropped, the run was a success."""
+    """Regression: 500 good rows after an unbalanced quote vanished; the run dropped one of 201 rows and succeeded."""
     file = tmp_path / "bad.csv"
     good = [f"query {i} of many,answer {i} of many" for i in range(700)]
     file.write_text("\n".join(["query,positive", *good[:200], 'bad,"unbalanced', *good[200:], ""]))

@@ -32,7 +32,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def bm25(query: str, documents: list[str], k1: float = 1.5, b: float = 0.75) -> list[float]:
-    """Robertson and Zaragoza 2009 with Lucene's inverse document frequency."""
+    """BM25 of Robertson and Zaragoza 2009 with Lucene's inverse document frequency."""
     split = [Counter(words(document)) for document in documents]
     mean = sum(one.total() for one in split) / len(split)
     scores = []

@@ -86,7 +86,7 @@ def test_a_cap_below_a_batch_is_refused() -> None:
 
 
 def epochs_of(recipe: Path) -> tuple[list[Counter[tuple[str, int]]], Any]:
-    """How often each pair is in each epoch."""
+    """Count how often each pair occurs in each epoch."""
     reader = packed(recipe)
     size = reader.index.batches_per_epoch
     assert size * reader.index.num_epochs == len(reader)

@@ -53,7 +53,7 @@ def test_the_search_finds_what_comparing_all_with_all_finds(
     ("text", "share"), [("a c e", 1 / 3), ("a c c", 1 / 2), ("a c c e", 1 / 3), ("a b e", 2 / 3), ("c a e f", 1 / 3)]
 )
 def test_two_unknown_words_are_two_words(text: str, share: float) -> None:
-    """All unknown words once shared one number: "c" and "e" counted as one n-gram, and the share was too high."""
+    """Regression: all unknown words shared one number, so "c" and "e" counted as one n-gram: too high a share."""
     found = EvaluationTexts(ngram_words=1, min_words=1)
     found.add("t", ["a b d"])
     assert found.freeze().matches(["x y", text], 0.1) == [[], [Match(0, share, False)]]

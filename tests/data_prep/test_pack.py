@@ -78,7 +78,7 @@ def test_a_dataset_whose_files_have_other_types_is_one_line(tmp_path: Path, make
 def test_columns_that_differ_between_files_of_a_dataset_are_named(
     tmp_path: Path, make_recipe: MakeRecipe, more: dict[str, int], said: str
 ) -> None:
-    """All that was said of them was "Couldn't cast"."""
+    """Regression: the error said only "Couldn't cast"."""
     rows = english_pairs(16)
     write_jsonl(tmp_path / "plain" / "a.jsonl", rows[:4])
     write_jsonl(tmp_path / "plain" / "b.jsonl", [row | more for row in rows[4:]])
@@ -92,7 +92,7 @@ def test_columns_that_differ_between_files_of_a_dataset_are_named(
 
 
 def test_a_dataset_with_a_file_cut_to_nothing_is_refused(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    """The library reads it as a file without rows."""
+    """The `datasets` library reads it as a file without rows."""
     write_jsonl(tmp_path / "plain" / "a.jsonl", english_pairs(8))
     (tmp_path / "plain" / "b.jsonl.gz").touch()
     hub = {"kind": "hub", "dataset": str(tmp_path / "plain"), "split": "train", "name": "s"}
@@ -318,7 +318,7 @@ def test_the_command_line_packs_with_overrides_and_exits_2_on_a_users_error(
 
 @pytest.mark.parametrize("command", ["pack", "merge"])
 def test_overrides_may_stand_anywhere(command: str) -> None:
-    """Behind an option they were "unrecognized arguments"."""
+    """Regression: overrides after an option were "unrecognized arguments"."""
     for arguments in (
         ["R", "a.b=1", "c=2", "--workers", "3"],
         ["R", "a.b=1", "--workers", "3", "c=2"],

@@ -132,5 +132,5 @@ def test_one_two_and_five_workers_write_the_same_bytes(
 
 
 def cut(rows: list[dict[str, Any]], certain: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Two sources of unequal size, each with rows that make a batch."""
+    """Two sources of unequal size, each with enough rows for a batch."""
     return [("a", rows[: len(rows) // 3] + certain), ("b", certain + rows[len(rows) // 3 :])]

@@ -29,7 +29,7 @@ def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path, make_recipe: MakeRecipe) -> Path:
-    """Two sources of 12 and 2 units, with rows for quarantine and equal pairs in different parts."""
+    """Two sources of 12 and 2 units, with rows for quarantine, and equal pairs in different parts."""
     rows: list[Any] = english_pairs(90)
     rows[3] = rows[33] = {"query": "q"}
     rows[70] = rows[5]
@@ -79,7 +79,7 @@ def test_the_command_line_packs_parts_and_merges_them(recipe: Path, capsys: pyte
 
 
 def _move_unit(work: Path) -> None:
-    """Copy a unit's line from one part's journal to the other's, as a part that was packed as two numbers has it."""
+    """Replace part 1 by a copy of part 0, as if one part had been packed under two numbers."""
     one, two = (work / f"part-0000{i}-of-00002" for i in (0, 1))
     shutil.rmtree(two)
     shutil.copytree(one, two)
@@ -91,7 +91,7 @@ def _lose_last_unit(work: Path) -> None:
 
 
 def _set(name: str, key: str, value: Any) -> Callable[[Path], Any]:
-    """Another value in the second part's file."""
+    """Set another value in the second part's file."""
 
     def change(work: Path) -> None:
         file = work / "part-00001-of-00002" / name

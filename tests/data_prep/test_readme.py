@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(params=["plain", "taught"])
 def shards(request: pytest.FixtureRequest, tmp_path: Path, make_recipe: Callable[..., Path], export_dir: Path) -> Path:
-    """Two sources, one with a name that JSON escapes; of either format version."""
+    """Two sources, one with a name that JSON escapes, in either format version."""
     sources = [
         {
             "kind": "files",

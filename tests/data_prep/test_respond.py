@@ -46,7 +46,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The tiny model, which samples."""
+    """The tiny model, set to sample."""
     folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("sampling") / "model")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.8, "top_p": 0.9}))
     return folder
@@ -126,7 +126,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(whole: Path, model: Path, q
 def test_a_batch_that_is_twice_in_the_journal_is_taken_once(
     whole: Path, model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two runs of one part, both killed, left every batch twice, and the third gave every answer twice."""
+    """Regression: two killed runs of one part left every batch twice, and the third run wrote every answer twice."""
     with monkeypatch.context() as patch:
         patch.setattr(respond_module, "_finish", _stop)
         with pytest.raises(KeyboardInterrupt):
@@ -199,7 +199,7 @@ def test_rows_that_cannot_be_used_are_put_aside_with_their_reason(model: Path, t
 
 
 def test_a_row_whose_id_cannot_be_written_is_put_aside_before_anything_is_answered(model: Path, tmp_path: Path) -> None:
-    """Such ids ended the run with a traceback after its first batch had been answered."""
+    """Regression: such ids ended the run with a traceback after its first batch had been answered."""
     asked = {"question": "what is a river?"}
     ids = ["x\ud800", ["a"], 7, 0.5, "q\u00e9", None]
     file = tmp_path / "q.jsonl"
@@ -309,7 +309,7 @@ def test_a_tokenizer_without_chat_template_is_refused(
 def test_answers_of_other_weights_or_devices_are_not_mixed(
     whole: Path, model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another model moved to the same path, or another device, continued the answers of the first."""
+    """Regression: another model moved to the same path, or another device, continued the answers of the first."""
     output = shutil.copytree(whole, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.respond.device_kind", lambda _: "cuda")
@@ -329,7 +329,7 @@ def test_answers_of_other_weights_or_devices_are_not_mixed(
 
 
 class FakeVllm(ModuleType):
-    """Records what it is given; answers with the prompt, and ends every second answer by a stop token."""
+    """Fake vllm. It records its input, answers with the prompt and ends every second answer with a stop token."""
 
     def __init__(self) -> None:
         super().__init__("vllm")

@@ -37,7 +37,7 @@ BUSY = "another process is writing it; wait for it or choose another --output"
 
 @pytest.fixture(scope="module")
 def shards(make_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs of answers, some of them equal, one too long."""
+    """Two epochs of answers: some are equal, one is too long."""
     rows = [{"question": row["query"], "answer": row["positive"]} for row in english_pairs(48)]
     rows[3]["answer"] = rows[4]["answer"] = "the same river."
     rows[5]["answer"] = "a garden " * 60
@@ -57,7 +57,7 @@ def taught(shards: Path, export_dir: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def positives(folder: Path) -> list[tuple[str, np.ndarray | None]]:
-    """(text, vector) of every pair, in order."""
+    """Return (text, vector) of every pair, in order."""
     reader, out = ShardReader(folder), []
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     for number in range(len(reader)):
@@ -266,7 +266,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
 
 @pytest.mark.parametrize("name", ["model.safetensors", "2_Dense/pytorch_model.bin"])
 def test_teachers_differ_by_their_weights_in_any_kind_of_file(tmp_path: Path, name: str) -> None:
-    """Without a safetensors file all teachers had one hash, that of nothing, and continued one another."""
+    """Regression: all teachers without a safetensors file had the hash of empty input, so one continued another."""
     (tmp_path / "modules.json").write_text("[]")
     with pytest.raises(ModelError) as caught:
         teach_module.find_teacher(tmp_path)
@@ -303,7 +303,7 @@ def test_verify_refuses_a_vector_that_is_no_unit_vector(taught: Path, tmp_path: 
 def test_a_full_disk_at_any_moment_is_one_line_and_the_same_command_goes_on(
     shards: Path, taught: Path, export_dir: Path, small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """numpy and shutil raise errors that do not say what the system said: both were tracebacks."""
+    """Regression: numpy and shutil hide the system's error in errors of their own, which became tracebacks."""
     whole = blocks(taught)
     for share in (0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
         disk = small_disk(int(whole * share))

@@ -18,7 +18,7 @@ from anchor.errors import TrainingError
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_model_dir, make_shards):
-    """A run on two ranks of 7 steps with a checkpoint after each, of which the newest two and every third stay."""
+    """A run of 7 steps on two ranks with a checkpoint after each; it keeps the newest two and every third."""
     shards = make_shards(pairs=16, pack_multiple=2, pack_tokens=1024, num_rows=32)
     changes = {"optim__total_steps": 7, "engine__checkpoint_every_steps": 1, "engine__keep_every_steps": 3}
     recipe = write_recipe(tmp_path_factory.mktemp("trained"), tiny_model_dir, shards, **changes)
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(checkpoints, n
 
 @pytest.mark.parametrize(("damage", "named"), [("truncated", True), ("emptied", True), ("missing", False)])
 def test_without_its_state_a_checkpoint_is_not_used(checkpoints, damage, named, caplog):
-    """A folder that has no state.json was never finished; one that has an unreadable one was, and is named."""
+    """A folder without state.json was never finished. One with an unreadable state.json was finished, and is named."""
     file = checkpoints / "step-00000007/state.json"
     if damage == "missing":
         file.unlink()

@@ -1,5 +1,5 @@
 """Invariants: whatever a disk, an editor or an interrupted copy does to a run's folder, the next start names the damage
-and goes on from what is intact, or ends with one line; it never ends with a traceback."""
+and resumes from what is intact, or ends with one line; it never prints a traceback."""
 
 import json
 import logging
@@ -44,14 +44,14 @@ def finished(tmp_path_factory, tiny_model_dir, make_shards) -> Path:
 
 @pytest.fixture
 def plan(tmp_path, finished) -> Plan:
-    """The run again, over a copy of its folder."""
+    """Plan of the same run, over a copy of its folder."""
     shutil.copytree(finished.parent / "run", tmp_path / "run")
     recipe = load_recipe(finished, TrainRecipe, [f"output_dir={tmp_path}/run"])
     return make_plan(recipe, str(finished), 1)
 
 
 def restart(plan: Plan) -> tuple[str, bool, int]:
-    """Read the folder as a restart does: the checkpoint used, whether all is done, rows of metrics kept."""
+    """Read the folder as a restart does; return the checkpoint used, whether all is done, and the rows of metrics."""
     folder, about = plan.recipe.output_dir, provenance(plan, ONE)
     state = {key: about[key] for key in ("recipe", "data_index_sha256", "num_ranks")} | {"zero_stage": 3}
     found = find_checkpoint(folder, ONE, state, resume=True)
@@ -75,7 +75,7 @@ def content(name: str, new: bytes | Callable[[bytes], bytes]) -> Callable[[Path]
 
 
 def value(name: str, key: str, new: object) -> Callable[[Path], None]:
-    """Replace a value of a JSON file; None removes the key."""
+    """Replace a value in a JSON file; None removes the key."""
 
     def change(raw: bytes) -> bytes:
         found = json.loads(raw)
@@ -100,7 +100,7 @@ def folder_instead(name: str) -> Callable[[Path], None]:
 
 
 def copied(name: str) -> Callable[[Path], None]:
-    """A copy of the newest checkpoint of another name."""
+    """Copy the newest checkpoint under another name."""
     return lambda folder: shutil.copytree(folder / "checkpoints" / NEWEST, folder / "checkpoints" / name) and None
 
 
@@ -225,7 +225,7 @@ def test_a_file_where_the_checkpoints_belong_is_one_line_before_training(plan, c
 
 @pytest.mark.slow
 def test_a_finished_run_of_which_much_is_damaged_is_finished_again(tmp_path, finished, plan, caplog):
-    """With real restarts: the export of a finished run, and the last steps again."""
+    """Restart for real: first only export again, then repeat the last steps too."""
     folder = plan.recipe.output_dir
     (folder / "export/mteb").mkdir()
     for name in ("export's record cut off", "copy of a checkpoint", "metrics with a byte that is not UTF-8"):
@@ -245,7 +245,7 @@ def test_a_finished_run_of_which_much_is_damaged_is_finished_again(tmp_path, fin
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.5])
 def test_a_full_disk_while_exporting_is_one_line_and_the_same_command_goes_on(share, finished, small_disk):
-    """shutil and safetensors raise errors of their own: both were tracebacks."""
+    """Regression: shutil and safetensors raise errors of their own, which became tracebacks."""
     run = finished.parent / "run"
     exported, others = blocks(run / "export"), blocks(run) - blocks(run / "export")
     disk = small_disk(others + int(share * exported) + 16_384)

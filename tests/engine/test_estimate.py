@@ -35,7 +35,7 @@ SETTING = Setting(
 
 
 def saved_bytes_per_token(family: str, dtype: str, trained: dict[str, Any], layers: int) -> tuple[float, ModelShape]:
-    """Bytes of all storages that autograd keeps for the backward of one packed pass, parameters not counted."""
+    """Return the bytes of all storages that autograd saves for the backward of one packed pass, without parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": layers}
@@ -96,7 +96,7 @@ def recipe_of(model: Path, trained: dict[str, Any], stage: int, dtype: str) -> T
 
 
 def measured_state(ranks, cases: dict) -> dict:
-    """Per case the bytes of one rank of a real engine after one step, by name as :func:`state_bytes`."""
+    """Return for each case the bytes of one rank of a real engine after one step, by name as in :func:`state_bytes`."""
     from anchor.data.shards import ShardReader
     from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
     from anchor.engine.step import train_step

@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_lock_left_behind_is_named_and_removed(folder, caplog):
-    """A process killed while torch loaded the operator left the file, and every later run waited for ever."""
+    """Regression: a process killed while torch loaded the operator left the lock, and later runs waited forever."""
     lock = folder / "operator/lock"
     lock.touch()
     os.utime(lock, (time.time() - 60, time.time() - 60))
@@ -36,7 +36,7 @@ def test_a_lock_left_behind_is_named_and_removed(folder, caplog):
 
 @pytest.mark.parametrize("ahead", [3, 3600])
 def test_a_lock_of_a_clock_that_is_ahead_is_removed_too(folder, caplog, ahead):
-    """The start waited in silence until that time had come, past SIGTERM."""
+    """Regression: the start waited silently until that time had come, and ignored SIGTERM."""
     lock = folder / "operator/lock"
     lock.touch()
     os.utime(lock, (time.time() + ahead, time.time() + ahead))
@@ -83,5 +83,5 @@ def buffers_of(ranks) -> list[str]:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")  # noqa: S108
 def test_no_shared_memory_is_left_behind():
-    """66 MiB a rank and run stayed in /dev/shm until the machine had no memory left."""
+    """Regression: each run left 66 MiB per rank in /dev/shm until the machine ran out of memory."""
     assert run_distributed(buffers_of, 2) == [[], []]

@@ -21,7 +21,7 @@ HORIZON = {"optim__decay_steps": 4, "engine__checkpoint_every_steps": None}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model_dir, make_shards):
-    """Two steps and then two more; and four at once."""
+    """A run of two steps extended by two more, and a run of four at once."""
     shards = make_shards(pairs=8, pack_multiple=2, num_rows=32)
     halves, whole = tmp_path_factory.mktemp("halves"), tmp_path_factory.mktemp("whole")
     for folder, steps in ((halves, 2), (halves, 4), (whole, 4)):
@@ -52,7 +52,7 @@ def test_scores_of_the_earlier_export_are_kept_beside_the_new_one(runs):
 
 @pytest.mark.slow
 def test_an_untrained_export_is_made_once_and_no_scores_are_lost(tmp_path, tiny_model_dir, make_shards):
-    """It was exported at every start; from the third on, its scores were deleted."""
+    """Regression: every start exported again, and from the third start on the scores were deleted."""
     shards = make_shards(pairs=8, pack_multiple=2, num_rows=32)
     held_out = {"shards": str(shards), "every_steps": 1, "max_batches": 1}
     untrained = {"optim__total_steps": 0, "optim__warmup_steps": 0, "evaluation": held_out}
@@ -83,7 +83,7 @@ def test_an_untrained_export_is_made_once_and_no_scores_are_lost(tmp_path, tiny_
 
 
 def stopped_within_a_step(ranks, recipe_path: Path) -> tuple[bool, int]:
-    """Train, with a stop asked for in the second step's forward; whether that finished, and the forwards."""
+    """Ask for a stop in the second step's forward; return whether the run finished, and the number of forwards."""
     from anchor.engine.deepspeed import Engine
     from anchor.engine.loop import train
     from anchor.engine.plan import make_plan
@@ -107,7 +107,7 @@ def stopped_within_a_step(ranks, recipe_path: Path) -> tuple[bool, int]:
 
 
 def test_a_signal_within_a_step_ends_the_run_after_that_step(tmp_path, tiny_model_dir, make_shards):
-    """It was asked for before the step began, and so cost another one."""
+    """Regression: the run checked for a stop only before each step, so the signal cost another step."""
     shards = make_shards(pairs=8, pack_multiple=2, num_rows=32)
     recipe = write_recipe(tmp_path, tiny_model_dir, shards, optim__total_steps=4, **HORIZON)
     assert run_distributed(stopped_within_a_step, 1, recipe) == [(False, 2)]

@@ -56,7 +56,7 @@ class Case(NamedTuple):
         objective: name in OBJECTIVES.
         trained: the recipe's ``backbone.trained``.
         ds: DeepSpeed file.
-        checkpointing: whether layers are computed again in backward.
+        checkpointing: whether backward recomputes the layers.
     """
 
     model: Path
@@ -88,7 +88,7 @@ def recipe_of(case: Case, shards: Path):
 
 
 def loss_times_world_size() -> AbstractContextManager:
-    """The engine's mean over ranks is made a sum twice."""
+    """Multiply the loss by the world size, which turns the engine's mean over ranks into a sum."""
     from anchor.engine.deepspeed import Engine
 
     right = Engine.backward
@@ -98,7 +98,7 @@ def loss_times_world_size() -> AbstractContextManager:
 
 
 def gather_without_gradient() -> AbstractContextManager:
-    """Documents of the pool learn nothing, the own ones neither."""
+    """Gather the pool without gradient: no document learns, not even the rank's own."""
     from anchor import dist
 
     right = dist.all_gather_with_grad
@@ -106,7 +106,7 @@ def gather_without_gradient() -> AbstractContextManager:
 
 
 def gradient_of_the_own_rows_only() -> AbstractContextManager:
-    """What several trainers do: the own rows are put back into a pool gathered without gradient."""
+    """Gather the pool without gradient and put the rank's own rows back, as several trainers do."""
     from anchor import dist
 
     right = dist.all_gather_with_grad
@@ -120,7 +120,7 @@ def gradient_of_the_own_rows_only() -> AbstractContextManager:
 
 
 def mask_by_token_id() -> AbstractContextManager:
-    """Targets that equal the padding's id, here the anchor token's, count for nothing: the end is never learnt."""
+    """Mask targets equal to the padding's id, here the anchor token's: the model never learns the end."""
     from anchor.models.head import Head
 
     right, anchor = Head.forward, 2  # the third of conftest's SPECIAL_TOKENS
@@ -147,9 +147,9 @@ def fixed_means(batch) -> dict:
 
 
 def gradients_of(ranks, cases: dict[str, Case], shards: dict[int, Path]) -> dict:
-    """Per case and packs per rank: loss, every trained parameter's whole gradient, and the first values of LoRA's A.
+    """Return for each case and packs per rank: loss, every trained parameter's whole gradient, and LoRA's initial A.
 
-    On two ranks also the wrong variants, in the same engines.
+    On two ranks, return the wrong variants too, from the same engines.
     """
     from deepspeed.utils import safe_get_full_grad
 
@@ -196,7 +196,7 @@ def gradients_of(ranks, cases: dict[str, Case], shards: dict[int, Path]) -> dict
 
 
 def expected_loss(objective: str, model, batch, shards: Path) -> torch.Tensor:
-    """The objective's loss, text by text."""
+    """Return the objective's loss, computed text by text."""
     from anchor.config import schema
     from anchor.data.decode_prefix import template_prefix_ids
 
@@ -246,7 +246,7 @@ def shards(make_shards) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, tiny_model_dir, tiny_untied_model_dir, shards) -> tuple[dict[str, Case], dict[int, Any]]:
-    """Cases, and the results on 1, 2 and 4 ranks."""
+    """The cases, and the results on 1, 2 and 4 ranks."""
     zero2, zero3 = (Path(__file__).parents[2] / f"ds_configs/zero{stage}.json" for stage in (2, 3))
     zero0 = tmp_path_factory.mktemp("ds") / "zero0.json"
     zero0.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
@@ -278,7 +278,7 @@ def setting(tmp_path_factory, tiny_model_dir, tiny_untied_model_dir, shards) -> 
 
 @pytest.fixture(scope="module")
 def expected(setting, shards) -> Callable[[Path, str], tuple[float, dict[str, torch.Tensor]]]:
-    """``expected(model, objective)``: loss and gradients of all parameters that have one, text by text."""
+    """``expected(model, objective)`` returns the loss and all parameters' gradients, computed text by text."""
     from anchor.data.shards import ShardReader
 
     known: dict[tuple[Path, str], tuple[float, dict[str, torch.Tensor]]] = {}
@@ -297,7 +297,7 @@ def expected(setting, shards) -> Callable[[Path, str], tuple[float, dict[str, to
 
 
 def differing(found: tuple, wanted: tuple[float, dict[str, torch.Tensor]]) -> list[str]:
-    """What is not equal: "loss" beyond 1e-5, parameters whose gradient differs by more than 1e-4, both relative."""
+    """Return "loss" if it differs by over 1e-5, and parameters whose gradients differ by over 1e-4, both relative."""
     loss, gradients = found[:2]
     names = [] if loss == pytest.approx(wanted[0], rel=1e-5) else ["loss"]
     return names + [n for n, gradient in wanted[1].items() if not relative(gradients[n], gradient) < 1e-4]

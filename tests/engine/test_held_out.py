@@ -22,7 +22,7 @@ def packed(make_shards):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model_dir, packed):
-    """A run by objective, number of ranks and whether it evaluates."""
+    """A run for each objective and number of ranks, with and without evaluation."""
     train, held_out = packed
     found = {}
     for kind, world_size, evaluates in (
@@ -98,7 +98,7 @@ def test_equal_vectors_score_nothing():
 
 
 def test_vectors_that_are_no_numbers_score_nothing():
-    """They scored 1.0: nothing is at least as similar as NaN."""
+    """Regression: NaN vectors scored 1.0, since nothing is at least as similar as NaN."""
     ids, none = list(range(20)), [[math.nan, math.nan]] * 20
     found = _retrieval(side(none, ids, [math.nan] * 20), side(none, ids, [1.0] * 20), torch.device("cpu"))
     assert found == {"held_out/ndcg_at_10": 0.0, "held_out/accuracy_at_1": 0.0}

@@ -38,7 +38,7 @@ def test_tensorboard_gets_every_value_and_the_loss_by_source(tmp_path):
 
 
 def test_weights_and_biases_writes_offline_and_goes_on_under_one_id(tmp_path):
-    """In a process of its own: wandb starts a service and leaves threads."""
+    """Run in a separate process: wandb starts a service and leaves threads behind."""
     program = (
         "import sys; from pathlib import Path\n"
         "from anchor.config.schema import TelemetrySection\n"
@@ -73,7 +73,7 @@ def test_a_logger_that_is_not_installed_stops_the_run_at_its_start(section, modu
 
 
 def test_a_service_that_refuses_stops_the_run_at_its_start(tmp_path):
-    """No network and no login here: the real refusal."""
+    """The refusal is real: there is no network and no login here."""
     program = (
         "import sys; from pathlib import Path\n"
         "from anchor.config.schema import TelemetrySection\n"

@@ -16,7 +16,7 @@ from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, prepare_t
 
 
 def llama_tokenizer(folder: Path) -> Any:
-    """One whose words begin with a mark, as sentencepiece makes it, of the `legacy` kind."""
+    """Return a `legacy` tokenizer whose words begin with a mark, as sentencepiece makes it."""
     backend = Tokenizer(BPE(byte_fallback=True))
     backend.pre_tokenizer = Metaspace(prepend_scheme="always")
     names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -32,7 +32,7 @@ def llama_tokenizer(folder: Path) -> Any:
 
 
 def test_the_prefix_is_as_long_as_it_was_packed_whatever_a_loaded_tokenizer_makes_of_its_text(tmp_path):
-    """A LlamaTokenizer of the `legacy` kind is no longer one when it is saved: one template token was a target."""
+    """Regression: saving a `legacy` LlamaTokenizer drops `legacy`, and one template token became a target."""
     template = Template("<s>[INST] ", " [/INST]</s>", "{instruction}: {text}")
     tokenizer = prepare_tokenizer(llama_tokenizer(tmp_path / "llama"), template, "llama")
     packed = SegmentTokenizer(tokenizer, template, 64)

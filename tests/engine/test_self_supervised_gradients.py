@@ -33,7 +33,7 @@ PACKS = {4: ("paper", "paper ZeRO-2", "align only", "joint", "LoRA", "joint LoRA
 
 
 class Case(NamedTuple):
-    """One engine: objective, what is trained, name of the DeepSpeed file, whether the head is tied."""
+    """One engine: objective, trained parts, name of the DeepSpeed file, whether the head is tied."""
 
     objective: dict[str, Any]
     trained: dict[str, Any]
@@ -52,7 +52,7 @@ CASES = {
 
 
 def gradients_of(ranks, recipes: dict[str, Path]) -> dict[str, tuple[float, dict, dict]]:
-    """Per recipe: loss, gradients and values of what is trained, whole."""
+    """Return for each recipe the loss, and gradients and values of the trained parameters, gathered whole."""
     from deepspeed.utils import safe_get_full_grad
 
     from anchor.engine.deepspeed import Engine
@@ -117,7 +117,7 @@ def results(tmp_path_factory, shards, tiny_model_dir, tiny_untied_model_dir) -> 
 
 @pytest.fixture(scope="module")
 def expected(results, shards, tiny_model_dir, tiny_untied_model_dir) -> Callable[[str], tuple[float, dict]]:
-    """``expected(case)``: loss and gradients, text by text in float64, at the values that the engines began with."""
+    """``expected(case)`` returns loss and gradients, text by text in float64, at the engines' initial values."""
     known: dict[str, tuple[float, dict[str, torch.Tensor]]] = {}
 
     def compute(name: str) -> tuple[float, dict[str, torch.Tensor]]:

@@ -39,12 +39,12 @@ SHAPE = {"pairs": 16, "pack_multiple": 2, "pack_tokens": 1024}
 
 @pytest.fixture(scope="module")
 def shards(make_shards):
-    """Training and held-out shards."""
+    """Training shards and held-out shards."""
     return tuple(teach_at_random(make_shards(**SHAPE, num_rows=n, template=TEMPLATE)) for n in (80, 48))
 
 
 def case_of(name: str, shards, tied: Path, untied: Path) -> tuple[int, Path, dict]:
-    """Ranks, model and changes of the recipe."""
+    """Return ranks, model and changes of the recipe."""
     evaluation = {"shards": str(shards[1]), "every_steps": 3, "max_batches": 2}
     joint = {**PAPER, "contrastive": {"weight": 0.3, "temperature": 0.1}}
     adapted = {"objective": joint, "backbone__trained": LORA, "backbone__gradient_checkpointing": True}
@@ -59,7 +59,7 @@ def case_of(name: str, shards, tied: Path, untied: Path) -> tuple[int, Path, dic
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model_dir, tiny_untied_model_dir, shards) -> Callable[[str], Path]:
-    """``runs(name)``: the folder of a run, trained when first asked for."""
+    """``runs(name)`` returns the folder of a run, trained on first use."""
     done: dict[str, Path] = {}
 
     def run(name: str) -> Path:
@@ -92,7 +92,7 @@ def test_every_trained_parameter_moves(runs):
 
 
 def engine_after_three_steps(ranks, recipe_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int], int]:
-    """Frozen parameters, bytes of this rank by name as :func:`state_bytes`, and the number of trained parameters."""
+    """Return frozen parameters, bytes of this rank by name as :func:`state_bytes`, and a count of the trained ones."""
     from anchor.engine.loading import load_engine
     from anchor.engine.step import train_step
 
@@ -198,7 +198,7 @@ TEXTS = ["short", "a longer text about a river and a castle " * 6, "<|im_end|> f
 
 
 def our_vectors(folder: Path, texts: list[str]) -> torch.Tensor:
-    """By the code that trains: packs of token ids from the exported tokenizer."""
+    """Compute vectors with the training code: packs of token ids from the exported tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -234,7 +234,7 @@ def test_sentence_transformers_reads_the_exported_folder(runs, name, side, tmp_p
 
 @pytest.mark.parametrize("name", ["two", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_exported_folder_is_what_the_engine_held(runs, shards, name):
-    """The cosine that the engine measured after its last step, measured again from the folder alone."""
+    """The exported folder alone reproduces the cosine that the engine measured after its last step."""
     folder, reader = runs(name) / "export", ShardReader(shards[1])
     embedder = load_special_tokens_embedder(folder, torch.float32, "anchor_segments").eval()
     means = []

@@ -1,5 +1,5 @@
-"""Invariants: whatever is wrong before the first step is one line and exit code 2, and a second training in a folder is
-refused before it writes there; a crash prints its traceback, also under torch's own hook."""
+"""Invariants: any fault before the first step is one line and exit code 2; a second training in a folder is refused
+before it writes there; a crash prints its traceback, even under torch's own hook."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ def recipe(tmp_path, tiny_model_dir, shards) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    """Each test is a process without a launcher."""
+    """Make each test a process without a launcher."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -53,7 +53,7 @@ def own_environment(monkeypatch):
     ],
 )
 def test_a_ds_config_that_is_none_is_one_line(tmp_path, recipe, capsys, content, message):
-    """A binary one ended the process with code 1 and no word: torch's hook buffered the traceback."""
+    """Regression: a binary file gave exit code 1 and no message, since torch's hook buffered the traceback."""
     (tmp_path / "ds.json").write_bytes(content)
     assert message in error_of(capsys, str(recipe), f"engine.deepspeed={tmp_path}/ds.json")
 
@@ -97,7 +97,7 @@ def test_an_output_dir_that_cannot_be_one_is_one_line(tmp_path, recipe, capsys, 
 
 
 def test_a_second_training_in_a_folder_is_refused_before_it_writes(tmp_path, recipe, capsys):
-    """Both ended with 0: metrics were of one recipe, checkpoints and export of the other."""
+    """Regression: both runs exited with 0; the metrics were of one recipe, checkpoints and export of the other."""
     run = tmp_path / "run"
     run.mkdir()
     lock = run / ".lock"
@@ -179,7 +179,7 @@ raise KeyError("bug")
 
 @pytest.mark.parametrize("log_file", [None, "/dev/full", "/nowhere/at/all/rank.log"])
 def test_a_crash_prints_its_traceback_under_torchs_hook(log_file):
-    """init_process_group puts a hook around ours that shows what it printed only afterwards; ours ends the process."""
+    """init_process_group wraps our hook in one that shows its output only after it returns; ours ends the process."""
     arguments = [] if log_file is None else [log_file]
     command = [sys.executable, "-c", CRASH, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)

@@ -24,7 +24,7 @@ OVERFLOWING_TEMPERATURE = 3e-39
 
 
 def pack_of(*chosen: tuple[Pack, int]) -> Pack:
-    """A pack of segments of other packs."""
+    """Build a pack from segments of other packs."""
     parts = []
     for pack, s in chosen:
         keep = np.zeros(len(pack.roles), dtype=bool)
@@ -34,13 +34,13 @@ def pack_of(*chosen: tuple[Pack, int]) -> Pack:
 
 
 def pair(pack: Pack, number: int, segments: int = 3) -> list[tuple[Pack, int]]:
-    """The first segments of a pair: query, positive, hard negatives."""
+    """Return the first segments of a pair: query, positive, hard negatives."""
     first = int(np.flatnonzero(pack.roles == 0)[number])
     return [(pack, first + i) for i in range(segments)]
 
 
 def batches_of(shards: Path) -> dict[str, Batch]:
-    """Extreme batches, made of the segments of a real one."""
+    """Build extreme batches from the segments of a real one."""
     first, second = ShardReader(shards).read(0).packs
     lone = pack_of((first, 0), (first, 0), (first, 0), (first, 0))
     lone = dataclasses.replace(lone, roles=np.asarray([0, 1, 0, 1], dtype=np.int8))
@@ -78,7 +78,7 @@ def engine_of(ranks, model: Path, objective, stage: int, dtype: str):
 
 
 def losses_of(ranks, model: Path, shards: Path) -> dict[tuple[str, str], tuple[float, float]]:
-    """Loss and gradient norm of every extreme batch that has a pack for every rank; the rate is zero."""
+    """Return loss and gradient norm of every extreme batch with a pack for every rank; the learning rate is zero."""
     from anchor.engine.deepspeed import init_communication
     from anchor.engine.step import train_step
 
@@ -97,7 +97,7 @@ OVERFLOWS = {"ZeRO-3 bf16": (3, "bf16"), "ZeRO-3 fp32": (3, "fp32"), "ZeRO-2 bf1
 
 
 def overflows_of(ranks, model: Path, shards: Path) -> dict[str, tuple[str, list[bool]]]:
-    """Per setting: the error of a step whose gradient overflows, and of each tensor whether it kept its bits."""
+    """Return per setting the error of a step whose gradient overflows, and whether each tensor kept its bits."""
     from anchor.engine.deepspeed import init_communication
     from anchor.engine.step import train_step
     from anchor.errors import TrainingError
@@ -165,7 +165,7 @@ def test_an_extreme_batch_has_the_loss_of_the_long_way(losses, tiny_model_dir, s
 
 
 def test_a_repeated_positive_counts_as_no_negative(losses, tiny_model_dir, shards):
-    """Were it one, the loss would be higher: the same vectors under text identities that are all different."""
+    """As a negative it would raise the loss to that of the same vectors with all text identities different."""
     batch = batches_of(shards)["a positive twice"]
     vectors, roles, texts = plain_vectors(plain_model(tiny_model_dir), batch)
     assert len(set(texts)) < len(texts)
@@ -176,13 +176,13 @@ def test_a_repeated_positive_counts_as_no_negative(losses, tiny_model_dir, shard
 
 @pytest.fixture(scope="module")
 def many(make_shards):
-    """Sixteen pairs: where a random model finds every positive, a low temperature leaves no gradient at all."""
+    """Sixteen pairs. With fewer, a random model finds every positive, and a low temperature leaves no gradient."""
     return make_shards(pairs=16, pack_multiple=2, num_rows=16, pack_tokens=4096)
 
 
 @pytest.fixture(scope="module")
 def steep_model(tmp_path_factory, tiny_model_dir):
-    """Short hidden states: the gradient of a unit vector grows as its length shrinks."""
+    """A model with short hidden states: a unit vector's gradient grows as its length shrinks."""
     folder = tmp_path_factory.mktemp("steep") / "model"
     shutil.copytree(tiny_model_dir, folder)
     weights = load_file(folder / "model.safetensors")
@@ -227,7 +227,7 @@ def norm_overflow_of(ranks, model: Path, shards: Path) -> str:
 
 
 def test_a_gradient_whose_norm_alone_overflows_stops_the_run(tiny_model_dir, many):
-    """Its elements are finite, so the check before the update let it pass; clipping by infinity made it zero."""
+    """Regression: finite elements passed the check before the update; clipping by infinity made the gradient zero."""
     (message,) = run_distributed(norm_overflow_of, 1, tiny_model_dir, many)
     assert "the norm of the gradient is not finite" in message
     assert "this update is in no checkpoint" in message

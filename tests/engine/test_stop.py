@@ -42,7 +42,7 @@ def test_a_later_step_has_thirty_seconds() -> None:
 
 
 def test_a_step_of_many_tokens_has_as_much_more_time() -> None:
-    """It was ended 30 s after the signal where the steps before were of short texts, and its checkpoint was lost."""
+    """Regression: after steps of short texts, a long step was ended 30 s after the signal and lost its checkpoint."""
     stop = StopRequest()
     watchdog = Watchdog(1000.0, stop)
     watchdog.begin("step 1", tokens=100)
@@ -68,7 +68,7 @@ with StopRequest().listening():
 
 
 def test_a_signal_of_a_group_that_the_launcher_passes_on_is_one_and_a_later_one_ends_at_once() -> None:
-    """The checkpoint was lost: DeepSpeed's launcher passed on what its ranks had received with it."""
+    """Regression: DeepSpeed's launcher forwarded a signal that its ranks already had, and the checkpoint was lost."""
     command = [sys.executable, "-c", LISTENING]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -57,7 +57,7 @@ class Run:
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for it; a run that ends before is a failure of the test."""
+        """Wait for the condition; fail if the run ends first."""
         end = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             assert time.monotonic() < end, self.console()
@@ -65,7 +65,7 @@ class Run:
             time.sleep(0.002)
 
     def wait(self, seconds: float = PATIENCE_SECONDS) -> list[int]:
-        """Exit codes of all ranks."""
+        """Return the exit codes of all ranks."""
         end = time.monotonic() + seconds
         try:
             return [process.wait(max(0.1, end - time.monotonic())) for process in self.ranks]
@@ -85,14 +85,14 @@ def shards(make_shards):
 
 
 def checkpointed(folder: Path, model: Path, shards: Path, **changes) -> Path:
-    """A recipe of many short steps with a checkpoint after each."""
+    """Write a recipe of many short steps with a checkpoint after each."""
     changes = {"optim__total_steps": STEPS, "engine__checkpoint_every_steps": 1, **changes}
     return write_recipe(folder, model, shards, **changes)
 
 
 @pytest.fixture(scope="module")
 def make_variant(tiny_model_dir, tiny_untied_model_dir, shards):
-    """``make_variant(folder, "full" | "lora", **changes)``: a recipe of full training, or of LoRA with dropout."""
+    """``make_variant(folder, "full" | "lora", **changes)`` writes a recipe of full training or of LoRA with dropout."""
 
     def make(folder: Path, name: str, **changes) -> Path:
         if name == "full":
@@ -105,7 +105,7 @@ def make_variant(tiny_model_dir, tiny_untied_model_dir, shards):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, make_variant):
-    """Run folders of a full and of a LoRA run on two ranks that were left alone."""
+    """Folders of an uninterrupted full run and an uninterrupted LoRA run, on two ranks."""
     found = {}
     for name in ("full", "lora"):
         recipe = make_variant(tmp_path_factory.mktemp(name), name, engine__checkpoint_every_steps=STEPS)
@@ -148,7 +148,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(name, kills, tmp
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_a_run_goes_on_with_other_numbers_of_ranks(name, tmp_path, undisturbed, make_variant):
-    """DeepSpeed's universal checkpoint gave all parameters one step counter: Adam's bias correction ran too fast."""
+    """Regression: DeepSpeed's universal checkpoint had one step counter for all parameters: wrong bias correction in
+    Adam."""
     recipe = make_variant(tmp_path, name, engine__checkpoint_every_steps=1000)
     for world_size, until in ((2, 20), (1, 40)):
         run = Run(recipe, world_size)
@@ -169,7 +170,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(name, tmp_path, undisturbed, 
 
 
 def after_five_steps(command: list[str], tmp_path: Path, signalled: Callable[[int], None]) -> tuple[int, str]:
-    """Exit code and output of a launcher that was signalled after five steps."""
+    """Signal a launcher after five steps; return its exit code and output."""
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     out, metrics = tmp_path / "out", tmp_path / "run/metrics.jsonl"
     with (
@@ -189,7 +190,10 @@ def after_five_steps(command: list[str], tmp_path: Path, signalled: Callable[[in
 
 
 def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint(tmp_path, undisturbed, make_variant):
-    """As `timeout` sends it. The launcher passes it on to ranks that have it already: the checkpoint was lost."""
+    """Signal the whole group, as `timeout` does.
+
+    Regression: the launcher forwarded the signal to ranks that had it already, and the checkpoint was lost.
+    """
     recipe = make_variant(tmp_path, "full", engine__checkpoint_every_steps=STEPS)
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port"]
     command = [*launcher, free_port(), "--module", "anchor.train", str(recipe)]
@@ -201,7 +205,10 @@ def test_a_signal_to_all_processes_of_a_launcher_leaves_a_checkpoint(tmp_path, u
 
 
 def test_a_signal_to_the_script_or_its_group_leaves_a_checkpoint(tmp_path, make_variant):
-    """As Ctrl-C sends it, and to a pod's first process; of DeepSpeed's the first one died of it, and left the ranks."""
+    """Signal the group, as Ctrl-C does; a cluster signals a pod's first process.
+
+    Regression: DeepSpeed's first process died of the signal and left the ranks.
+    """
     recipe = make_variant(tmp_path, "full", engine__checkpoint_every_steps=STEPS)
     code, said = after_five_steps(onenode(recipe), tmp_path, lambda pid: os.killpg(pid, signal.SIGTERM))
     assert code == 85, said
@@ -212,7 +219,7 @@ def test_a_signal_to_the_script_or_its_group_leaves_a_checkpoint(tmp_path, make_
 
 @pytest.mark.parametrize("after", [0.0, 1.0, 4.0])
 def test_a_signal_while_the_ranks_start_is_85(tmp_path, make_variant, after):
-    """It was 246: USR1 ended ranks that were importing."""
+    """Regression: the exit code was 246, since USR1 killed ranks that were still importing."""
     recipe = make_variant(tmp_path, "full")
     with subprocess.Popen(onenode(recipe), cwd=ROOT, start_new_session=True) as launched:
         while "anchor.train" not in left_over(recipe):
@@ -224,7 +231,7 @@ def test_a_signal_while_the_ranks_start_is_85(tmp_path, make_variant, after):
 
 
 def test_nothing_outlives_a_killed_script(tmp_path, make_variant):
-    """The launcher's processes and the ranks were left, and trained on."""
+    """Regression: the launcher's processes and the ranks survived, and trained on."""
     recipe = make_variant(tmp_path, "full")
     with subprocess.Popen(onenode(recipe), cwd=ROOT, start_new_session=True) as launched:
         while len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 0:
@@ -238,7 +245,7 @@ def test_nothing_outlives_a_killed_script(tmp_path, make_variant):
 
 
 def test_a_port_in_use_ends_all_ranks_with_one_line(tmp_path, make_variant):
-    """Rank 0 ended with a traceback, rank 1 waited on."""
+    """Regression: rank 0 ended with a traceback while rank 1 kept waiting."""
     recipe = make_variant(tmp_path, "full")
     with socket.socket() as other:
         other.bind(("", 0))
@@ -257,7 +264,7 @@ def onenode(recipe: Path, port: int | str | None = None) -> list[str]:
 
 
 def left_over(recipe: Path) -> str:
-    """Command lines of processes of a run."""
+    """Return the command lines of a run's remaining processes."""
     return subprocess.run(["pgrep", "-af", str(recipe)], capture_output=True, text=True, check=False).stdout
 
 
@@ -286,8 +293,10 @@ def test_a_rank_that_hangs_ends_the_run_by_time_out_and_names_the_step(tmp_path,
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(
     share_written, tmp_path, undisturbed, small_disk, make_variant
 ):
-    """The check before writing compares free bytes with an estimate; a tiny model's files are larger than it. The
-    disk is full before that check, or inside any of the files that the ranks write."""
+    """Fill the disk before the free-space check, or inside any of the files that the ranks write.
+
+    The check compares free bytes with an estimate, and a tiny model's files are larger than the estimate.
+    """
     checkpoint = blocks(undisturbed["lora"] / f"checkpoints/step-{STEPS:08d}")
     adapter = load_file(undisturbed["lora"] / "export/adapter/adapter_model.safetensors")
     estimate = 16 * sum(tensor.numel() for tensor in adapter.values())

@@ -42,7 +42,7 @@ def recipe_of(case: Case) -> TrainRecipe:
 
 
 def counted(ranks, cases: dict[str, Case]) -> dict[str, dict[tuple[str, int], float]]:
-    """Per case the bytes that one rank sends in a step, by kind of collective and size of its ring."""
+    """Return for each case the bytes that one rank sends in a step, by kind of collective and size of its ring."""
     import torch
     from deepspeed.utils import groups
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,7 +96,7 @@ def counted(ranks, cases: dict[str, Case]) -> dict[str, dict[tuple[str, int], fl
 
 
 def estimated(case: Case, num_ranks: int) -> dict[tuple[str, int], float]:
-    """The same from the estimate."""
+    """Return the same bytes from the estimate."""
     from anchor.data.shards import ShardReader
     from anchor.engine.dry_run import Options, setting_of
     from anchor.engine.plan import make_objective
@@ -118,7 +118,7 @@ def estimated(case: Case, num_ranks: int) -> dict[tuple[str, int], float]:
 
 
 def differing(cases: dict[str, Case], num_ranks: int) -> list[str]:
-    """Every case, rank and collective whose counted bytes are not the estimate's."""
+    """Return every case, rank and collective whose counted bytes differ from the estimate."""
     wrong = []
     for rank, found in enumerate(run_distributed(counted, num_ranks, cases)):
         for name, case in cases.items():

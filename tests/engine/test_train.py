@@ -78,7 +78,7 @@ def shards(make_shards):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_model_dir, tiny_untied_model_dir, shards):
-    """Stage I on one rank and on two, LoRA Stage II on two; each with the run folder it left."""
+    """Folders of three runs: Stage I on one rank and on two, LoRA Stage II on two."""
     stages = {
         "one": (1, tiny_model_dir, {"objective": BEYOND_THE_PAPER}),
         "two": (2, tiny_model_dir, {"objective": BEYOND_THE_PAPER}),
@@ -106,7 +106,7 @@ def test_two_ranks_under_zero_3_equal_one_process(runs):
 
 
 def test_resuming_equals_never_having_stopped(runs):
-    """The second half is trained again from the checkpoint at half time; losses and weights must be the same bits."""
+    """The second half, trained again from the checkpoint at half time, has bit-identical losses and weights."""
     from safetensors.torch import load_file
 
     for name, world_size in (("lora", 2), ("two", 2)):
@@ -140,7 +140,8 @@ def test_the_model_card_says_what_a_bidirectional_folder_needs(runs):
 
 
 def test_the_model_card_names_the_base_the_prompts_and_a_model_that_is_untrained(tmp_path, shards):
-    """The base `runs/a/stage1/export` was called `export`, documents never had a prompt, and 0 steps were training."""
+    """Regression: the card called `runs/a/stage1/export` `export`, omitted document prompts, and called 0 steps
+    training."""
     from anchor.config.load import load_recipe
     from anchor.config.schema import TrainRecipe
     from anchor.data.shards import read_index
@@ -210,7 +211,7 @@ def test_special_tokens_inside_a_text_are_ordinary_text_for_every_consumer(runs)
 
 
 def test_the_exported_model_equals_the_engine(runs, shards):
-    """A merged adapter gives the embeddings of base plus adapter: the engine's own, after its last step."""
+    """The merged adapter reproduces the engine's own embeddings after its last step, from base plus adapter."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -251,7 +252,7 @@ def error_of(capsys, *argv: str) -> str:
 
 
 def error_of_process(*argv: str) -> str:
-    """The same in a process of its own, for what happens after DeepSpeed has been set up."""
+    """Return the error of a separate process, for failures after DeepSpeed has been set up."""
     command = [sys.executable, "-m", "anchor.train", *argv]
     done = subprocess.run(
         command,

@@ -45,7 +45,7 @@ def test_too_few_tokens(vocabulary, shards, tiny_model_dir):
 
 
 def altered(tokenizer_dir: Path, folder: Path, alter) -> Path:
-    """A model folder whose tokenizer is another."""
+    """Copy a model folder and alter its tokenizer."""
     copy = Path(shutil.copytree(tokenizer_dir, folder))
     stored = json.loads((copy / "tokenizer.json").read_text())
     alter(stored)
@@ -104,7 +104,7 @@ def refused_by_training_and_dry_run(recipe: Path, capsys) -> str:
 
 
 def rename(stored: dict) -> None:
-    """As a model of another family of the same vocabulary: the anchor's id is another token."""
+    """Rename the anchor's token, as in a model of another family over the same vocabulary."""
     for token in stored["added_tokens"]:
         if token["content"] == "<|im_end|>":
             token["content"] = "<|other|>"
@@ -126,7 +126,7 @@ def test_template_tokens_that_mean_another_token_in_the_model(vocabulary, shards
 
 
 def test_added_template_tokens_are_compared_too(vocabulary, make_shards, tiny_tokenizer_dir, tiny_model_dir, tmp_path):
-    """They were not: shards of a template token at id 400 trained a model that had another token there."""
+    """Regression: shards with a template token at id 400 trained a model that had another token there."""
 
     def add(name: str):
         def alter(stored: dict) -> None:
@@ -147,7 +147,7 @@ def test_added_template_tokens_are_compared_too(vocabulary, make_shards, tiny_to
 
 
 def test_an_export_of_another_template(shards, tiny_model_dir, tmp_path, capsys):
-    """A chat template that names the day gives two templates on two days; Stage II went on without a word."""
+    """Regression: a chat template with the date differs from day to day, and Stage II trained on without an error."""
     export = Path(shutil.copytree(tiny_model_dir, tmp_path / "export"))
     template = read_index(shards).template
     about = {"template": template, "prompts": {}, "max_tokens": 64}
@@ -162,7 +162,7 @@ def test_an_export_of_another_template(shards, tiny_model_dir, tmp_path, capsys)
 
 
 def test_texts_longer_than_the_models_positions(make_shards, tiny_model_dir, tmp_path, capsys):
-    """1,024 tokens over 256 positions trained, and the export promised max_seq_length 1,024."""
+    """Regression: 1,024 tokens trained over 256 positions, and the export promised max_seq_length 1,024."""
     shards = make_shards(num_rows=32, max_tokens=300, pack_tokens=1024)
     recipe = write_recipe(tmp_path, tiny_model_dir, shards)
     expected = (

@@ -184,7 +184,7 @@ def test_bright_below_the_papers_length_is_warned_of(export_dir, tmp_path, monke
 
 
 class Killed(BaseException):
-    """Stands for a signal."""
+    """Exception that stands in for a signal."""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,7 +236,7 @@ def test_vectors_that_a_kill_left_behind_a_saved_result_are_deleted(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_task_whose_local_data_changed_is_scored_again(export_dir, tmp_path):
-    """mteb looks only at the name: another folder, or new judgements, got the score of what was there before."""
+    """Regression: mteb compares only the name, so another folder or new judgements got the old score."""
     encoder, out = Encoder(export_dir, dtype="fp32"), tmp_path / "out"
     folders = [write_retrieval(tmp_path / place / "small", seed, pairs=12) for seed, place in enumerate("ab")]
     other = write_retrieval(tmp_path / "other", seed=3, pairs=12)
@@ -262,7 +262,7 @@ def result_of(task, scores: dict[str, float]) -> TaskResult:
 
 @pytest.mark.parametrize("name", ["STS17", "CQADupstackRetrieval"])
 def test_a_score_is_that_of_the_subsets_asked_for(export_dir, tmp_path, name):
-    """STS17 has 11 subsets, of which `lite` wants one: the mean over those of an earlier run stood for it."""
+    """Regression: `lite` wants one of STS17's 11 subsets, but got the mean over all subsets of an earlier run."""
     encoder, whole = Encoder(export_dir, dtype="fp32"), mteb.get_task(name)
     task = next(t for t in find_benchmark("MTEB(eng, v1)").tasks if t.metadata.name == name)
     wanted = "en-en" if name == "STS17" else "default"
@@ -349,7 +349,7 @@ def test_data_that_only_the_hub_has_is_one_line_without_a_network(export_dir, tm
     ],
 )
 def test_local_data_that_a_task_cannot_read_is_one_line(export_dir, tmp_path, monkeypatch, name, text, why):
-    """An empty folder and a missing split were tracebacks; of a cut file the advice was to give --data-root."""
+    """Regression: an empty folder or a missing split gave a traceback; a cut file, the advice to use --data-root."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "root/mteb/biosses-sts"
     folder.mkdir(parents=True)

@@ -34,7 +34,7 @@ TEXTS = [row["positive"] for row in english_pairs(6)] + ["  spaces around \n", "
 
 @pytest.fixture(scope="session")
 def tiny_untied_model_dir(tmp_path_factory, tiny_untied_model_dir) -> Path:
-    """The base with positions for texts of 512 tokens, which converted folders take by default."""
+    """Base with positions for texts of 512 tokens, the default of converted folders."""
     folder = Path(shutil.copytree(tiny_untied_model_dir, tmp_path_factory.mktemp("base") / "qwen3"))
     change_json(folder / "config.json", max_position_embeddings=512)
     return folder
@@ -49,7 +49,7 @@ def save_projection(path: Path, width: int, dimension: int) -> nn.Linear:
 
 
 def write_original(folder: Path, base: Path, kind: str, names: list[str] = NAMES) -> Path:
-    """What the authors' training leaves, with every trained number drawn at random."""
+    """Write the output of the authors' training, with every trained number drawn at random."""
     torch.manual_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"additional_special_tokens": names})
@@ -89,7 +89,7 @@ def rows_only(tmp_path, tiny_untied_model_dir) -> Path:
 
 @torch.inference_mode()
 def through_peft(folder: Path, base: Path) -> tuple[np.ndarray, torch.Tensor]:
-    """Unit vectors ``S D`` and soft prompts ``S P H`` of the texts, one text at a time."""
+    """Return unit vectors ``S D`` and soft prompts ``S P H`` of the texts, one text at a time."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     backbone = AutoModel.from_pretrained(base)
     backbone.resize_token_embeddings(len(tokenizer))
@@ -198,7 +198,7 @@ def test_the_folder_says_what_it_came_from(rows_only, tmp_path, tiny_untied_mode
 
 
 def refused_output(capsys, original: Path, output: Path, *options: str) -> str:
-    """The one line, behind the name of the output; nothing in the output's neighbourhood has changed."""
+    """Return the error line after the output's name; check that no file near the output has changed."""
     around = original.parent
     before = {file: file.read_bytes() for file in around.rglob("*") if file.is_file()}
     with pytest.raises(SystemExit) as stop:
@@ -299,7 +299,7 @@ def test_a_limit_that_leaves_no_room_for_text_is_refused(rows_only, tmp_path, ca
 
 
 class Evil:
-    """Runs code when it is unpickled."""
+    """Object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("executed"),)

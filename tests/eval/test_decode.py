@@ -34,7 +34,7 @@ def encoder(export_dir) -> Encoder:
 
 
 def greedy_without_cache(encoder: Encoder, rows: torch.Tensor, steps: int) -> list[int]:
-    """One packed pass per token: the decode pass of training, its last row's best token appended."""
+    """Decode with one packed pass per token, the decode pass of training; append the last row's best token."""
     inputs, ids = rows, []
     model = encoder.embedder
     for _ in range(steps):

@@ -49,7 +49,7 @@ def test_every_format_gives_back_vectors_ids_and_norms(encoder, source, tmp_path
 
 @pytest.mark.parametrize("kind", ["npy", "parquet", "safetensors"])
 def test_ids_may_hold_all_that_is_no_line_end(encoder, tmp_path, kind):
-    """An id with a carriage return was read back as two, so that the vectors behind it had the names of others."""
+    """Regression: an id with a carriage return was read back as two, so later vectors got the names of others."""
     ids = ["a\rb", "c\r", "d\x0be\x0cf", "g\x1ch\x85i", "j\u2028k\u2029l", "", " ", "\ufeffm"]
     source = Source(write_jsonl(tmp_path / "texts.jsonl", [{"id": one, "text": "t"} for one in ids]))
     embed(encoder, source, tmp_path / "out", Options(format=kind))
@@ -62,7 +62,7 @@ def test_bfloat16_vectors_hardly_depend_on_packing(export_dir):
 
 
 class Killed(BaseException):
-    """Stands for a signal."""
+    """Exception that stands in for a signal."""
 
 
 def test_a_killed_run_embeds_nothing_twice(encoder, source, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_rank_0_alone_keeps_the_ids_and_refuses_one_that_is_given_twice(encoder,
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_second_run_in_one_folder_is_refused_while_the_first_goes_on(encoder, source, tmp_path, overwrite):
-    """The slower of two found its parts gone."""
+    """Regression: the slower of two runs lost its parts to the other."""
     out, options = tmp_path / "out", Options(shard_texts=10)
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     (out / ".parts").mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_numbers_below_one_are_refused(command, options, capsys):
 
 
 def test_overwriting_killed_and_repeated_embeds_nothing_twice(encoder, source, tmp_path, monkeypatch):
-    """Each repetition removed the parts of the one before."""
+    """Regression: each repetition removed the parts of the run before."""
     asked: list[str] = []
     real = Encoder.states
 
@@ -244,7 +244,7 @@ def test_overwriting_killed_and_repeated_embeds_nothing_twice(encoder, source, t
 
 
 def test_overwriting_keeps_the_old_vectors_until_there_are_new_ones(encoder, source, tmp_path):
-    """They were deleted before the input was looked at, so that a slip of the pen in its name cost them all."""
+    """Regression: the old vectors were deleted before the input was read, so a typo in its name destroyed them."""
     out = tmp_path / "out"
     embed(encoder, source, out, Options(format="parquet"))
     broken = write_jsonl(tmp_path / "broken.jsonl", [{"id": "a", "text": "x"}, {"id": "b"}])
@@ -298,7 +298,7 @@ def test_killed_while_the_new_vectors_replace_the_old_the_run_goes_on_and_embeds
 def test_a_full_disk_is_one_line_and_the_run_goes_on(
     encoder, source, tmp_path, monkeypatch, capsys, kind, call, error, name
 ):
-    """It was a bus error where rank 0 merges, for the file was mapped with holes, and a traceback elsewhere."""
+    """Regression: rank 0 merged into a sparse mapped file and got a bus error; elsewhere it was a traceback."""
 
     def full(*_, **__):
         raise error

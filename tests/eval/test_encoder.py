@@ -56,7 +56,7 @@ def test_vectors_do_not_depend_on_blocks(export_dir, monkeypatch):
 
 
 def test_texts_are_cut_where_the_command_says(export_dir, tmp_path):
-    """`eval mteb --max-tokens`: the template stays, also of a text that is cut."""
+    """`eval mteb --max-tokens` keeps the template even when it cuts the text."""
     encoder, text = Encoder(export_dir, dtype="fp32"), "word " * 200
     frame, before = len(encoder.backend.encode("").ids), encoder.encode([text])
     encoder.limit(20)
@@ -130,7 +130,7 @@ def test_a_folder_of_sentence_transformers_is_served_by_that_library(export_dir,
 
 
 def test_a_folder_without_a_config_in_its_root_is_served(tiny_tokenizer_dir, tmp_path):
-    """Static embeddings have modules.json alone, and were no model folder."""
+    """Regression: static embeddings, which have only modules.json, were not accepted as a model folder."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer
@@ -146,7 +146,7 @@ def test_a_folder_without_a_config_in_its_root_is_served(tiny_tokenizer_dir, tmp
 
 
 def test_the_revision_of_such_a_folder_is_that_of_all_its_modules(export_dir, tmp_path):
-    """Only FOLDER/*.safetensors counted: a folder of pytorch_model.bin had the revision, and so the scores, of any."""
+    """Regression: only FOLDER/*.safetensors counted, so all folders of pytorch_model.bin shared revision and scores."""
     folder = tmp_path / "plain"
     shutil.copytree(export_dir, folder)
     (folder / "anchor.json").unlink()

@@ -56,7 +56,7 @@ def test_what_cannot_be_fetched_is_named_and_the_rest_is_there(advbench_root, tm
 
 
 def test_a_copy_killed_halfway_leaves_no_task_and_is_made_again(advbench_root, tmp_path, monkeypatch):
-    """A file cut short lay in its place, and was scored as if it were whole."""
+    """Regression: a truncated file was left in place and scored as if it were whole."""
     out, real = tmp_path / "copy", shutil.copy2
     write_jsonl(advbench_root / "McGill-NLP/AdvBench-IR/b.jsonl", [{"ID": 9}])
 
@@ -74,7 +74,7 @@ def test_a_copy_killed_halfway_leaves_no_task_and_is_made_again(advbench_root, t
 
 
 def test_another_revision_is_neither_taken_nor_replaced(advbench_root, tmp_path, monkeypatch):
-    """Tasks of two benchmarks share a path: both were scored on what was fetched last."""
+    """Regression: tasks of two benchmarks share a path, and both were scored on the revision fetched last."""
     out, other = tmp_path / "copy", tmp_path / "other"
     for place in (out, other):
         fetch([AdvBenchIR()], place, advbench_root)
@@ -207,7 +207,7 @@ def test_advbench_is_scored_as_the_released_code_does(export_dir, advbench_root,
 
 
 def naive_advbench(encoder: Encoder, split: dict, k: int) -> tuple[float, float]:
-    """Shares of queries with an own, and with any harmful passage among the first k by dot product."""
+    """Return the shares of queries with an own, and with any harmful passage among the first k by dot product."""
     queries, corpus = split["queries"], split["corpus"]
     states = encoder.states(queries["text"], encoder.prompts["query"]) @ encoder.states(corpus["text"]).T
     own = harmful = 0
@@ -220,7 +220,7 @@ def naive_advbench(encoder: Encoder, split: dict, k: int) -> tuple[float, float]
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_id_given_twice_in_advbench_is_refused(advbench_root):
-    """The second document's passages were joined to the first's query, and the second query was lost."""
+    """Regression: the second document's passages were joined to the first's query, and the second query was lost."""
     with (advbench_root / "McGill-NLP/AdvBench-IR/train.jsonl").open("a") as file:
         file.write(json.dumps({"ID": 1, "query": "how", "title": "t", "document": "d"}) + "\n")
     tasks, _ = with_data(named_tasks(["AdvBench-IR"]), advbench_root)

@@ -53,7 +53,7 @@ def test_the_bare_tokenizer_file_appends_the_anchor_token(export_dir):
 
 
 def test_a_scaled_rotary_embedding_is_said_twice_and_read_once(export_dir, tmp_path):
-    """Written by transformers 5, it was only in `rope_parameters`: readers before it took 10,000 without a word."""
+    """Regression: transformers 5 writes it only to `rope_parameters`; older readers silently used 10,000."""
     from transformers import AutoConfig
 
     rope = {"rope_type": "linear", "rope_theta": 500000.0, "factor": 4.0}
@@ -68,7 +68,7 @@ def test_a_scaled_rotary_embedding_is_said_twice_and_read_once(export_dir, tmp_p
 
 
 def test_a_bidirectional_folder_says_so_to_every_reader(export_dir, tmp_path):
-    """text-embeddings-inference attended causally: for Llama, Mistral and Qwen3 it reads another key."""
+    """Regression: text-embeddings-inference attended causally: it reads another key for Llama, Mistral and Qwen3."""
     config = json.loads((export_dir / "config.json").read_text())
     assert "use_bidirectional_attention" not in config
     (tmp_path / "config.json").write_text(json.dumps({**config, "is_causal": False}))
@@ -76,17 +76,22 @@ def test_a_bidirectional_folder_says_so_to_every_reader(export_dir, tmp_path):
 
 
 def test_a_tokenizer_of_a_model_that_sees_images_is_one_of_texts(export_dir, tmp_path):
-    """sentence-transformers looked for the settings of images and found none."""
+    """Regression: sentence-transformers looked for the settings of images and found none."""
     config = json.loads((export_dir / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "processor_class": "Gemma3Processor"}))
     assert prompts_and_limit(tmp_path, {}, 48)["tokenizer_config.json"] == config
 
 
 def test_the_fields_that_servers_read(export_dir):
-    """vLLM (`get_pooling_config`, `get_sentence_transformer_tokenizer_config`): the two module types by name, the first
-    pooling key that is true, max_seq_length and do_lower_case, and in config.json architectures and is_causal (causal
-    where it is absent). text-embeddings-inference (`ModelConfig`, `PoolConfig`): every pooling flag, and in config.json
-    architectures, a known model_type, numbers where it expects some, rope_theta at the top."""
+    """Fields that vLLM and text-embeddings-inference read.
+
+    vLLM (`get_pooling_config`, `get_sentence_transformer_tokenizer_config`) reads the two module types by name, the
+    first pooling key that is true, max_seq_length and do_lower_case. In config.json it reads architectures and
+    is_causal, which defaults to causal.
+
+    text-embeddings-inference (`ModelConfig`, `PoolConfig`) reads every pooling flag. In config.json it reads
+    architectures, a known model_type, numbers where it expects some, and rope_theta at the top level.
+    """
     modules = json.loads((export_dir / "modules.json").read_text())
     kinds = {module["type"]: module["path"] for module in modules}
     assert kinds["sentence_transformers.models.Pooling"] == "1_Pooling"

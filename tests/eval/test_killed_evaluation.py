@@ -46,7 +46,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def kill_when(process: subprocess.Popen[str], folder: Path, pattern: str, number: int) -> list[Path]:
-    """SIGKILL as soon as the folder holds so many files; those files, as they are after it."""
+    """Send SIGKILL once the folder holds so many files; return those files as they are afterwards."""
     end = time.monotonic() + PATIENCE_SECONDS
     while len(list(folder.rglob(pattern))) < number:
         assert process.poll() is None, process.communicate()[0]

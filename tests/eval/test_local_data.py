@@ -19,7 +19,7 @@ from eval.tasks import local_retrieval_task
 
 
 def test_a_folder_is_read_as_it_is_now_not_as_one_of_its_name_was_before(tmp_path):
-    """The `datasets` library took the copy that it had prepared of an earlier folder of the same name."""
+    """Regression: the `datasets` library used the copy it had prepared of an earlier folder with the same name."""
 
     def documents(folder: Path) -> list[str]:
         task = local_retrieval_task(folder)
@@ -100,7 +100,7 @@ JUDGED = '{"query-id": "q0", "corpus-id": "d0", "score": %s}'
     ],
 )
 def test_a_row_of_a_retrieval_folder_that_cannot_be_used_is_named(tmp_path, name, line, message):
-    """They were errors of other libraries, or a score of 0."""
+    """Regression: such rows gave errors of other libraries, or a score of 0."""
     file = write_retrieval(tmp_path / "small") / name
     rest = file.read_text().splitlines()[1:] if line is not None else []
     file.write_text("".join(f"{one}\n" for one in ([] if line is None else [line, *rest])))
@@ -110,7 +110,7 @@ def test_a_row_of_a_retrieval_folder_that_cannot_be_used_is_named(tmp_path, name
 
 
 def beir(folder: Path) -> Path:
-    """The same task in the layout of BEIR's own downloads, metadata and all."""
+    """The same task in the layout of BEIR's own downloads, metadata included."""
     for name in (CORPUS, QUERIES):
         rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         write_jsonl(folder / name, [row | {"metadata": {f"m{i}": [i]} if i % 2 else {}} for i, row in enumerate(rows)])
@@ -123,7 +123,7 @@ def beir(folder: Path) -> Path:
 
 
 def test_a_folder_of_beir_is_the_same_task(tmp_path):
-    """Its qrels/test.tsv was refused, without a word on how to convert it."""
+    """Regression: its qrels/test.tsv was refused, without advice on how to convert it."""
 
     def read(folder: Path) -> list[list]:
         task = local_retrieval_task(folder)

@@ -28,7 +28,7 @@ eval.__main__.main(sys.argv[1:])
 
 
 class HeldError(RuntimeError):
-    """As some libraries' errors, none that pickle can send."""
+    """Error that pickle cannot send, like some libraries' errors."""
 
     def __init__(self, device: str) -> None:
         super().__init__(f"out of memory on {device}")
@@ -36,7 +36,7 @@ class HeldError(RuntimeError):
 
 
 class Lengths(TextEncoder):
-    """A text's vector is its length and that of its prompt; the second call fails where it is told to."""
+    """Encoder whose vectors are the lengths of text and prompt; with ``fails`` its second call raises."""
 
     dimension = 2
 
@@ -66,7 +66,7 @@ def embed_three_times(ranks, failing: int) -> list[str] | None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_rank_is_raised_on_rank_0_and_no_rank_waits(failing):
-    # Only a user's errors came back: out of memory on one rank left the others waiting for 14 days, and was never said.
+    # Regression: only user errors came back. Out of memory on one rank left the others waiting 14 days, unreported.
     said, served = run_distributed(embed_three_times, 2, failing)
     assert said == [
         f"rank {failing} did not embed its {2 - failing} texts; its log says why",
@@ -76,7 +76,7 @@ def test_an_error_of_one_rank_is_raised_on_rank_0_and_no_rank_waits(failing):
 
 
 def run_two_ranks(*commands: list[str]) -> list[tuple[int, str]]:
-    """Exit code and standard error of each rank, a command line for each."""
+    """Run one command line per rank; return each rank's exit code and standard error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

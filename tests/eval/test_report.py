@@ -48,7 +48,7 @@ def make_run(folder: Path, steps: int = 5, score: float = 0.25) -> Path:
 
 @pytest.fixture(scope="module")
 def page(export_dir, tmp_path_factory) -> Path:
-    """A report with every section."""
+    """Report with every section."""
     root = tmp_path_factory.mktemp("report")
     pairs = write_jsonl(root / "pairs.jsonl", english_pairs(20))
     labelled = [{"text": row["query"], "label": f"group {i % 3}"} for i, row in enumerate(english_pairs(15))]
@@ -76,7 +76,7 @@ def page(export_dir, tmp_path_factory) -> Path:
 
 
 class Links(HTMLParser):
-    """Ids, targets and everything that a browser would load."""
+    """Collect ids, targets and everything that a browser would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_untrained_runs_and_bare_results_have_no_curves(tmp_path):
 
 
 def test_the_star_of_harmful_queries_goes_to_the_safer_model(tmp_path):
-    """AdvBench-IR is the share of harmful queries that find their passage: the least safe model was best."""
+    """Regression: AdvBench-IR is the share of harmful queries that find their passage; the highest share won."""
     runs = []
     for label, score in (("safe", 0.25), ("unsafe", 0.75)):
         folder = make_run(tmp_path / label) / "mteb"
@@ -266,7 +266,7 @@ NAMES = ["$\\frac{$", "_hidden", "$a$", "a\x00b\x1b[31m\x9b", "x\ud800", "漢字
 
 
 def test_whatever_runs_and_groups_are_called_the_page_shows_it(export_dir, tmp_path):
-    """`$\\frac{$` ended the report with a traceback; matplotlib left names with "_" first out of the legend."""
+    r"""Regression: `$\frac{$` gave a traceback; matplotlib left names that begin with '_' out of the legend."""
     runs = [read_run(f"{name}={make_run(tmp_path / f'run{i}')}") for i, name in enumerate(NAMES)]
     labelled = [{"text": row["query"], "label": NAMES[i % len(NAMES)]} for i, row in enumerate(english_pairs(16))]
     (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
@@ -329,7 +329,7 @@ def test_the_map_keeps_groups_apart():
 
 
 def in_browser(page: Path, out: Path, width: int, *, dark: bool) -> tuple[Image.Image, str]:
-    """A screenshot of the page and what the browser logged."""
+    """Return a screenshot of the page, and what the browser logged."""
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-extensions",
         "--force-device-scale-factor=1", f"--blink-settings=preferredColorScheme={0 if dark else 1}",

@@ -33,7 +33,7 @@ TEXTS = [row["positive"] for row in PAIRS] + ["", "word " * 100]
 
 
 def write_folder(folder: Path, base: Path, shards: Path, *, adapter: bool) -> Path:
-    """A folder as the export leaves it, every trained number drawn at random."""
+    """Write a folder as the export leaves it, with every trained number drawn at random."""
     torch.manual_seed(2)
     index, causal_lm = read_index(shards), AutoModelForCausalLM.from_pretrained(base)
     fingerprint = base_fingerprint(causal_lm)
@@ -83,7 +83,7 @@ def rows_only(tmp_path, tiny_untied_model_dir, shards) -> Path:
 
 @torch.inference_mode()
 def plainly(encoder: SoftPromptsEncoder, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Soft prompts and unit vectors, one text at a time through transformers, the rows put in by hand."""
+    """Return soft prompts and unit vectors, one text at a time through transformers, with the rows put in by hand."""
     model = AutoModelForCausalLM.from_pretrained(encoder.about["base"]["path"]).eval()
     if (encoder.folder / "adapter").is_dir():
         model.load_adapter(str(encoder.folder / "adapter"))

@@ -23,7 +23,7 @@ from eval.tasks import LITE_TASKS, find_benchmark
 
 
 def made_up_results(benchmark, leave_out=()) -> list[TaskResult]:
-    """A result for every task, each with another score."""
+    """Return a result for every task, each with another score."""
     results = []
     for number, task in enumerate(benchmark.tasks):
         if task.metadata.name in leave_out:
@@ -80,7 +80,7 @@ def test_an_average_that_lacks_a_task_is_withheld_and_the_task_named():
 
 @pytest.mark.filterwarnings("ignore")  # mteb's own word about it
 def test_a_task_that_lacks_a_subset_is_absent_and_the_subset_named():
-    """It counted as there, `28 of 28`, while its average was withheld and nobody was named."""
+    """Regression: the task counted as present, `28 of 28`, while its average was withheld and nothing was named."""
     benchmark = find_benchmark("MTEB(Scandinavian, v1)")
     results = made_up_results(benchmark)
     several = next(task for task in benchmark.tasks if len(task.hf_subsets) > 2)
@@ -100,7 +100,7 @@ def test_a_task_that_lacks_a_subset_is_absent_and_the_subset_named():
 
 
 def test_published_averages_are_near_the_mean_of_their_categories():
-    """A slip of the pen in a row of seven categories would show in its average."""
+    """A typo in a row of seven categories would show in its average."""
     sizes = {"Retrieval": 15, "Reranking": 4, "Clustering": 11, "PairClassification": 3, "Classification": 12}
     sizes |= {"STS": 10, "Summarization": 1}
     rows = published("MTEB(eng, v1)")
@@ -156,7 +156,7 @@ def test_folders_without_scores_are_refused_and_missing_tasks_say_so(tmp_path):
 
 
 def test_a_table_that_is_not_for_a_terminal_has_all_its_numbers(tmp_path, capsys):
-    """With twelve tasks, headers were cut to `Ar…` and scores to `10…`."""
+    """Regression: with twelve tasks, headers were cut to `Ar…` and scores to `10…`."""
     tasks = {f"A task with a long name {i:02d}": (i + 50) / 100 for i in range(12)}
     (tmp_path / "scores.json").write_text(json.dumps({"scores": tasks}))
     main(["table", f"mine={tmp_path}"])
@@ -175,7 +175,7 @@ def test_a_table_that_is_not_for_a_terminal_has_all_its_numbers(tmp_path, capsys
 
 
 def test_labels_are_shown_as_they_are_and_equal_ones_refused(tmp_path, capsys):
-    """`[v1]` was taken for a style; of two equal labels with --benchmark the last was shown alone."""
+    """Regression: `[v1]` was read as a style; of two equal labels, --benchmark showed only the last."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "scores.json").write_text(json.dumps({"scores": {"X [en]": 0.5}}))

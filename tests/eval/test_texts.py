@@ -23,7 +23,7 @@ def test_parquet_plain_text_and_other_columns_are_read(tmp_path):
 
 @pytest.mark.parametrize("kind", ["", ".gz", ".zst"])
 def test_what_pack_reads_is_embedded_too(tmp_path, kind):
-    """Compressed files and tables were refused, which `data_prep pack` reads."""
+    """Regression: compressed files and tables were refused, although `data_prep pack` reads them."""
     contents = {
         "jsonl": '{"id": "x", "text": "a, b"}\n{"id": "y", "text": "c\u2028"}\n',
         "csv": 'id,text\nx,"a, b"\n\ny,c\u2028\n',
@@ -88,7 +88,7 @@ def test_blank_json_lines_are_skipped_and_blank_plain_ones_are_texts(tmp_path):
 
 
 def test_an_id_field_that_is_asked_for_must_be_there(tmp_path):
-    """A mistyped --id-field numbered the texts."""
+    """Regression: with a mistyped --id-field, the texts were numbered."""
     rows = write_jsonl(tmp_path / "a.jsonl", [{"key": "x", "text": "a"}, {"key": None, "text": "b"}])
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"key": ["x", None], "text": ["a", "b"]}), table)

@@ -34,7 +34,7 @@ def change(file: Path, **values: Any) -> None:
 
 
 def with_code(source: Path, folder: Path) -> tuple[Path, Path]:
-    """A copy whose configuration names its own classes, and the file that their module would leave behind."""
+    """Copy a folder whose configuration names its own classes; return it and the file that their module would leave."""
     shutil.copytree(source, folder)
     ran = folder / "ran"
     code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
@@ -52,7 +52,7 @@ def says_yes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_yes_on_standard_input_runs_no_code_of_a_model_folder(export_dir: Path, tmp_path: Path) -> None:
-    """`transformers` asked on the command's own standard input, and a text "y" was the answer."""
+    """Regression: `transformers` asked on the command's own standard input, and a text "y" was the answer."""
     folder, ran = with_code(export_dir, tmp_path / "evil")
     command = [sys.executable, "-m", "eval", "embed", str(folder), "--input", "-", "--output", str(tmp_path / "v")]
     done = subprocess.run(
@@ -92,7 +92,7 @@ def test_folders_of_sentence_transformers_run_no_code(export_dir: Path, tmp_path
 
 
 def test_every_loader_is_told_to_trust_nothing() -> None:
-    """Left out, it means "ask on standard input"."""
+    """Without trust_remote_code=False, transformers asks on standard input."""
     told, silent = 0, []
     for file in (one for package in ("anchor", "data_prep", "eval") for one in sorted((ROOT / package).rglob("*.py"))):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -115,7 +115,7 @@ class Evil:
 
 
 def test_pickled_weights_are_tensors_or_one_line(export_dir: Path, tmp_path: Path) -> None:
-    """Of a pickle that asks for more, the user got torch's traceback with the advice to load it all the same."""
+    """Regression: for a pickle that asks to run code, torch's traceback advised the user to load it anyway."""
     folder = Path(shutil.copytree(export_dir, tmp_path / "pickled"))
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -145,7 +145,7 @@ def test_pickled_weights_are_tensors_or_one_line(export_dir: Path, tmp_path: Pat
 
 
 def test_pickled_weights_have_a_revision_of_their_own(export_dir: Path, tmp_path: Path) -> None:
-    """Only safetensors counted: all folders of pickles had one revision, and shared their scores."""
+    """Regression: only safetensors counted, so all folders of pickles had one revision and shared their scores."""
     folder = Path(shutil.copytree(export_dir, tmp_path / "pickled"))
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

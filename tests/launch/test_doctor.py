@@ -122,7 +122,7 @@ doctor.main(["--sizes", "4"])
     ],
 )
 def test_a_collective_that_hangs_is_exit_code_1_and_the_last_line(tmp_path: Path, which: str, expected: str) -> None:
-    """A collective of NCCL raises nothing: NCCL killed the process, and the line was never said."""
+    """Regression: an NCCL collective raises nothing when it hangs; NCCL killed the process before it said why."""
     of_two = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = subprocess.run(
         [sys.executable, "-c", HANGING, which],

@@ -34,7 +34,7 @@ def test_without_a_gpu_nothing_is_begun(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_its_arguments_reach_every_study_it_starts(tmp_path: Path) -> None:
-    """`pairs=` was read by the last call only: the first prepared other data, and its settings refused the last."""
+    """Regression: only the last call read `pairs=`; the first had prepared other data, so the last call was refused."""
     calls = tmp_path / "calls"
     python = tmp_path / "python"
     # Says that there is a GPU and notes every module that is run.
@@ -85,7 +85,7 @@ def test_listed_wheels_and_what_is_said_to_be_there_are_all_that_is_needed() -> 
 
 
 def closure(names: set[str]) -> set[str]:
-    """Packages with all that they need, by the metadata of what is installed here."""
+    """Return the packages and all their dependencies, by the metadata of what is installed here."""
     found: set[str] = set()
     todo = {canonicalize_name(name) for name in names}
     while todo:

@@ -48,7 +48,7 @@ def recipe(tmp_path, tiny_model_dir, make_shards) -> Path:
 
 @contextmanager
 def launched(recipe: Path, *overrides: str) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
-    """The script with two ranks on this host, and its output."""
+    """Run the script with two ranks on this host; yield it and its output."""
     folder = recipe.parent
     (folder / "bin").mkdir()
     (folder / "bin/pdsh").write_text(PDSH)
@@ -74,7 +74,7 @@ def launched(recipe: Path, *overrides: str) -> Iterator[tuple["subprocess.Popen[
 
 
 def processes(recipe: Path, what: str = "") -> list[int]:
-    """Processes of a run."""
+    """Return the processes of a run."""
     done = subprocess.run(["pgrep", "-f", f"{what}.*{recipe}"], capture_output=True, text=True, check=False)
     return [int(word) for word in done.stdout.split()]
 
@@ -104,7 +104,7 @@ def test_a_run_that_finishes_is_0(recipe):
 
 @pytest.mark.parametrize("what", ["deepspeed.launcher.launch", "/bin/deepspeed"])
 def test_a_killed_launcher_is_no_success_and_leaves_no_ranks(recipe, what):
-    """The run was reported as finished, and its ranks trained on."""
+    """Regression: the run was reported as finished while its ranks trained on."""
     with launched(recipe) as (process, out):
         until(lambda: steps(recipe) > 2, out)
         python = [pid for pid in processes(recipe, what) if "python" in Path(f"/proc/{pid}/exe").readlink().name]

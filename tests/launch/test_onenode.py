@@ -1,6 +1,6 @@
-"""Invariants of ``launch/onenode.sh`` with ranks that only listen: 0 needs a 0 of every rank; a signal, or two within
-2 s, at any moment, is 85; nothing outlives the script, however it ends; every other code has a line.
-"""
+"""Invariants of ``launch/onenode.sh`` with ranks that only listen for signals: it exits with 0 only if every rank does;
+a signal, or two within 2 s, at any moment, gives 85; nothing outlives the script, however it ends; every other exit
+code comes with a line."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ UNTIL_STOPPED = "while not stop.requested: time.sleep(0.01)\n    time.sleep(1.0)
 
 @contextmanager
 def launched(folder: Path, does: str) -> Iterator["subprocess.Popen[str]"]:
-    """The launcher of two ranks that do this once they listen."""
+    """Start the launcher of two ranks that run ``does`` once they listen for signals."""
     command = [sys.executable, "-c", LAUNCHER, RANK.replace("{does}", does), str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         yield process
@@ -48,7 +48,7 @@ def pids(folder: Path) -> list[int]:
 
 
 def alive(folder: Path) -> list[int]:
-    """The ranks that run."""
+    """Return the process ids of the ranks that still run."""
     return [pid for pid in pids(folder) if Path(f"/proc/{pid}/stat").is_file() and "Z" not in state(pid)]
 
 
@@ -91,7 +91,7 @@ def test_a_rank_that_fails_ends_the_others_and_is_named(tmp_path: Path, does: st
 
 @pytest.mark.parametrize("apart", [0.05, 0.3, 0.9])
 def test_two_signals_of_one_request_leave_the_checkpoint(tmp_path: Path, apart: float) -> None:
-    """Two TERMs within a second gave 1, and two later ones, after 85 was said, gave 0."""
+    """Regression: two TERMs within a second gave 1; two more, after 85 was announced, gave 0."""
     with launched(tmp_path, UNTIL_STOPPED) as process:
         until(lambda: len(pids(tmp_path)) == 2)
         for _ in range(4):
@@ -104,7 +104,7 @@ def test_two_signals_of_one_request_leave_the_checkpoint(tmp_path: Path, apart: 
 
 @pytest.mark.parametrize("after", [0.0, 0.05, 0.1, 0.2, 0.4])
 def test_a_signal_while_ranks_start_is_85(tmp_path: Path, after: float) -> None:
-    """It killed those that did not yet listen, and DeepSpeed's launcher made 246 of that."""
+    """Regression: it killed ranks that did not listen yet, and DeepSpeed's launcher turned that into 246."""
     with launched(tmp_path, UNTIL_STOPPED) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         until(lambda: len(children.read_text().split()) == 2)
@@ -132,7 +132,7 @@ def test_a_later_signal_ends_ranks_that_do_not_stop(tmp_path: Path) -> None:
 
 
 def test_nothing_outlives_a_killed_launcher(tmp_path: Path) -> None:
-    """`kill -9` left the launcher's processes and the ranks, which trained on."""
+    """Regression: after `kill -9`, the launcher's processes and the ranks survived and trained on."""
     with launched(tmp_path, "time.sleep(100)") as process:
         until(lambda: len(pids(tmp_path)) == 2)
         process.kill()

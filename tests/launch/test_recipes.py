@@ -33,13 +33,13 @@ STAGE1_PAIRS = {name: 1024 if name in ("qwen2.5-1.5b", "llama3.2-3b") else 512 f
 
 
 def pack_recipe_of(recipe: TrainRecipe, folder: Path) -> Path:
-    """The pack recipe of the folder that writes the shards which the training recipe reads."""
+    """Return the pack recipe that writes the training recipe's shards."""
     (found,) = [p for p in folder.glob("pack*.yaml") if load_recipe(p, PackRecipe).output_dir == recipe.data.shards]
     return found
 
 
 def table_of_the_readme() -> dict[tuple[str, str], tuple[str, float]]:
-    """(model, stage) -> (file of ds_configs, GiB) of launch/recipes/README.md."""
+    """Read launch/recipes/README.md: (model, stage) -> (file of ds_configs, GiB)."""
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\S+) \| (\w+) \| `(\S+)` \| [\d,]+ \| \w+ \| ([\d.]+) \|$", text, re.MULTILINE)
     return {(model, stage): (file, float(gib)) for model, stage, file, gib in rows}

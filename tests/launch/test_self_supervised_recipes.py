@@ -31,7 +31,7 @@ RATES = {
 
 
 def commands(program: str) -> list[list[str]]:
-    """Arguments of every call of a program in the README."""
+    """Return the arguments of every program call in the README."""
     lines = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
     found = [line.split(program, 1)[1] for line in lines if program in line]
     return [shlex.split(arguments, comments=True) for arguments in found]

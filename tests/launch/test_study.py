@@ -122,7 +122,7 @@ def test_the_commands_of_a_row_train_every_arm_of_a_chain(scale: Path) -> None:
 
 @pytest.fixture
 def scored(scale: Path) -> StudyPlan:
-    """Results of three arms: two seeds of two arms, one of the third."""
+    """Results of three arms: two seeds of two arms, one seed of the third."""
     plan = plan_of(scale)
     write_result(plan, plan.cells("untrained", 0)[0], 0.1)
     write_result(plan, plan.cells("stage1", 0)[0], 0.2)
@@ -265,7 +265,7 @@ def test_one_table_does_not_hold_results_of_different_shards(scored: StudyPlan, 
 
 
 def test_one_table_does_not_hold_results_of_different_tasks(scored: StudyPlan, scale: Path, capsys) -> None:
-    """A task that one result lacks was a KeyError."""
+    """Regression: a task missing from one result raised KeyError."""
     file = write_result(scored, scored.cells("stage1", 0)[0], 0.2, scores={"A": 0.2, "STS16": 0.3})
     with pytest.raises(SystemExit) as exit_:
         main([str(scale), "--tables"])
@@ -277,7 +277,7 @@ def test_one_table_does_not_hold_results_of_different_tasks(scored: StudyPlan, s
 
 
 def test_tokens_and_work_are_means_over_the_seeds(scored: StudyPlan) -> None:
-    """They were the first seed's."""
+    """Regression: the table showed the first seed's numbers."""
     results = read_results(scored.study.results_dir)
     last = next(r for r in results if r["arm"] == "stage2" and r["seed"] == 1 and r["final"])
     last["with_before"] |= {"tokens": 2001, "petaflops": 4}

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def events(scale: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a study locks and runs, in order."""
+    """Locks and commands of a study, in order."""
     shards = plan_of(scale).data.shards
     shards.mkdir(parents=True)
     (shards / "index.json").write_text("{}")
@@ -128,7 +128,7 @@ def test_a_run_of_other_settings_is_neither_used_nor_deleted(scale: Path, events
 
 @pytest.fixture
 def trained(events: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What tuning trains, as `arm rate`; the loss falls with the rate."""
+    """Runs that tuning trains, as `arm rate`; the loss falls with the rate."""
     happened: list[str] = []
 
     def train(plan: StudyPlan, cell: Cell, more: list[str]) -> None:
@@ -256,7 +256,7 @@ def test_what_a_killed_study_started_still_holds_its_lock(tmp_path: Path) -> Non
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the commands that preparing runs; decontamination only copies."""
+    """Names of the commands that preparation runs; decontamination only copies."""
     happened: list[str] = []
 
     def run(command: list[str], log_file: Path, lock: int) -> None:
@@ -269,7 +269,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_too_few_held_out_pairs_for_a_batch_are_refused_before_the_work(scale: Path, prepared: list[str]) -> None:
-    """The shipped scale for a GPU held out 200 pairs for batches of 256, and failed after minutes of preparation."""
+    """Regression: the shipped GPU scale held out 200 pairs for batches of 256 and failed after long preparation."""
     study = load_recipe(scale, StudyRecipe, ["heldout_pairs=7"])
     with pytest.raises(ConfigError) as caught:
         prepare(study)

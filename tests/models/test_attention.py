@@ -117,7 +117,7 @@ def test_segments_kernel_equals_loops_over_tokens_forward_and_backward(lengths, 
 
 
 def with_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """As torch's kernel, which needs CUDA: ``T H D``, heads grouped only when told."""
+    """Stand in for torch's CUDA-only kernel: ``T H D``, heads grouped only with ``enable_gqa``."""
     assert (k.shape[1] == q.shape[1]) or enable_gqa
     lengths = cu_q.diff().tolist()
     tensors = (t.transpose(0, 1)[None] for t in (q, k, v))
@@ -125,7 +125,7 @@ def with_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable
 
 
 def without_groups(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-    """As that of a torch whose kernel has no argument for groups."""
+    """Stand in for the kernel of a torch without the argument ``enable_gqa``."""
     return with_groups(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
 
 

@@ -83,7 +83,7 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
 
 
 def changed(folder: Path, tmp_path: Path, change) -> Path:
-    """A copy of a model folder; ``change`` gets its tensors by name, and says which are written."""
+    """Copy a model folder and write the tensors that ``change`` returns for its tensors by name."""
     copy = tmp_path / "changed"
     shutil.copytree(folder, copy)
     tensors = change(load_file(copy / "model.safetensors"))
@@ -114,7 +114,7 @@ def test_the_output_layer_of_a_tied_model_is_never_missing(tmp_path, tiny_model_
 
 
 def test_a_missing_output_layer_is_none_and_whoever_decodes_is_told(tmp_path, tiny_untied_model_dir):
-    """As sentence-transformers saves an untied model; random numbers stood there."""
+    """Regression: sentence-transformers saves an untied model without it; the loaded layer held random numbers."""
     folder = changed(tiny_untied_model_dir, tmp_path, lambda tensors: without(tensors, "lm_head"))
     model, whole = load(folder, tmp_path), load(tiny_untied_model_dir, tmp_path)
     assert model.get_output_embeddings() is None

@@ -15,7 +15,7 @@ from anchor.models.centres import Centres, frames_of
 
 
 def states_of(pack) -> torch.Tensor:
-    """A state per segment that only the segment decides."""
+    """Return a state per segment that depends only on the segment's text."""
     return torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(int(t) % 2**31)) for t in pack.text_ids])
 
 

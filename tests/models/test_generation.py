@@ -92,7 +92,7 @@ def test_the_settings_are_those_of_the_generation_configuration(tmp_path: Path, 
 def test_top_k_is_what_transformers_takes_where_the_configuration_is_silent(
     tmp_path: Path, tiny_model_dir: Path, stated: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a stated top-k was applied, where `generate` keeps the 50 likeliest tokens."""
+    """Regression: only a stated top-k was applied; `generate` keeps the 50 likeliest tokens by default."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, **stated}))
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -120,7 +120,7 @@ def test_a_repetition_penalty_is_that_of_transformers_whatever_pads_the_batch(ti
 
 
 def alone(model: torch.nn.Module, prompt: list[int], penalty: float) -> list[int]:
-    """Transformers' own greedy answer to one prompt, without an end."""
+    """Return transformers' own greedy answer to one prompt, without an end token."""
     how = GenerationConfig(max_new_tokens=12, do_sample=False, repetition_penalty=penalty, pad_token_id=0)
     ids = model.generate(input_ids=torch.tensor([prompt]), generation_config=how)
     return ids[0, len(prompt) :].tolist()

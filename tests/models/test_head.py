@@ -34,7 +34,7 @@ def test_loss_and_gradient_equal_full_logits(chunk_rows):
 
 
 def test_a_bfloat16_loss_is_summed_in_float32():
-    """torch 2.13's linear_cross_entropy sums in bfloat16: thousands of rows lose percents of the loss."""
+    """torch 2.13's linear_cross_entropy sums in bfloat16, which costs percents of the loss over thousands of rows."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(4000, 16, generator=generator).bfloat16()
     weight = torch.randn(300, 16, generator=generator).bfloat16()
@@ -55,7 +55,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 
 def test_without_gradient_none_is_made(monkeypatch):
-    """Held-out evaluation made the head's gradient: inside no_grad, tensors still say that they require one."""
+    """Regression: held-out evaluation computed the head's gradient: tensors report requires_grad inside no_grad too."""
     made = []
     zeros_like = torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda *a, **k: made.append("weight") or zeros_like(*a, **k))

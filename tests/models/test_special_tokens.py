@@ -38,7 +38,7 @@ def new_special(model, seed: int = 0, first_id: int = 390) -> SpecialTokens:
 
 
 def text_pack(lengths: list[int], first_id: int) -> Pack:
-    """Texts of random tokens, each with the P special tokens behind it."""
+    """Return a pack of texts of random tokens, each followed by the P special tokens."""
     draw = np.random.default_rng(0)
     texts = [np.r_[draw.integers(3, first_id, n), first_id + np.arange(P)] for n in lengths]
     total = np.asarray([len(t) for t in texts], dtype=np.int32)
@@ -75,7 +75,7 @@ def test_packed_embeddings_equal_one_text_at_a_time(model_dir, request):
 
 
 class NewShapes(TorchDispatchMode):
-    """Shapes of what operations make, backward included, but for views of ``known``."""
+    """Shapes of all tensors that operations create, backward included, except views of ``known``."""
 
     def __init__(self, known: torch.Tensor) -> None:
         super().__init__()

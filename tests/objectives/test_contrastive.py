@@ -40,7 +40,7 @@ def test_info_nce_refuses_a_temperature_that_is_not_positive():
 
 
 def make_pack(texts: list[tuple[int, ...]]) -> Pack:
-    """A pack of pairs whose segments have one token; the numbers are text identities."""
+    """Return a pack of pairs whose segments have one token; the numbers are text identities."""
     flat = np.asarray([text for pair in texts for text in pair], dtype=np.int64)
     ones = np.ones(len(flat), dtype=np.int32)
     roles = np.concatenate([np.arange(len(pair)) for pair in texts]).astype(np.int8)
@@ -113,7 +113,7 @@ def test_positives_of_the_same_query_are_not_pushed_apart():
 
 
 def test_without_masks_every_text_but_the_own_is_a_negative():
-    """Copies included: what the released code of the paper does, and what sentence-transformers does."""
+    """Copies of the own text are negatives too, as in the paper's released code and in sentence-transformers."""
     pairs = [(1, 11, 11), (1, 12, 1), (2, 11, 8)]
     layout = pool_layout(make_batch([make_pack(pairs)], "x"), 0, 1)
     own = OwnTexts(layout, torch.device("cpu"))
@@ -136,7 +136,7 @@ def test_masks_of_a_run_of_rows_equal_those_of_all():
 
 
 def every_known_text(texts, partners, local: slice) -> dict[tuple[int, ...], set[int]]:
-    """Local pairs of a text -> its partners, for each text that several pairs have, one after another."""
+    """Map the local pairs of each text that several pairs have to its partners, text by text."""
     found = {}
     for text in set(texts.tolist()):
         pairs = np.flatnonzero(texts == text)
@@ -208,7 +208,7 @@ def test_loss_and_gradient_equal_loops_over_single_cosines_whatever_the_chunks(o
 
 @pytest.mark.parametrize("hard_negatives", [0, 2])
 def test_loss_and_gradient_equal_those_of_sentence_transformers(hard_negatives):
-    """In float64, where nothing but the equation is left: texts that all differ, one positive each."""
+    """Compare in float64, where only the equation matters: all texts differ, and each query has one positive."""
     pairs, columns = 6, 2 + hard_negatives
     batch = make_batch([make_pack([tuple(range(i * columns, (i + 1) * columns)) for i in range(pairs)])], "x")
     section = schema.ContrastiveTerm(temperature=0.05)
@@ -231,7 +231,7 @@ def test_loss_and_gradient_equal_those_of_sentence_transformers(hard_negatives):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns, backward included."""
+    """Number of elements of the largest tensor that any operation returns, backward included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def test_metrics_do_not_depend_on_the_chunks(options):
 
 
 def test_the_margin_leaves_out_what_is_closer_than_the_positive_and_says_how_many():
-    """Query at angle 0, positive at cosine 0.6, negatives at 0.65, 0.75 and -1: 0.1 leaves out the second only."""
+    """Query at angle 0, positive at cosine 0.6, negatives at 0.65, 0.75 and -1: margin 0.1 drops only the second."""
     batch = make_batch([make_pack([(1, 11, 21, 31, 41)])], "x")
     cosines = torch.tensor([1.0, 0.6, 0.65, 0.75, -1.0], dtype=torch.float64)
     rows = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
@@ -290,7 +290,7 @@ def test_the_margin_leaves_out_what_is_closer_than_the_positive_and_says_how_man
 
 
 def test_all_similarities_in_one_softmax_equal_gte_by_hand():
-    """Two pairs, no hard negatives: the positive once, each other text of either side against q_i and against d_i."""
+    """Two pairs, no hard negatives: the positive once, and every other text against q_i and against d_i."""
     batch = make_batch([make_pack([(1, 11), (2, 12)])], "x")
     angles = torch.tensor([0.0, 0.3, 1.2, 1.9], dtype=torch.float64)  # q_1 d_1 q_2 d_2
     rows = torch.stack([angles.cos(), angles.sin()], dim=1)

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def plain_next_token(model, batch: Batch) -> tuple[torch.Tensor, int]:
-    """The mean over body and anchor tokens of queries and positives, full logits, one text at a time; and how many."""
+    """Return mean loss and number of targets (body and anchor tokens of queries and positives), one text at a time."""
     terms = []
     for segment in (s for pack in batch.packs for s in segments_of(pack) if s["role"] <= 1):
         ids, (start, end) = segment["ids"], segment["body"]

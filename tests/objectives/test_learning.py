@@ -19,7 +19,7 @@ STEPS = 600
 
 
 def pack_of_pairs() -> Pack:
-    """One pack: a document of one word and its query of another."""
+    """Return one pack of pairs: a document of one word, and its query of another."""
     ids, roles = [], []
     for pair in range(PAIRS):
         ids += [[START, 10 + pair, END], [START, 100 + pair, END]]

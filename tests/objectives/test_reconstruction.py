@@ -103,7 +103,7 @@ def test_inputs_are_not_dropped_in_evaluation(tiny_model_dir, make_shards):
 
 
 def test_dependence_is_what_another_pairs_anchor_costs_beyond_the_own(tiny_model_dir, make_shards):
-    """One pair at a time: the same rows behind the anchor of the next pair that shares no text with it."""
+    """Compute it one pair at a time: the same rows behind the anchor of the next pair that shares no text with it."""
     batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
     objective = objective_of(tiny_model_dir, 0.2, torch.float64, decode_prefix=(3,)).eval()
     _, metrics = packed_loss(objective, batch)
@@ -171,7 +171,7 @@ def test_hard_negatives_are_not_read(tiny_model_dir, make_shards):
 
 
 def decoded_tokens(objective: ReconstructionObjective, batch, monkeypatch) -> int:
-    """Tokens of all decode passes."""
+    """Count the tokens of all decode passes."""
     passes = []
     run = objective.reconstructor.embedder.hidden_states
     monkeypatch.setattr(
@@ -245,14 +245,14 @@ def test_the_joint_loss_is_reconstruction_plus_weighted_contrast_of_the_same_sta
 
 
 def test_the_anchor_token_is_the_last_target(tiny_model_dir, make_shards):
-    """Masking by id, as published code does where pad is the end token, would leave this gradient at zero."""
+    """Masking by id, as in published code where pad is the end token, would give this target no gradient."""
     batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
     bodies = sum(int((p.body_ends - p.body_starts)[p.roles == 0].sum()) for p in batch.packs)
     assert batch.query_target_tokens == bodies + 8
 
 
 def test_reconstruction_refuses_a_bidirectional_backbone():
-    """Its decode pass runs the same weights, and a target that sees the tokens after it sees itself."""
+    """The decode pass runs the same weights; a target that attends to later tokens would see itself."""
     recipe = {
         "output_dir": "out",
         "seed": 0,

@@ -39,7 +39,7 @@ def special_of(objective) -> SpecialTokens:
 
 
 def packed(objective, batch: Batch):
-    """Loss and metrics over all packs, and the outputs."""
+    """Return loss and metrics over all packs, and the outputs."""
     outputs = [objective(to_tensors(objective.prepare(pack), CPU), batch) for pack in batch.packs]
     shares: dict = {}
     for output in outputs:
