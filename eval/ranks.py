@@ -74,6 +74,9 @@ class RankedEncoder(TextEncoder):
     def dimension(self) -> int:
         return self._local.dimension
 
+    def _truncate(self, max_tokens: int) -> None:
+        self._local.limit(max_tokens)  # on every rank, or ranks would cut texts differently
+
     def revision(self) -> str:
         return self._local.revision()
 
