@@ -6,7 +6,7 @@
    of one source, with texts of at most 40 tokens.
 2. Run ``python -m anchor.train`` for each arm with the same batches, seed and learning rate; only the decode pass
    differs. A finished arm is not trained again, so the command can be stopped at any time.
-3. With ``--stage2-steps``: train that many contrastive steps (LoRA) on each export.
+3. With ``--stage2-steps``: train that many contrastive steps (LoRA) on each export. The arm "untrained" has no Stage I.
 4. Print a table of the held-out figures.
 """
 
@@ -36,7 +36,8 @@ INSTRUCTIONS = {
     "wiki_title_lead": ["Given a title, retrieve the beginning of its Wikipedia article"],
 }
 HELD_OUT_PAIRS, TRAINED_PAIRS = 64, 1280
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, dict[str, Any] | None] = {
+    "untrained": None,
     "paper": {},
     "bos": {"decode_prefix": "bos"},
     "bos, dropped 0.5": {"decode_prefix": "bos", "input_dropout": 0.5},
@@ -45,6 +46,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "bos, centred, dropped 0.9": {"decode_prefix": "bos", "anchor_vector": "centred", "input_dropout": 0.9},
     "template, centred, dropped 0.5": {"decode_prefix": "template", "anchor_vector": "centred", "input_dropout": 0.5},
     "centred, dropped 0.5": {"anchor_vector": "centred", "input_dropout": 0.5},
+    "bos, centred, dropped 0.5, contrastive 0.1": {
+        "decode_prefix": "bos",
+        "anchor_vector": "centred",
+        "input_dropout": 0.5,
+        "contrastive": {"temperature": 0.02, "weight": 0.1},
+    },
 }
 COLUMNS = {
     "loss d→q": "held_out/loss_document_to_query_nats",
@@ -136,13 +143,16 @@ def main() -> None:
     prepare()
     rows: list[dict[str, Any]] = []
     for arm in options.arms.split("; "):
-        objective = {"kind": "reconstruction", "alpha": 0.5, **ARMS[arm]}
-        folder = train(arm, 1, objective, {"kind": "full"}, BASE, options.steps)
-        rows += rows_of(arm, folder)
+        base, form = BASE, ARMS[arm]
+        if form is not None:
+            objective = {"kind": "reconstruction", "alpha": 0.5, **form}
+            folder = train(arm, 1, objective, {"kind": "full"}, BASE, options.steps)
+            base = str(folder / "export")
+            rows += rows_of(arm, folder)
         if options.stage2_steps:
             lora = {"kind": "lora", "r": 16, "alpha": 32, "dropout": 0.05}
             contrastive = {"kind": "contrastive", "temperature": 0.02}
-            folder = train(arm, 2, contrastive, lora, str(folder / "export"), options.stage2_steps)
+            folder = train(arm, 2, contrastive, lora, base, options.stage2_steps)
             rows += rows_of(f"{arm} + II", folder)
         titles = list(rows[0])
         print("| " + " | ".join(titles) + " |\n|" + " --- |" * len(titles))

@@ -27,7 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No deadline: a first example pays for imports, and the machine may be busy with another rank. Every run of the default
 # profile draws the same examples, so a newcomer's first run cannot fail by chance. `.ci/run` draws new ones each time
 # with `--hypothesis-profile=random`.
-settings.register_profile("random", deadline=None, max_examples=60)
+# Both say `derandomize`, because Hypothesis's own default changes where the variable CI is set.
+settings.register_profile("random", deadline=None, max_examples=60, derandomize=False)
 settings.register_profile("anchor", settings.get_profile("random"), derandomize=True)
 settings.load_profile("anchor")
 
@@ -63,6 +64,14 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, and those of the two hosts too, which start first: they wait most."""
+    hosts = Path(__file__).parent / "cluster"
+    items.sort(key=lambda item: hosts not in item.path.parents)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("hosts" if hosts in item.path.parents else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def locked(folder: Path) -> Iterator[int]:
         The lock's descriptor, for :func:`run`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        wait_for(file, folder / ".lock", "another study, or what it started, is at it; waiting")
+    path = folder / ".study.lock"  # the training that writes this folder holds `.lock`
+    with path.open("w") as file:
+        wait_for(file, path, "another study, or what it started, is at it; waiting")
         yield file.fileno()

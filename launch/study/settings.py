@@ -8,7 +8,7 @@ from anchor.errors import ConfigError
 from eval.vectors import write_json
 
 _NAME = "settings.json"
-_NO_WORK = {".lock", _NAME + ".tmp"}
+_NO_WORK = {".study.lock", _NAME + ".tmp"}
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -142,14 +142,14 @@ def test_a_quote_that_is_not_closed_on_the_last_line_costs_that_row_alone(tmp_pa
             pa.Codec("zstd").compress(b"{}\n" * 99, asbytes=True)[:-1],
             "{f}: cannot be read: Truncated compressed stream",
         ),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9], "{f}: cannot be read: Truncated compressed stream"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:-9], "{f}: cannot be read: Truncated compressed stream"),
         ("a.jsonl.gz", b"", f"{{f}}: 0 bytes, cut off: even an empty gzip {HEADER}"),
         ("a.csv.gz", b"", f"{{f}}: 0 bytes, cut off: even an empty gzip {HEADER}"),
         ("a.jsonl.zst", b"", f"{{f}}: 0 bytes, cut off: even an empty zstd {HEADER}"),
         ("a.jsonl", '{"a": "b"}'.encode("utf-16"), f"{{f}}: UTF-16 {UTF8} UTF-16 -t UTF-8` for one"),
         ("a.jsonl", '{"a": "b"}'.encode("utf-16-le"), f"{{f}}: UTF-16 {UTF8} UTF-16 -t UTF-8` for one"),
         ("a.csv", "a,b".encode("utf-16-be"), f"{{f}}: UTF-16 {UTF8} UTF-16 -t UTF-8` for one"),
-        ("a.tsv.gz", gzip.compress("a\tb".encode("utf-32")), f"{{f}}: UTF-32 {UTF8} UTF-32 -t UTF-8` for one"),
+        ("a.tsv.gz", gzip.compress("a\tb".encode("utf-32"), mtime=0), f"{{f}}: UTF-32 {UTF8} UTF-32 -t UTF-8` for one"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str, data: bytes, expected: str) -> None:

@@ -243,7 +243,7 @@ def test_what_a_killed_study_started_still_holds_its_lock(tmp_path: Path) -> Non
         (orphan,) = Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()
         study.kill()
     try:
-        with (tmp_path / ".lock").open("a") as file, pytest.raises(BlockingIOError):
+        with (tmp_path / ".study.lock").open("a") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.kill(int(orphan), signal.SIGKILL)

@@ -15,7 +15,7 @@ from anchor.objectives.reconstruction import ReconstructionObjective
 START, END = 1, 2
 PAIRS = 64
 LR = 5e-3
-STEPS = 600
+STEPS = 1000
 
 
 def pack_of_pairs() -> Pack:
