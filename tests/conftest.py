@@ -66,6 +66,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file in one process, and those of the two hosts too, which start first: they wait most."""
     hosts = Path(__file__).parent / "cluster"
