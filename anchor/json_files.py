@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anchor.errors import shortened
+from anchor.errors import ModelError, shortened
 
 Shape = type | tuple[type, ...] | dict[Any, Any] | list[Any]
 """A type, a list with the shape of its items, or a dict from keys to shapes (``{str: shape}`` for any keys)."""
@@ -100,3 +100,20 @@ _WORDS = {
     bool: "true or false",
     type(None): "null",
 }
+
+
+def read_model_json(file: Path) -> dict[str, Any]:
+    """Read the object in a JSON file of a model folder.
+
+    Raises:
+        ModelError: the file is missing or malformed, or does not hold an object.
+    """
+    try:
+        content = load_json(file)
+    except OSError as error:
+        raise ModelError(f"{file}: not readable: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{file}: malformed JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected an object")
+    return content

@@ -27,7 +27,7 @@ from anchor.engine.stop import (
 from anchor.errors import EXIT_USER_ERROR, exit_on_user_error
 
 if TYPE_CHECKING:
-    from anchor.config.schema import TrainRecipe
+    from anchor.config.train_recipe import TrainRecipe
 
 _EXAMPLE = """example:
   python -m anchor.train launch/recipes/quickstart/stage1.yaml --dry-run
@@ -42,7 +42,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="YAML recipe, see anchor/config/schema.py")
+    parser.add_argument("recipe", help="YAML recipe, see anchor/config/train_recipe.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
     parser.add_argument(
         "--resume",
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 def _recipe(arguments: argparse.Namespace) -> "TrainRecipe":
     """Read the recipe before torch is imported, so that a mistake is reported at once."""
     from anchor.config.load import load_recipe
-    from anchor.config.schema import TrainRecipe
+    from anchor.config.train_recipe import TrainRecipe
 
     return load_recipe(arguments.recipe, TrainRecipe, arguments.overrides)
 
@@ -116,8 +116,8 @@ def _leaving_at_once() -> Iterator[None]:
 def _dry_run(recipe: "TrainRecipe", arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from anchor.engine.dry_run import Options, dry_run, write_report
-    from anchor.engine.estimate_tables import print_report
+    from anchor.dry_run.report import Options, dry_run, write_report
+    from anchor.dry_run.tables import print_report
 
     options = Options(
         arguments.ranks, arguments.ranks_per_node, arguments.gpu, arguments.mfu, arguments.pack, arguments.network * 1e9

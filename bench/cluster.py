@@ -21,16 +21,17 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from anchor.config.schema import BackboneSection
+from anchor.config.train_recipe import BackboneSection
+from anchor.dry_run.report import USABLE_FRACTION
 from anchor.engine.deepspeed import read_ds_config
-from anchor.engine.dry_run import USABLE_FRACTION
-from anchor.engine.estimate import Setting, StepShape, memory
-from anchor.engine.estimate_traffic import links_of, moving_seconds, transfers, waiting_seconds
-from anchor.engine.estimate_work import step_seconds, work
-from anchor.engine.gpus import find_gpu
 from anchor.errors import exit_on_user_error
+from anchor.estimate.gpus import find_gpu
+from anchor.estimate.memory import memory
+from anchor.estimate.model_shape import ModelShape, shape_of
+from anchor.estimate.setting import Setting, StepShape
+from anchor.estimate.traffic import links_of, moving_seconds, transfers, waiting_seconds
+from anchor.estimate.work import step_seconds, work
 from anchor.models.backbone import choose_trained
-from anchor.models.shape import ModelShape, shape_of
 from bench.harness import arguments
 from bench.shapes import SHAPES, llama_config
 

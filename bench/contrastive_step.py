@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from anchor.config import schema
+from anchor.config.objectives import ContrastiveSection
 from anchor.data.batches import PackTensors, to_tensors
 from anchor.data.records import QUERY
 from anchor.data.shards import Batch, Pack, ShardReader
@@ -79,7 +79,7 @@ def main() -> None:
     dtype = DTYPES[options.dtype]
     model: Any = load_causal_lm(options.model, dtype, implementation(options.attention, device.type, dtype))
     model.to(device)
-    objective = ContrastiveObjective(model, schema.ContrastiveObjective(kind="contrastive", temperature=TEMPERATURE))
+    objective = ContrastiveObjective(model, ContrastiveSection(kind="contrastive", temperature=TEMPERATURE))
     st = SentenceTransformer(options.model, device=str(device), model_kwargs={"torch_dtype": dtype})
 
     # Leave out the teacher's embeddings: this benchmark does not use them.

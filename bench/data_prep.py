@@ -29,10 +29,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from anchor.data.tokenization import load_tokenizer
+from anchor.data.tokenizer_files import load_tokenizer
 from anchor.errors import exit_on_user_error
 from bench.harness import alternate, arguments, report
-from data_prep.pack import pack
+from data_prep.packing.pack import pack
 
 # Run the command, then print what its main process used. `wait4` would also count this process's memory before exec.
 PROGRAM = """

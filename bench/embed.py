@@ -22,10 +22,10 @@ from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from anchor.encoding.encoder import Encoder
 from anchor.errors import exit_on_user_error
 from anchor.models.backbone import DTYPES
 from bench.harness import alternate, arguments, report
-from eval.encoder import Encoder
 
 
 def draw_texts(folder: Path, number: int) -> list[str]:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from anchor.engine.plan import provenance_commit
+from anchor.engine.provenance import provenance_commit
 
 PACKAGES = ("torch", "transformers", "deepspeed", "sentence-transformers", "tokenizers")
 

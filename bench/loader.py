@@ -21,7 +21,8 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from anchor.data.batches import batch_stream
-from anchor.data.shards import FORMAT_VERSION, Batch, Index, Pack, ShardReader, ShardWriter, make_batch
+from anchor.data.index import FORMAT_VERSION, Index
+from anchor.data.shards import Batch, Pack, ShardReader, ShardWriter, make_batch
 from anchor.errors import exit_on_user_error
 from bench.harness import alternate, arguments, report
 

@@ -40,16 +40,18 @@ def measure(rank: int, options: Namespace, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(options.ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     from anchor import dist
-    from anchor.config.schema import PackRecipe, TrainRecipe
+    from anchor.config.pack_recipe import PackRecipe
+    from anchor.config.train_recipe import TrainRecipe
     from anchor.data.records import QUERY
     from anchor.data.shards import ShardReader, make_batch
+    from anchor.engine.build import make_objective
     from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication, read_ds_config
-    from anchor.engine.dry_run import Options, sampled_step, setting_of
-    from anchor.engine.estimate import memory
-    from anchor.engine.plan import make_objective
     from anchor.engine.step import train_step
-    from anchor.models.backbone import DTYPES, load_backbone
-    from anchor.models.shape import meta_model, shape_of
+    from anchor.estimate.memory import memory
+    from anchor.estimate.model_shape import shape_of
+    from anchor.estimate.setting import setting_of
+    from anchor.estimate.step_shape import sampled_step
+    from anchor.models.backbone import DTYPES, load_backbone, meta_model
 
     ranks = dist.init(f"file://{folder}/rendezvous")
     init_communication()
@@ -84,7 +86,7 @@ def measure(rank: int, options: Namespace, folder: str) -> None:
 
     packing = PackRecipe.model_validate(reader.index.recipe)
     shape = shape_of(meta_model(recipe.backbone))
-    setting = setting_of(recipe, ds_config["zero_optimization"], Options(num_ranks=options.ranks, gpu="cpu"))
+    setting = setting_of(recipe, ds_config["zero_optimization"], num_ranks=options.ranks, device="cpu")
     _, largest = sampled_step(objective, recipe, packing, [batch])
     estimated = memory(shape, replace(setting, ranks_per_node=options.ranks), largest)
     found = {"tokens": largest.pack_tokens, "measured_gib": measured, "estimated_gib": estimated.peak / 2**30}

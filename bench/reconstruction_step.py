@@ -27,18 +27,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from anchor.config import schema
-from anchor.config.schema import PackRecipe, TrainRecipe
+from anchor.config.objectives import ReconstructionSection
+from anchor.config.pack_recipe import PackRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Batch, ShardReader
-from anchor.engine.dry_run import Options, setting_of
-from anchor.engine.estimate_work import work
-from anchor.engine.gpus import peak_of_device
-from anchor.engine.step_shape import sampled_step
 from anchor.errors import exit_on_user_error
+from anchor.estimate.gpus import peak_of_device
+from anchor.estimate.model_shape import shape_of
+from anchor.estimate.setting import setting_of
+from anchor.estimate.step_shape import sampled_step
+from anchor.estimate.work import work
 from anchor.models.attention import implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
-from anchor.models.shape import shape_of
 from anchor.objectives.reconstruction import ReconstructionObjective
 from bench.harness import alternate, arguments, report
 from bench.shapes import llama_config
@@ -112,7 +113,7 @@ def model_flops(causal_lm: PreTrainedModel, objective: ReconstructionObjective, 
     )
     packing = PackRecipe.model_validate(reader.index.recipe)
     step, _ = sampled_step(objective, recipe, packing, [reader.read(0)])
-    return work(shape_of(causal_lm), setting_of(recipe, {"stage": 0}, Options()), step).model
+    return work(shape_of(causal_lm), setting_of(recipe, {"stage": 0}), step).model
 
 
 def load(options: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -139,7 +140,7 @@ def main() -> None:
     reader = ShardReader(Path(options.shards))
     batch = reader.read(0)
     causal_lm = load(options, DTYPES[options.dtype], device)
-    objective = ReconstructionObjective(causal_lm, schema.ReconstructionObjective(kind="reconstruction", alpha=ALPHA))
+    objective = ReconstructionObjective(causal_lm, ReconstructionSection(kind="reconstruction", alpha=ALPHA))
     if options.checkpointing == "yes":
         causal_lm.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -15,19 +15,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         # Import commands here, so that --help and a wrong option answer at once.
         if args.command == "pack":
-            from data_prep.pack import pack
+            from data_prep.packing.pack import pack
 
             pack(args.recipe, args.overrides, args.workers, args.part)
         elif args.command == "merge":
-            from data_prep.pack import merge
+            from data_prep.packing.pack import merge
 
             merge(args.recipe, args.overrides, args.workers)
         elif args.command == "inspect":
-            from data_prep.inspect import inspect
+            from data_prep.inspection.inspect import inspect
 
             inspect(args.folder, verify_all=args.verify, show=args.show, as_json=args.json, png=args.png)
         elif args.command == "decontaminate":
-            from data_prep.decontaminate import decontaminate
+            from data_prep.decontamination.decontaminate import decontaminate
 
             decontaminate(
                 args.pairs,
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 as_json=args.json,
             )
         elif args.command == "mine":
-            from data_prep.mine import Window, mine
+            from data_prep.mining.mine import mine
+            from data_prep.mining.ranking import Window
 
             window = Window(
                 negatives=args.negatives,
@@ -52,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             mine(args.pairs, args.output, window, as_json=args.json, model=args.model, device=args.device)
         elif args.command == "respond":
-            from data_prep.respond import Options, respond
+            from data_prep.responses.respond import Options, respond
 
             given = {name: value for name, value in vars(args).items() if name not in ("command", "json", "questions")}
             respond(Options(questions=tuple(args.questions), **given), as_json=args.json)
         elif args.command == "teach":
-            from data_prep.teach import teach
+            from data_prep.teaching.teach import teach
 
             teach(
                 args.shards,
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 device=args.device,
             )
         else:
-            from data_prep.docs import write_docs
+            from data_prep.documentation.docs import write_docs
 
             write_docs(
                 args.output,

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from mteb.abstasks.abstask import AbsTask
     from mteb.benchmarks.benchmark import Benchmark
 
-    from eval.encoder import PackedEncoder
-    from eval.plain import PlainEncoder
+    from anchor.encoding.encoder import PackedEncoder
+    from anchor.encoding.plain import PlainEncoder
 
 log = logging.getLogger("eval")
 
 
 def _mteb(arguments: argparse.Namespace) -> None:
-    from eval.benchmark import run_tasks
-    from eval.opening import SELF_SUPERVISED, objective_of
-    from eval.prompts import load_prompts
-    from eval.ranks import RankedEncoder, joined
-    from eval.table import main_scores, published, task_results
-    from eval.tasks import BRIGHT_TOKENS, is_bright
+    from anchor.encoding.opening import SELF_SUPERVISED, objective_of
+    from anchor.encoding.ranks import RankedEncoder, joined
+    from eval.reporting.table import main_scores, published, task_results
+    from eval.scoring.benchmark import run_tasks
+    from eval.scoring.prompts import load_prompts
+    from eval.scoring.tasks import BRIGHT_TOKENS, is_bright
 
     with_published = "published" in arguments.compare
     if with_published and not arguments.benchmark:
@@ -65,7 +65,7 @@ def _mteb(arguments: argparse.Namespace) -> None:
 
 def _tasks(arguments: argparse.Namespace) -> tuple["Benchmark | None", list["AbsTask"]]:
     """Return the benchmark, if any, and all tasks to run; report tasks without data before loading a model."""
-    from eval.tasks import find_benchmark, local_retrieval_task, named_tasks, with_data
+    from eval.scoring.tasks import find_benchmark, local_retrieval_task, named_tasks, with_data
 
     names = [name for name in arguments.tasks.split(",") if name]
     benchmark = find_benchmark(arguments.benchmark) if arguments.benchmark else None
@@ -88,8 +88,8 @@ def _tasks(arguments: argparse.Namespace) -> tuple["Benchmark | None", list["Abs
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
-    from eval.fetch import fetch, verify
-    from eval.tasks import find_benchmark, named_tasks
+    from eval.scoring.fetch import fetch, verify
+    from eval.scoring.tasks import find_benchmark, named_tasks
 
     if arguments.verify:
         log.info("%d files are as they were fetched", verify(arguments.data_root))
@@ -103,9 +103,9 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from eval.embed import Options, embed
-    from eval.ranks import PATIENCE, joined
-    from eval.texts import Source
+    from anchor.encoding.ranks import PATIENCE, joined
+    from eval.embedding.embed import Options, embed
+    from eval.embedding.texts import Source
 
     source = Source(_path(arguments.input), arguments.format, arguments.text_field, arguments.id_field)
     options = Options(
@@ -122,7 +122,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _open(arguments: argparse.Namespace) -> "PackedEncoder | PlainEncoder":
     """Open the encoder for `eval embed` and `eval mteb`."""
-    from eval.opening import open_encoder
+    from anchor.encoding.opening import open_encoder
 
     encoder = open_encoder(
         arguments.model,
@@ -137,7 +137,7 @@ def _open(arguments: argparse.Namespace) -> "PackedEncoder | PlainEncoder":
 
 def _warn_of_fp32(encoder: "PackedEncoder | PlainEncoder") -> None:
     from anchor import dist
-    from eval.encoder import PackedEncoder
+    from anchor.encoding.encoder import PackedEncoder
 
     if encoder.dtype == "fp32" and encoder.device.type == "cuda" and dist.is_first_rank():
         of_kernel = " and attention, which no packed kernel knows in fp32, is one call per text and layer"
@@ -156,9 +156,9 @@ def _path(given: str) -> Path | None:
 def _decode(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from anchor.encoding.opening import open_encoder
     from eval.decode import Decoder, check_output, means, read_pairs, write_decoded
-    from eval.opening import open_encoder
-    from eval.texts import Source, read_texts
+    from eval.embedding.texts import Source, read_texts
 
     if arguments.prompt is not None and (arguments.pairs is not None or arguments.vectors is not None):
         raise ConfigError("eval decode: --prompt is of --text and --input; leave it out")
@@ -190,10 +190,10 @@ def _decode(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from eval.opening import open_encoder
-    from eval.report import Looks, write_report
-    from eval.report_data import read_run
-    from eval.tasks import find_benchmark
+    from anchor.encoding.opening import open_encoder
+    from eval.reporting.report import Looks, write_report
+    from eval.reporting.report_data import read_run
+    from eval.scoring.tasks import find_benchmark
 
     if arguments.model is None and (arguments.pairs or arguments.labelled):
         raise ConfigError("eval report: --pairs and --labelled show embeddings; add --model FOLDER")
@@ -215,7 +215,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from eval.tasks import find_benchmark
+    from eval.scoring.tasks import find_benchmark
 
     benchmark = find_benchmark(arguments.benchmark) if arguments.benchmark else None
     if arguments.published and benchmark is None:
@@ -224,7 +224,7 @@ def _table(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from eval.convert import convert
+    from eval.conversion.convert import convert
 
     convert(
         arguments.model,
@@ -248,7 +248,7 @@ def _labelled(items: Iterable[str]) -> list[tuple[str, Path]]:
 
 
 def _show(benchmark: "Benchmark | None", labelled: list[tuple[str, Path]], *, published: bool) -> None:
-    from eval.table import absent_line, benchmark_table, print_table, score_table, summarise, task_results
+    from eval.reporting.table import absent_line, benchmark_table, print_table, score_table, summarise, task_results
 
     if benchmark is None:
         print_table(score_table(labelled))

@@ -24,14 +24,14 @@ import torch
 from jaxtyping import Float
 from rouge_score.rouge_scorer import RougeScorer
 
+from anchor.encoding.encoder import Encoder, PackedEncoder, TextEncoder
+from anchor.encoding.opening import SELF_SUPERVISED
 from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.adapters import without_adapter
 from anchor.models.head import output_layer
 from anchor.models.reconstructor import generate_from_prefixes
-from eval.encoder import Encoder, PackedEncoder, TextEncoder
-from eval.opening import SELF_SUPERVISED
-from eval.texts import read_rows
-from eval.vectors import read_folder
+from eval.embedding.texts import read_rows
+from eval.embedding.vectors import read_folder
 
 log = logging.getLogger(__name__)
 

@@ -202,7 +202,7 @@ def make_shards(make_recipe: Callable[..., Path]) -> Callable[..., Path]:
         num_rows: int = 64,
         **changes: Any,
     ) -> Path:
-        from data_prep.pack import pack
+        from data_prep.packing.pack import pack
 
         recipe = make_recipe(
             num_rows=num_rows,
@@ -226,8 +226,8 @@ def export_dir(
     """Exported folder of an untrained model, made without the time that training takes."""
     from transformers import AutoModelForCausalLM
 
-    from anchor.data.shards import read_index
-    from anchor.engine.export import write_consumer_files
+    from anchor.data.index import read_index
+    from anchor.model_folder.consumer_files import write_consumer_files
 
     shards = make_shards(max_tokens=48)
     folder = tmp_path_factory.mktemp("untrained") / "export"

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from anchor.config.load import load_recipe
-from anchor.config.schema import E5Source, PackRecipe
-from launch.study.plan import Cell, StudyPlan
-from launch.study.prepare import StudyData
-from launch.study.recipe import StudyRecipe, load_arms
-from launch.study.run import result_file
+from anchor.config.pack_recipe import E5Source, PackRecipe
+from bench.study.plan import Cell, StudyPlan
+from bench.study.prepare import StudyData
+from bench.study.recipe import StudyRecipe, load_arms
+from bench.study.run import result_file
 
 ROOT = Path(__file__).parents[1]
 RETRIEVAL_SOURCE = "squad_dev"

@@ -10,7 +10,8 @@ from reference import segments_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anchor.data.shards import TEACHER_VERSION, Batch, ShardReader, ShardWriter
+from anchor.data.index import TEACHER_VERSION
+from anchor.data.shards import Batch, ShardReader, ShardWriter
 from anchor.models.special_tokens import SpecialTokens
 
 TOKENS, DIMENSION, END = 3, 12, 2

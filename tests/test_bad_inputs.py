@@ -35,7 +35,7 @@ PROCESSES = (
     "the index of shards to inspect holds null",
 )
 PROCESS_SECONDS = 90  # imports alone take 10 s on a busy machine
-_MODULES = {"train": "anchor.train", "doctor": "anchor.doctor", "study": "launch.study"}
+_MODULES = {"train": "anchor.train", "doctor": "anchor.doctor", "study": "bench.study"}
 _OF_EVAL = {"eval", "embed", "mteb", "fetch", "decode", "report", "table", "convert"}
 
 

@@ -13,7 +13,7 @@ Similarity = Literal["query_to_document", "query_to_query", "document_to_query",
 """One side of a pair, compared with one side of all pairs."""
 
 
-class ContrastiveTerm(Section):
+class ContrastiveTermSection(Section):
     """InfoNCE over the batch's documents and hard negatives; equations in `anchor/objectives/info_nce.py`."""
 
     temperature: Annotated[float, Field(gt=0.0)]
@@ -36,7 +36,7 @@ class ContrastiveTerm(Section):
     over these and the full embedding. Off when empty."""
 
     @model_validator(mode="after")
-    def _terms_fit(self) -> "ContrastiveTerm":
+    def _terms_fit(self) -> "ContrastiveTermSection":
         if len(set(self.negatives)) < len(self.negatives):
             raise ValueError(f"negatives names a similarity twice ({', '.join(self.negatives)}); name each once")
         if "query_to_document" not in self.negatives:
@@ -52,7 +52,7 @@ class ContrastiveTerm(Section):
         return self
 
 
-class JointContrastive(ContrastiveTerm):
+class JointContrastiveSection(ContrastiveTermSection):
     """Contrastive term added to another objective, over the same embeddings."""
 
     weight: Annotated[float, Field(gt=0.0)]
@@ -60,7 +60,7 @@ class JointContrastive(ContrastiveTerm):
     weights."""
 
 
-class ReconstructionObjective(Section):
+class ReconstructionSection(Section):
     """Stage I: the anchor state of one side reconstructs the other side."""
 
     kind: Literal["reconstruction"]
@@ -79,23 +79,23 @@ class ReconstructionObjective(Section):
     """Vector that represents a text in the decode pass. `raw` (the paper) is its anchor state. `centred` subtracts the
     mean state of its frame (template and instruction) and scales to RMS 1; see `anchor/models/centres.py`. The
     embedding is always the raw state."""
-    contrastive: JointContrastive | None = None
+    contrastive: JointContrastiveSection | None = None
     """Contrastive term added to the loss, over the same encode pass. Hard negatives are then encoded too."""
 
 
-class ContrastiveObjective(ContrastiveTerm):
+class ContrastiveSection(ContrastiveTermSection):
     """Stage II: InfoNCE over the batch's documents and hard negatives."""
 
     kind: Literal["contrastive"]
 
 
-class LanguageModelObjective(Section):
+class LanguageModelSection(Section):
     """Next-token training on the bare texts of the pairs. This control shows how much of a gain is due to more text."""
 
     kind: Literal["language_model"]
 
 
-class SelfSupervisedObjective(Section):
+class SelfSupervisedSection(Section):
     """LLM2Vec-Gen (arXiv:2603.10913): trained special tokens of a frozen LLM represent its answer to a query."""
 
     kind: Literal["self_supervised"]
@@ -107,12 +107,12 @@ class SelfSupervisedObjective(Section):
     At 0 there is no decode pass."""
     decode_prefix: DecodePrefix = "none"
     """Tokens before the soft prompts in every decode row: none (the paper), the BOS token, or the template's prefix."""
-    contrastive: JointContrastive | None = None
+    contrastive: JointContrastiveSection | None = None
     """Contrastive term added to the loss, over the embeddings of queries, positives and hard negatives. All of them
     are then encoded."""
 
     @model_validator(mode="after")
-    def _something_is_minimised(self) -> "SelfSupervisedObjective":
+    def _something_is_minimised(self) -> "SelfSupervisedSection":
         if not self.alignment_weight and not self.reconstruction_weight:
             raise ValueError("alignment_weight and reconstruction_weight are both 0; the paper's are 1 and 1")
         return self

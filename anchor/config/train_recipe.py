@@ -6,10 +6,10 @@ from pydantic import Field, model_validator
 
 from anchor.config.fields import ModelPathText, NonNegativeInt, PositiveInt, Section, Seed, UserPath
 from anchor.config.objectives import (
-    ContrastiveObjective,
-    LanguageModelObjective,
-    ReconstructionObjective,
-    SelfSupervisedObjective,
+    ContrastiveSection,
+    LanguageModelSection,
+    ReconstructionSection,
+    SelfSupervisedSection,
 )
 
 
@@ -145,7 +145,7 @@ class TrainRecipe(Section):
     backbone: BackboneSection
     """Model to train."""
     objective: Annotated[
-        ReconstructionObjective | ContrastiveObjective | LanguageModelObjective | SelfSupervisedObjective,
+        ReconstructionSection | ContrastiveSection | LanguageModelSection | SelfSupervisedSection,
         Field(discriminator="kind"),
     ]
     """Loss to minimise."""
@@ -169,7 +169,7 @@ class TrainRecipe(Section):
 
     @model_validator(mode="after")
     def _decoders_are_causal(self) -> "TrainRecipe":
-        if self.backbone.direction == "bidirectional" and not isinstance(self.objective, ContrastiveObjective):
+        if self.backbone.direction == "bidirectional" and not isinstance(self.objective, ContrastiveSection):
             raise ValueError(
                 f"backbone.direction is bidirectional, but objective.kind {self.objective.kind} decodes with the same "
                 "weights, where every target would see itself; use backbone.direction: causal or objective.kind: "
@@ -179,7 +179,7 @@ class TrainRecipe(Section):
 
     @model_validator(mode="after")
     def _special_tokens_stand_on_a_frozen_backbone(self) -> "TrainRecipe":
-        own, trained = isinstance(self.objective, SelfSupervisedObjective), self.backbone.trained.kind
+        own, trained = isinstance(self.objective, SelfSupervisedSection), self.backbone.trained.kind
         if own and trained == "full":
             raise ValueError(
                 "backbone.trained.kind is full, but objective.kind self_supervised exports no backbone; use "

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anchor.data.index import Index
 from anchor.data.packing import cu_seqlens, position_ids
-from anchor.data.shards import Batch, Index, Pack, ShardReader
+from anchor.data.shards import Batch, Pack, ShardReader
 from anchor.errors import ShardError
 
 

@@ -7,8 +7,9 @@ or the soft prompts are free to carry information instead.
 import json
 from pathlib import Path
 
-from anchor.config.objectives import DecodePrefix
-from anchor.data.index import Index
+from anchor.config.objectives import DecodePrefix, ReconstructionSection, SelfSupervisedSection
+from anchor.config.train_recipe import TrainRecipe
+from anchor.data.index import Index, read_index
 from anchor.data.tokenizer_files import read_tokenizer
 from anchor.errors import ShardError
 
@@ -57,3 +58,17 @@ def _bos_id(folder: Path) -> int | None:
     name = config.get("bos_token")
     name = name.get("content") if isinstance(name, dict) else name
     return read_tokenizer(folder / "tokenizer.json").token_to_id(name) if name else None
+
+
+def decode_prefix_of(recipe: TrainRecipe) -> tuple[int, ...]:
+    """Return the token ids before the prefix vectors of the recipe's decode rows; empty if nothing is decoded.
+
+    Raises:
+        ShardError: the recipe asks for the template's prefix, and the template has none.
+    """
+    section, shards = recipe.objective, recipe.data.shards
+    if not isinstance(section, ReconstructionSection | SelfSupervisedSection):
+        return ()
+    return (
+        decode_prefix_ids(section.decode_prefix, read_index(shards), shards) if section.decode_prefix != "none" else ()
+    )

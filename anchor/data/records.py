@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchor.config.schema import Columns
+from anchor.config.pack_recipe import Columns
 from anchor.errors import DataError, did_you_mean
 
 QUERY, POSITIVE, FIRST_NEGATIVE = 0, 1, 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
+from anchor.config.pack_recipe import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
 from anchor.data.chat_templates import chat_frame, ends_a_turn
 from anchor.errors import ConfigError, did_you_mean
 

@@ -21,11 +21,11 @@ from typing import Any
 
 from anchor.config.load import load_recipe
 from anchor.config.model_path import resolve_model_path
-from anchor.config.schema import TrainRecipe
-from anchor.data.shards import read_index
+from anchor.config.train_recipe import TrainRecipe
+from anchor.data.index import read_index
 from anchor.doctor.facts import GIB, ROOT, Facts, gather_facts, interface_towards, resolve
 from anchor.doctor.judge import blocking, differences, skew
-from anchor.engine.dry_run import Options, dry_run
+from anchor.dry_run.report import Options, dry_run
 from anchor.errors import AnchorError, ConfigError, ModelError, shortened
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")

@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 
 from anchor import dist
 from anchor.engine.deepspeed import Engine
-from anchor.engine.estimate_work import checkpoint_bytes
 from anchor.engine.step import objective_of
 from anchor.errors import TrainingError, first_line
+from anchor.estimate.work import checkpoint_bytes
 from anchor.json_files import read_object
 from anchor.models.centres import CENTRES_NAME
 

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from anchor import dist
-from anchor.config.schema import OptimSection, TrainRecipe
+from anchor.config.train_recipe import OptimSection, TrainRecipe
 from anchor.dist import Ranks
 from anchor.engine.extensions import one_at_a_time, unlink_shared_buffer
 from anchor.engine.optim import parameter_groups

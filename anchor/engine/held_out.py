@@ -16,10 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from anchor import dist
-from anchor.config.schema import EvaluationSection
+from anchor.config.train_recipe import EvaluationSection
 from anchor.data.batches import check_ranks, rank_packs, to_tensors
+from anchor.data.index import Index
 from anchor.data.records import POSITIVE, QUERY
-from anchor.data.shards import Batch, Index, Pack, ShardReader
+from anchor.data.shards import Batch, Pack, ShardReader
 from anchor.engine.deepspeed import Engine
 from anchor.engine.step import objective_of, reduced
 from anchor.errors import ShardError

@@ -19,18 +19,19 @@ from typing import Any
 from anchor import dist
 from anchor.data.batches import batch_stream
 from anchor.data.shards import Batch
+from anchor.engine.build import load_engine
 from anchor.engine.checkpoint import checkpoint_step, load_checkpoint, read_state, save_checkpoint
+from anchor.engine.console import StepDisplay, print_summary
 from anchor.engine.deepspeed import Engine
-from anchor.engine.export import export_model
-from anchor.engine.loading import load_engine
 from anchor.engine.metrics import JsonLines, Row, Sink, memory_metrics, open_sinks
 from anchor.engine.optim import learning_rate
-from anchor.engine.plan import Plan, provenance
-from anchor.engine.progress import StepDisplay, print_summary
+from anchor.engine.plan import Plan
+from anchor.engine.provenance import provenance
 from anchor.engine.run_folder import check_shared, find_checkpoint, is_finished, prepare_folder
 from anchor.engine.step import NotFiniteError, StepResult, objective_of, train_step
 from anchor.engine.stop import StopRequest, Watchdog
-from anchor.engine.utilisation import Utilisation
+from anchor.estimate.utilisation import Utilisation
+from anchor.model_folder.export import export_model
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,15 @@ def train(
             return False
         # 4.
         watchdog.begin("export")
-        export_model(engine, folder / "export", recipe, plan.reader.index, recipe.data.shards, about)
+        export_model(
+            objective_of(engine),
+            engine.gathered,
+            folder / "export",
+            recipe,
+            plan.reader.index,
+            recipe.data.shards,
+            about,
+        )
         log.info("exported %s", folder / "export")
     if dist.is_first_rank():
         print_summary(folder)

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from anchor.config.schema import TelemetrySection
+from anchor.config.train_recipe import TelemetrySection
 from anchor.errors import ConfigError, TrainingError
 from anchor.json_files import parse_object
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from anchor.config.schema import OptimSection
+from anchor.config.train_recipe import OptimSection
 
 
 def learning_rate(step: int, optim: OptimSection) -> float:

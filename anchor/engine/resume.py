@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anchor.config.load import validate
-from anchor.config.schema import TrainRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.engine.checkpoint import read_state
 from anchor.errors import TrainingError
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from anchor import dist
-from anchor.config.schema import TrainRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.engine.checkpoint import checkpoint_step, complete_checkpoints, newest_intact, remove_unfinished
 from anchor.engine.resume import check_same_run, what_differs
 from anchor.errors import ConfigError, DataError, TrainingError, first_line

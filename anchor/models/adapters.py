@@ -1,10 +1,15 @@
-"""Switch a model's LoRA adapters off, including when the backward pass recomputes checkpointed layers."""
+"""Load a model's LoRA adapters, and switch them off, including when checkpointed layers are recomputed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
+
+from anchor.errors import UNSAFE_PICKLE, ModelError, weights_line
 
 
 @contextmanager
@@ -39,3 +44,16 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple[AbstractContextM
         return nullcontext(), _switched_off(layers) if off else nullcontext()
 
     return contexts
+
+
+def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
+    """Add the adapter's layers to the model without merging: in bfloat16, merging would round the adapter away.
+
+    Raises:
+        ModelError: the adapter is unreadable or does not fit the model.
+    """
+    try:
+        PeftModel.from_pretrained(causal_lm, str(folder), autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError, *UNSAFE_PICKLE) as error:
+        raise ModelError(f"{folder}: the adapter could not be loaded: {weights_line(error)}") from error
+    causal_lm.requires_grad_(False)

@@ -23,12 +23,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from anchor import dist
 from anchor.config.model_path import resolve_model_path
-from anchor.config.schema import BackboneSection, FrozenTraining, LoraTraining
+from anchor.config.train_recipe import BackboneSection, FrozenTraining, LoraTraining
 from anchor.data.tokenizer_files import refuse_lfs_pointers
 from anchor.errors import UNSAFE_PICKLE, ConfigError, ModelError, did_you_mean, first_line, weights_line
+from anchor.json_files import read_model_json
 from anchor.models.adapters import checkpoint_contexts
 from anchor.models.attention import implementation
-from anchor.models.special_tokens import read_json
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _refuse_impossible_sizes(path: str, config: PretrainedConfig) -> None:
 
 def _refuse_special_tokens_alone(folder: Path) -> None:
     about = folder / "anchor.json"
-    base = read_json(about).get("base") if about.is_file() else None
+    base = read_model_json(about).get("base") if about.is_file() else None
     if base is not None:
         name = base.get("path") if isinstance(base, dict) else base
         raise ModelError(
@@ -199,7 +199,7 @@ def _convert_once(path: str, folder: Path) -> Path:
         with Path(path).expanduser().open("rb") as file:
             source = {"gguf_xxh3": hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()}
         made_of = folder / "source.json"
-        if not made_of.is_file() or read_json(made_of) != source:
+        if not made_of.is_file() or read_model_json(made_of) != source:
             log.info("converting %s to %s", path, folder)
             model = load_causal_lm(path, torch.float32, "sdpa")
             # transformers still treats a dequantised model as quantised and would refuse to save it.
@@ -253,3 +253,18 @@ def lora_config(section: LoraTraining) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def meta_model(section: BackboneSection) -> PreTrainedModel:
+    """Build the recipe's causal LM on the meta device, adapters included.
+
+    Raises:
+        ModelError: the model is missing, unreadable, or of an unsupported architecture.
+        ConfigError: a LoRA target matches no layer or is the output layer.
+    """
+    config = read_config(section.path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()  # loading weights would do this
+        choose_trained(model, section)
+    return model

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anchor import dist
-from anchor.config import schema
-from anchor.config.schema import Similarity
+from anchor.config.objectives import ContrastiveSection, ContrastiveTermSection, Similarity
 from anchor.data.batches import PackTensors
 from anchor.data.shards import Batch
 from anchor.errors import ConfigError
@@ -43,7 +42,7 @@ class ContrastiveTerm:
         ConfigError: a Matryoshka dimension is not below the hidden size.
     """
 
-    def __init__(self, section: schema.ContrastiveTerm, hidden_size: int, *, chunk_rows: int | None = None) -> None:
+    def __init__(self, section: ContrastiveTermSection, hidden_size: int, *, chunk_rows: int | None = None) -> None:
         if section.matryoshka_dimensions and section.matryoshka_dimensions[-1] >= hidden_size:
             raise ConfigError(
                 f"objective: matryoshka_dimensions holds {section.matryoshka_dimensions[-1]}, the model's embeddings "
@@ -147,7 +146,7 @@ class ContrastiveObjective(PooledObjective):
         section: the recipe's ``objective``.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, section: schema.ContrastiveObjective) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, section: ContrastiveSection) -> None:
         super().__init__()
         self.embedder = Embedder(causal_lm)
         self.term = ContrastiveTerm(section, causal_lm.config.hidden_size)

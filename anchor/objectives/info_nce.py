@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anchor.config.schema import Similarity
+from anchor.config.objectives import Similarity
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
 

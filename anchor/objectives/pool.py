@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from anchor.config.schema import Similarity
+from anchor.config.objectives import Similarity
 from anchor.data.batches import rank_packs
 from anchor.data.records import QUERY
 from anchor.data.shards import Batch

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anchor.config import schema
+from anchor.config.objectives import ReconstructionSection
 from anchor.data.batches import PackTensors
 from anchor.data.packing import wrong_partners_of
 from anchor.data.records import POSITIVE, QUERY
@@ -30,7 +30,7 @@ from anchor.objectives.contrastive import ContrastiveTerm
 class _Reconstruction:
     """Weights and metrics of the loss for a batch. It has no parameters."""
 
-    def __init__(self, section: schema.ReconstructionObjective, reconstructor: Reconstructor) -> None:
+    def __init__(self, section: ReconstructionSection, reconstructor: Reconstructor) -> None:
         self.alpha, self.target, self.reconstructor = section.alpha, section.target, reconstructor
 
     def target_tokens(self, batch: Batch) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class ReconstructionObjective(SeparableObjective):
     def __init__(
         self,
         causal_lm: PreTrainedModel,
-        section: schema.ReconstructionObjective,
+        section: ReconstructionSection,
         prefix_tokens: int | None = None,
         decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:
@@ -128,7 +128,7 @@ class JointReconstructionObjective(JointObjective):
     def __init__(
         self,
         causal_lm: PreTrainedModel,
-        section: schema.ReconstructionObjective,
+        section: ReconstructionSection,
         prefix_tokens: int | None = None,
         decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anchor.config import schema
+from anchor.config.objectives import SelfSupervisedSection
 from anchor.data.batches import PackTensors
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Pack
@@ -31,7 +31,7 @@ from anchor.objectives.contrastive import ContrastiveTerm
 class _SelfSupervision:
     """Weights and metrics of the two losses for a batch. It has no parameters."""
 
-    def __init__(self, section: schema.SelfSupervisedObjective) -> None:
+    def __init__(self, section: SelfSupervisedSection) -> None:
         self.alignment, self.reconstruction = section.alignment_weight, section.reconstruction_weight
 
     def token_weight(self, batch: Batch) -> float | None:
@@ -89,7 +89,7 @@ class SelfSupervisedObjective(SeparableObjective):
         self,
         causal_lm: PreTrainedModel,
         special: SpecialTokens,
-        section: schema.SelfSupervisedObjective,
+        section: SelfSupervisedSection,
         end_token_id: int,
         decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:
@@ -140,7 +140,7 @@ class JointSelfSupervisedObjective(JointObjective):
         self,
         causal_lm: PreTrainedModel,
         special: SpecialTokens,
-        section: schema.SelfSupervisedObjective,
+        section: SelfSupervisedSection,
         end_token_id: int,
         decode_prefix_ids: tuple[int, ...] = (),
     ) -> None:

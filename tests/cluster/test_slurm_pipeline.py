@@ -29,7 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_an_array_of_parts_and_their_merge_equal_one_process_byte_for_byte(
     slurm: Slurm, make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from data_prep.pack import pack
+    from data_prep.packing.pack import pack
 
     recipe = make_recipe(num_rows=256)
     shards = recipe.parent / "shards"

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from anchor.config.load import load_recipe, parse_yaml
-from anchor.config.schema import ContrastiveObjective, HubSource, PackRecipe, TrainRecipe
+from anchor.config.objectives import ContrastiveSection
+from anchor.config.pack_recipe import HubSource, PackRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.errors import ConfigError
 
 TRAIN = """\
@@ -41,7 +43,7 @@ def message(path: Path, *overrides: str, schema: Any = TrainRecipe) -> str:
 def test_a_recipe_is_read(recipe: Path) -> None:
     loaded = load_recipe(recipe, TrainRecipe)
     assert loaded.optim.lr == 2e-5
-    assert isinstance(loaded.objective, ContrastiveObjective)
+    assert isinstance(loaded.objective, ContrastiveSection)
     assert loaded.optim.decay_steps is None
 
 

@@ -21,7 +21,8 @@ from anchor.data.batches import (
     rank_packs,
     to_tensors,
 )
-from anchor.data.shards import FORMAT_VERSION, Batch, Index, Pack, ShardReader
+from anchor.data.index import FORMAT_VERSION, Index
+from anchor.data.shards import Batch, Pack, ShardReader
 from anchor.errors import ShardError
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from anchor.config.schema import ChatTemplate
+from anchor.config.pack_recipe import ChatTemplate
 from anchor.data import chat_templates
 from anchor.data.chat_templates import chat_frame, ends_a_turn
 from anchor.data.templates import resolve_template
-from anchor.data.tokenization import load_tokenizer
+from anchor.data.tokenizer_files import load_tokenizer
 from anchor.errors import ConfigError
 
 OPEN = "{% for m in messages %}<|im_start|>"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from anchor.config.schema import CustomTemplate, PresetTemplate
+from anchor.config.pack_recipe import CustomTemplate, PresetTemplate
 from anchor.data.decode_prefix import decode_prefix_ids, template_prefix_ids
 from anchor.data.index import Index
 from anchor.data.templates import resolve_template

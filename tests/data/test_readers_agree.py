@@ -20,11 +20,12 @@ from conftest import write_jsonl
 from sentence_transformers import SentenceTransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from anchor.data.shards import ShardReader, read_index
-from anchor.data.tokenization import load_tokenizer
-from anchor.engine.export import write_consumer_files
-from data_prep.pack import pack
-from eval.encoder import Encoder
+from anchor.data.index import read_index
+from anchor.data.shards import ShardReader
+from anchor.data.tokenizer_files import load_tokenizer
+from anchor.encoding.encoder import Encoder
+from anchor.model_folder.consumer_files import write_consumer_files
+from data_prep.packing.pack import pack
 
 TOKENIZERS = Path(__file__).parents[3] / "shared/data/tokenizers"
 FAMILIES = ("Llama-3.2-1B-Instruct", "Qwen3-0.6B", "Mistral-7B-Instruct-v0.3", "gemma-3-1b-it", "gpt-oss-20b")

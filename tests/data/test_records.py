@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from anchor.config.schema import Columns
+from anchor.config.pack_recipe import Columns
 from anchor.data.records import Pair, pair_from_row
 from anchor.errors import DataError
 

@@ -18,17 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anchor.data.shards as shards_module
-from anchor.data.shards import (
-    FORMAT_VERSION,
-    Batch,
-    Index,
-    Pack,
-    ShardReader,
-    ShardWriter,
-    make_batch,
-    read_index,
-    text_id,
-)
+from anchor.data.index import FORMAT_VERSION, Index, read_index
+from anchor.data.shards import Batch, Pack, ShardReader, ShardWriter, make_batch, text_id
 from anchor.errors import ShardError
 
 FIELDS = [field.name for field in dataclasses.fields(Pack) if field.name != "teacher"]

@@ -13,7 +13,8 @@ import torch
 from test_shards import random_batches, write_folder
 
 from anchor.data.batches import to_tensors
-from anchor.data.shards import FORMAT_VERSION, TEACHER_VERSION, Batch, Index, ShardReader, ShardWriter
+from anchor.data.index import FORMAT_VERSION, TEACHER_VERSION, Index
+from anchor.data.shards import Batch, ShardReader, ShardWriter
 from anchor.errors import ShardError
 
 DIMENSION = 5

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Metaspace
 
-from anchor.config.schema import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
+from anchor.config.pack_recipe import ChatTemplate, CustomTemplate, PresetTemplate, SpecialTokensTemplate
 from anchor.data.templates import PRESETS, Template, resolve_template
-from anchor.data.tokenization import load_tokenizer
+from anchor.data.tokenizer_files import load_tokenizer
 from anchor.errors import ConfigError
 
 

@@ -17,14 +17,8 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from anchor.data.templates import Template
-from anchor.data.tokenization import (
-    Segments,
-    SegmentTokenizer,
-    end_token_id,
-    load_tokenizer,
-    prepare_tokenizer,
-    tokenizer_fingerprint,
-)
+from anchor.data.tokenization import Segments, SegmentTokenizer, end_token_id, prepare_tokenizer
+from anchor.data.tokenizer_files import load_tokenizer, tokenizer_fingerprint
 from anchor.errors import DataError, ModelError
 
 CHATML = Template("<|im_start|>user\n", "<|im_end|>", "{instruction}: {text}")

@@ -12,8 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from anchor.data.templates import Template
-from anchor.data.tokenization import load_tokenizer, prepare_tokenizer
-from anchor.data.tokenizer_files import name_pieces, read_tokenizer, template_processor
+from anchor.data.tokenization import prepare_tokenizer
+from anchor.data.tokenizer_files import load_tokenizer, name_pieces, read_tokenizer, template_processor
 from anchor.errors import ModelError
 
 CHATML = Template("<|im_start|>user\n", "<|im_end|>", "{instruction}: {text}")

@@ -8,8 +8,8 @@ import pytest
 
 from anchor.data.shards import Batch, ShardReader
 from anchor.errors import AnchorError, DataError
-from data_prep.pack import pack
-from data_prep.verifying import verify
+from data_prep.inspection.verify import verify
+from data_prep.packing.pack import pack
 
 MakeRecipe = Callable[..., Path]
 

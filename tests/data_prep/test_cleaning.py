@@ -12,7 +12,7 @@ from conftest import english_pairs, write_jsonl
 from packs import MakeRecipe, files_source, packed, refusal
 
 from anchor.errors import ConfigError, DataError
-from data_prep.pack import pack
+from data_prep.packing.pack import pack
 
 
 def test_no_half_characters_are_lost_on_the_way_to_quarantine(tmp_path: Path, make_recipe: MakeRecipe) -> None:

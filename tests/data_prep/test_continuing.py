@@ -11,15 +11,15 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from packs import MakeRecipe, files_source, folder_bytes, packed, refusal
 
-import data_prep.pack as pack_module
-import data_prep.reading as reading_module
-import data_prep.units as units_module
-import data_prep.writing as writing_module
+import data_prep.packing.pack as pack_module
+import data_prep.packing.parts as reading_module
+import data_prep.packing.shard_files as writing_module
+import data_prep.sources.units as units_module
 from anchor.data.shards import ShardWriter
 from anchor.errors import DataError
-from data_prep.checking import Checked
-from data_prep.pack import merge, pack
-from data_prep.spool import Entry, PartWriter, read_journal
+from data_prep.packing.pack import merge, pack
+from data_prep.packing.spool import Entry, PartWriter, read_journal
+from data_prep.packing.tokenise import Checked
 
 
 def emptied(folder: Path) -> None:

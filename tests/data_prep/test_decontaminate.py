@@ -14,7 +14,7 @@ from conftest import english_pairs, write_jsonl
 
 from anchor.errors import AnchorError, ConfigError, DataError
 from data_prep.__main__ import main
-from data_prep.decontaminate import decontaminate, evaluation_texts
+from data_prep.decontamination.decontaminate import decontaminate, evaluation_texts
 
 LONG = " ".join(f"word{i}" for i in range(40))
 

@@ -13,11 +13,11 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from sentence_transformers import SentenceTransformer
 
-import data_prep.dense as dense_module
+import data_prep.mining.dense as dense_module
 from anchor.errors import ConfigError
 from data_prep.__main__ import main
-from data_prep.mine import mine
-from data_prep.ranking import Window
+from data_prep.mining.mine import mine
+from data_prep.mining.ranking import Window
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,7 +98,7 @@ class _Flat:
 
 
 def test_equal_scores_are_ranked_by_the_order_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.mine.load_model", lambda *_: _Flat())
+    monkeypatch.setattr("data_prep.mining.mine.load_model", lambda *_: _Flat())
     rows = [{"query": "q", "positive": "a" * (2 + i), "negative": []} for i in range(0, 60, 2)]
     rows = [row | {"query": f"{i:03}"} for i, row in enumerate(rows)]  # odd queries, even documents
     rows += [{"query": "other", "positive": "b" * (1 + i), "negative": []} for i in range(0, 60, 2)]

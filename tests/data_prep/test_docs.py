@@ -12,10 +12,10 @@ import yaml
 from conftest import WORDS
 
 from anchor.errors import ConfigError, DataError
-from data_prep import docs
 from data_prep.__main__ import main
-from data_prep.docs import find_packages, write_docs
-from data_prep.docstrings import Docstring
+from data_prep.documentation import docs
+from data_prep.documentation.docs import find_packages, write_docs
+from data_prep.documentation.docstrings import Docstring
 
 PROSE = " ".join(f"word{i}" if i % 7 == 0 else WORDS[i % len(WORDS)] for i in range(30))
 

@@ -3,7 +3,7 @@
 import pytest
 from conftest import WORDS
 
-from data_prep.docstrings import clean_body, docstrings_of, split_docstring
+from data_prep.documentation.docstrings import clean_body, docstrings_of, split_docstring
 
 PROSE = " ".join(f"word{i}" if i % 7 == 0 else WORDS[i % len(WORDS)] for i in range(30))
 

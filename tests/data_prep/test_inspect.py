@@ -17,8 +17,8 @@ from PIL import Image
 from anchor.data.shards import Batch, Pack, ShardReader, ShardWriter
 from anchor.errors import ShardError
 from data_prep.__main__ import main
-from data_prep.inspect import examples, summarise
-from data_prep.verifying import verify
+from data_prep.inspection.inspect import examples, summarise
+from data_prep.inspection.verify import verify
 
 MakeShards = Callable[..., Path]
 

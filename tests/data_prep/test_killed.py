@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 # The command line itself, with units and files so small that there are many.
 PROGRAM = """
 import sys
-import data_prep.units, data_prep.writing
-data_prep.units.UNIT_ROWS, data_prep.writing.BATCHES_PER_SHARD = 32, 4
+import data_prep.sources.units, data_prep.packing.shard_files
+data_prep.sources.units.UNIT_ROWS, data_prep.packing.shard_files.BATCHES_PER_SHARD = 32, 4
 from data_prep.__main__ import main
 main(sys.argv[1:])
 """

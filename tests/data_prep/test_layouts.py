@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from anchor.data.shards import ShardReader
 from anchor.errors import DataError
-from data_prep.pack import pack
-from data_prep.verifying import verify
+from data_prep.inspection.verify import verify
+from data_prep.packing.pack import pack
 
 MakeRecipe = Callable[..., Path]
 PLAIN = {"query": "q", "positive": "p"}

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from anchor.errors import AnchorError, ConfigError, DataError
 from data_prep.__main__ import main
-from data_prep.mine import mine
-from data_prep.ranking import Window, ranked
+from data_prep.mining.mine import mine
+from data_prep.mining.ranking import Window, ranked
 from data_prep.words import words
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from packs import MakeRecipe, files_source, packed
 
 from anchor.config.load import validate
-from anchor.config.schema import PackRecipe
+from anchor.config.pack_recipe import PackRecipe
 from anchor.errors import ConfigError
-from data_prep.mixture import Share, epoch_batches, shares
+from data_prep.packing.mixture import Share, epoch_batches, shares
 
 PROPORTIONAL = {"kind": "proportional"}
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.overlap import EvaluationTexts, Match
+from data_prep.decontamination.overlap import EvaluationTexts, Match
 from data_prep.words import words
 
 # Few words and short n-grams, so that texts overlap often and in parts.

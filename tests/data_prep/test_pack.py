@@ -17,16 +17,16 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from packs import MakeRecipe, contents, files_source, folder_bytes, packed, refusal
 
-import data_prep.units as units_module
-import data_prep.workers as workers_module
-import data_prep.writing as writing_module
+import data_prep.packing.shard_files as writing_module
+import data_prep.packing.workers as workers_module
+import data_prep.sources.units as units_module
 from anchor.data.shards import ShardReader
-from anchor.data.tokenization import tokenizer_fingerprint
+from anchor.data.tokenizer_files import tokenizer_fingerprint
 from anchor.errors import ConfigError, DataError
 from data_prep.__main__ import main
-from data_prep.e5 import E5_TRAITS
 from data_prep.options import parse
-from data_prep.pack import pack
+from data_prep.packing.pack import pack
+from data_prep.sources.e5 import E5_TRAITS
 
 
 def test_every_kind_of_source_gives_the_same_shards(tmp_path: Path, make_recipe: MakeRecipe) -> None:

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import MakeRecipe, files_source, folder_bytes, packed
 
-import data_prep.units as units_module
-import data_prep.writing as writing_module
+import data_prep.packing.shard_files as writing_module
+import data_prep.sources.units as units_module
 from anchor.data.records import text_field
 from anchor.errors import DataError
-from data_prep.mixture import pass_order
-from data_prep.pack import pack
+from data_prep.packing.mixture import pass_order
+from data_prep.packing.pack import pack
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200),

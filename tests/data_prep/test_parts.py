@@ -12,14 +12,14 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from packs import MakeRecipe, files_source, folder_bytes, packed
 
-import data_prep.gathered as gathered_module
-import data_prep.units as units_module
+import data_prep.packing.gathered as gathered_module
+import data_prep.sources.units as units_module
 from anchor.data.shards import ShardReader
 from anchor.errors import DataError
 from data_prep.__main__ import main
-from data_prep.inspect import examples
-from data_prep.pack import merge, pack
-from data_prep.verifying import verify
+from data_prep.inspection.inspect import examples
+from data_prep.inspection.verify import verify
+from data_prep.packing.pack import merge, pack
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pytest
 from conftest import english_pairs, write_jsonl
 
-from anchor.data.shards import Index, Pack, ShardReader
+from anchor.data.index import Index
+from anchor.data.shards import Pack, ShardReader
 from data_prep.options import make_parser
-from data_prep.pack import pack
-from data_prep.teach import teach
+from data_prep.packing.pack import pack
+from data_prep.teaching.teach import teach
 
 README = (Path(__file__).parents[2] / "data_prep" / "README.md").read_text(encoding="utf-8")
 FIELDS = [field.name for field in dataclasses.fields(Pack)]

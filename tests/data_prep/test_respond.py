@@ -19,13 +19,13 @@ import pytest
 from conftest import WORDS, write_jsonl
 from transformers import AutoTokenizer
 
-import data_prep.respond as respond_module
+import data_prep.responses.respond as respond_module
 from anchor.errors import AnchorError
 from anchor.models.generation import Answer, Sampling
 from data_prep.__main__ import main
-from data_prep.answering import choose_engine, open_engine
-from data_prep.questions import plan_prompts, read_questions
-from data_prep.respond import Options, respond
+from data_prep.responses.engines import choose_engine, open_engine
+from data_prep.responses.questions import plan_prompts, read_questions
+from data_prep.responses.respond import Options, respond
 
 ROOT = Path(__file__).parents[2]
 FORGED = "is <|im_end|> the end?"
@@ -168,7 +168,7 @@ def test_a_part_that_another_process_answers_is_refused(
 def test_a_finished_run_says_so_and_loads_no_model(
     whole: Path, model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data_prep.respond.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("data_prep.responses.respond.open_engine", lambda *_, **__: pytest.fail("the model was loaded"))
     report = respond(options(model, questions, whole), as_json=False)
     assert report["answered"] == 30
     assert "answered            30" in capsys.readouterr().out
@@ -247,8 +247,8 @@ def test_a_prompt_is_what_the_chat_template_makes_of_a_question_and_cannot_be_fo
 
 
 def test_a_block_of_thought_is_removed_and_counted() -> None:
-    from data_prep.questions import Question
-    from data_prep.respond import _row
+    from data_prep.responses.questions import Question
+    from data_prep.responses.respond import _row
 
     question, answer = Question(0, 0, "q"), Answer([1, 2], cut=False)
     assert _row(question, "<think>\nwell\n</think>\n\nYes.", answer)["answer"] == "Yes."
@@ -312,7 +312,7 @@ def test_answers_of_other_weights_or_devices_are_not_mixed(
     """Regression: another model moved to the same path, or another device, continued the answers of the first."""
     output = shutil.copytree(whole, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.respond.device_kind", lambda _: "cuda")
+        patch.setattr("data_prep.responses.respond.device_kind", lambda _: "cuda")
         with pytest.raises(AnchorError, match="another run: device was 'cpu', is 'cuda'; choose another --output"):
             respond(options(model, questions, output), as_json=True)
     with pytest.raises(AnchorError, match="cannot be used"):

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packs import MakeRecipe, files_source, folder_bytes, packed
 
-import data_prep.shuffle as shuffle_module
-import data_prep.units as units_module
-from data_prep.shuffle import Kept, first_of_equals, read_batch, shuffled
+import data_prep.packing.shuffle as shuffle_module
+import data_prep.sources.units as units_module
+from data_prep.packing.shuffle import Kept, first_of_equals, read_batch, shuffled
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=20))

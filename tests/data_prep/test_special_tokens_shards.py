@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from anchor.data.shards import ShardReader
 from anchor.errors import AnchorError
-from data_prep.inspect import examples, inspect
-from data_prep.pack import merge, pack
-from data_prep.verifying import verify
+from data_prep.inspection.inspect import examples, inspect
+from data_prep.inspection.verify import verify
+from data_prep.packing.pack import merge, pack
 
 MakeRecipe = Callable[..., Path]
 

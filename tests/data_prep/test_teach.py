@@ -20,15 +20,15 @@ from packs import folder_bytes
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-import data_prep.teach as teach_module
+import data_prep.teaching.teach as teach_module
 from anchor.data.packing import cu_seqlens
 from anchor.data.shards import ShardReader, ShardWriter
 from anchor.errors import AnchorError, DataError, ModelError, ShardError, exit_on_user_error
 from anchor.locks import locked
-from data_prep.inspect import inspect
-from data_prep.pack import pack
-from data_prep.teach import teach
-from data_prep.verifying import verify
+from data_prep.inspection.inspect import inspect
+from data_prep.inspection.verify import verify
+from data_prep.packing.pack import pack
+from data_prep.teaching.teach import teach
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = {"kind": "special_tokens", "tokens": 3}
@@ -193,8 +193,8 @@ def test_a_file_that_was_deleted_comes_back(
 
 PROGRAM = """
 import sys
-import data_prep.teach
-data_prep.teach._CHUNK_TEXTS = 10
+import data_prep.teaching.teach
+data_prep.teaching.teach._CHUNK_TEXTS = 10
 from data_prep.__main__ import main
 main(sys.argv[1:])
 """

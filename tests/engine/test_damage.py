@@ -17,11 +17,12 @@ from test_train import train_ranks, write_recipe
 
 from anchor import dist
 from anchor.config.load import load_recipe
-from anchor.config.schema import TrainRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.engine.checkpoint import checkpoint_step
+from anchor.engine.console import print_summary
 from anchor.engine.metrics import JsonLines, read_rows
-from anchor.engine.plan import Plan, make_plan, provenance
-from anchor.engine.progress import print_summary
+from anchor.engine.plan import Plan, make_plan
+from anchor.engine.provenance import provenance
 from anchor.engine.run_folder import find_checkpoint, is_finished, prepare_folder
 from anchor.errors import AnchorError, exit_on_user_error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from anchor.config.load import load_recipe
-from anchor.config.schema import TrainRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.engine.deepspeed import complete_ds_config, read_ds_config
 from anchor.errors import ConfigError
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from distributed import run_distributed
 
-from anchor.config.schema import BackboneSection, TrainRecipe
-from anchor.engine.estimate import Setting, StepShape, layer_bytes_per_token, memory, state_bytes
-from anchor.engine.estimate_work import checkpoint_bytes, step_seconds, work
-from anchor.engine.gpus import find_gpu
+from anchor.config.train_recipe import BackboneSection, TrainRecipe
 from anchor.errors import ConfigError
-from anchor.models.backbone import DTYPES, choose_trained
+from anchor.estimate.gpus import find_gpu
+from anchor.estimate.memory import layer_bytes_per_token, memory, state_bytes
+from anchor.estimate.model_shape import ModelShape, ParameterSize, shape_of
+from anchor.estimate.setting import Setting, StepShape
+from anchor.estimate.work import checkpoint_bytes, step_seconds, work
+from anchor.models.backbone import DTYPES, choose_trained, meta_model
 from anchor.models.embedder import Embedder
-from anchor.models.shape import ModelShape, ParameterSize, meta_model, shape_of
 
 FULL = {"kind": "full"}
 LORA = {"kind": "lora", "r": 4, "alpha": 8, "dropout": 0.1}

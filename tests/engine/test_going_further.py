@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_train import losses, train_ranks, write_recipe
 
 from anchor.config.load import load_recipe
-from anchor.config.schema import TrainRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.engine.checkpoint import complete_checkpoints
 from anchor.engine.resume import check_same_run
 from anchor.errors import TrainingError

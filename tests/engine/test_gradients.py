@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 def recipe_of(case: Case, shards: Path):
-    from anchor.config.schema import TrainRecipe
+    from anchor.config.train_recipe import TrainRecipe
 
     return TrainRecipe.model_validate(
         {
@@ -154,8 +154,8 @@ def gradients_of(ranks, cases: dict[str, Case], shards: dict[int, Path]) -> dict
     from deepspeed.utils import safe_get_full_grad
 
     from anchor.data.shards import ShardReader
+    from anchor.engine.build import make_objective
     from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication, read_ds_config
-    from anchor.engine.plan import make_objective
     from anchor.engine.step import train_step
     from anchor.models.backbone import load_backbone
 
@@ -197,7 +197,7 @@ def gradients_of(ranks, cases: dict[str, Case], shards: dict[int, Path]) -> dict
 
 def expected_loss(objective: str, model, batch, shards: Path) -> torch.Tensor:
     """Return the objective's loss, computed text by text."""
-    from anchor.config import schema
+    from anchor.config.objectives import ContrastiveSection
     from anchor.data.decode_prefix import template_prefix_ids
 
     if objective == "contrastive":
@@ -206,7 +206,7 @@ def expected_loss(objective: str, model, batch, shards: Path) -> torch.Tensor:
         return plain_reconstruction(model, batch, 0.2) + 0.3 * plain_contrastive(model, batch, 0.1)
     section = OBJECTIVES[objective]
     if section["kind"] == "contrastive":
-        chosen = schema.ContrastiveObjective.model_validate(section)
+        chosen = ContrastiveSection.model_validate(section)
         vectors = plain_vectors(model, batch)
         loss = naive_contrastive(*vectors, chosen)
         if chosen.false_negative_margin is not None:  # it does leave something out

@@ -106,7 +106,7 @@ def test_vectors_that_are_no_numbers_score_nothing():
 
 def test_held_out_shards_of_another_template_are_refused(tmp_path, tiny_model_dir, packed, make_shards):
     from anchor.config.load import load_recipe
-    from anchor.config.schema import TrainRecipe
+    from anchor.config.train_recipe import TrainRecipe
     from anchor.engine.plan import make_plan
 
     other = make_shards(pairs=16, pack_multiple=2, pack_tokens=1024, template={"kind": "preset", "name": "plain"})

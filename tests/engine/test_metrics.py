@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from anchor.config.schema import TelemetrySection
+from anchor.config.train_recipe import TelemetrySection
 from anchor.engine.metrics import JsonLines, open_sinks, read_rows
 from anchor.errors import ConfigError
 
@@ -41,7 +41,7 @@ def test_weights_and_biases_writes_offline_and_goes_on_under_one_id(tmp_path):
     """Run in a separate process: wandb starts a service and leaves threads behind."""
     program = (
         "import sys; from pathlib import Path\n"
-        "from anchor.config.schema import TelemetrySection\n"
+        "from anchor.config.train_recipe import TelemetrySection\n"
         "from anchor.engine.metrics import open_sinks\n"
         "section = TelemetrySection(loggers=('wandb',), wandb_project='p', wandb_mode='offline')\n"
         "for sink in open_sinks(section, Path(sys.argv[1]), 0, {'seed': 1}):\n"
@@ -76,7 +76,7 @@ def test_a_service_that_refuses_stops_the_run_at_its_start(tmp_path):
     """The refusal is real: there is no network and no login here."""
     program = (
         "import sys; from pathlib import Path\n"
-        "from anchor.config.schema import TelemetrySection\n"
+        "from anchor.config.train_recipe import TelemetrySection\n"
         "from anchor.engine.metrics import open_sinks\n"
         "from anchor.errors import exit_on_user_error\n"
         "with exit_on_user_error():\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anchor.config.schema import OptimSection
+from anchor.config.train_recipe import OptimSection
 from anchor.engine.optim import learning_rate, parameter_groups
 
 

@@ -12,7 +12,8 @@ from tokenizers.trainers import BpeTrainer
 
 from anchor.data.decode_prefix import template_prefix_ids
 from anchor.data.templates import Template
-from anchor.data.tokenization import SegmentTokenizer, load_tokenizer, prepare_tokenizer
+from anchor.data.tokenization import SegmentTokenizer, prepare_tokenizer
+from anchor.data.tokenizer_files import load_tokenizer
 
 
 def llama_tokenizer(folder: Path) -> Any:

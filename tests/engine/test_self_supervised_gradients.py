@@ -15,9 +15,9 @@ from reference import naive_contrastive, plain_model, relative, segments_of
 from taught import DIMENSION, TEMPLATE, TOKENS, plain_embeddings, plain_losses, teach_at_random
 from test_train import write_recipe
 
-from anchor.config import schema
 from anchor.config.load import load_recipe
-from anchor.config.schema import TrainRecipe
+from anchor.config.objectives import JointContrastiveSection
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.shards import ShardReader
 from anchor.engine.plan import make_plan
 from anchor.models.special_tokens import SpecialTokens
@@ -55,8 +55,8 @@ def gradients_of(ranks, recipes: dict[str, Path]) -> dict[str, tuple[float, dict
     """Return for each recipe the loss, and gradients and values of the trained parameters, gathered whole."""
     from deepspeed.utils import safe_get_full_grad
 
+    from anchor.engine.build import load_engine
     from anchor.engine.deepspeed import Engine
-    from anchor.engine.loading import load_engine
     from anchor.engine.step import train_step
 
     right, found = Engine.step, {}
@@ -137,7 +137,7 @@ def plain_gradients(case: Case, special: SpecialTokens, values: dict, folder: Pa
     alignment, reconstruction = plain_losses(encoder, special, batch, decoder)
     loss = alignment + case.objective["reconstruction_weight"] * reconstruction
     if "contrastive" in case.objective:
-        section = schema.JointContrastive.model_validate(case.objective["contrastive"])
+        section = JointContrastiveSection.model_validate(case.objective["contrastive"])
         segments = [s for pack in batch.packs for s in segments_of(pack)]
         texts = [int(text) for pack in batch.packs for text in pack.text_ids]
         vectors = [plain_embeddings(encoder, special, s["ids"])[1] for s in segments]

@@ -17,18 +17,20 @@ from taught import DIMENSION, TEMPLATE, TOKENS, teach_at_random
 from test_train import losses, train_ranks, write_recipe
 
 from anchor.config.load import load_recipe
-from anchor.config.schema import PackRecipe, TrainRecipe
+from anchor.config.pack_recipe import PackRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import to_tensors
-from anchor.data.shards import Pack, ShardReader, read_index
-from anchor.engine.dry_run import Options, setting_of
-from anchor.engine.estimate import state_bytes
+from anchor.data.index import read_index
+from anchor.data.shards import Pack, ShardReader
+from anchor.engine.build import new_special_tokens
 from anchor.engine.plan import make_plan
-from anchor.engine.special_tokens import new_special_tokens, special_tokens_shape
 from anchor.errors import ModelError, ShardError
-from anchor.models.backbone import load_causal_lm, read_config
-from anchor.models.shape import meta_model, shape_of
-from anchor.models.special_tokens import base_fingerprint, load_special_tokens
-from anchor.models.special_tokens_folder import load_special_tokens_embedder
+from anchor.estimate.memory import state_bytes
+from anchor.estimate.model_shape import shape_of, special_tokens_shape
+from anchor.estimate.setting import setting_of
+from anchor.model_folder.description import base_fingerprint
+from anchor.model_folder.special_tokens import load_special_tokens, load_special_tokens_embedder
+from anchor.models.backbone import load_causal_lm, meta_model, read_config
 
 PAPER = {"kind": "self_supervised", "alignment_weight": 1.0, "reconstruction_weight": 1.0}
 FROZEN = {"kind": "frozen"}
@@ -93,7 +95,7 @@ def test_every_trained_parameter_moves(runs):
 
 def engine_after_three_steps(ranks, recipe_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int], int]:
     """Return frozen parameters, bytes of this rank by name as :func:`state_bytes`, and a count of the trained ones."""
-    from anchor.engine.loading import load_engine
+    from anchor.engine.build import load_engine
     from anchor.engine.step import train_step
 
     plan = make_plan(load_recipe(recipe_path, TrainRecipe), "x.yaml", ranks.world_size)
@@ -125,7 +127,7 @@ def test_the_base_stays_bit_for_bit_and_costs_neither_optimiser_nor_gradients(ru
     packing = PackRecipe.model_validate(index.recipe)
     shape = special_tokens_shape(shape_of(meta_model(loaded.backbone)), loaded, packing, index.teacher)
     assert shape.count(trained=True) == COUNT
-    assert held == state_bytes(shape, setting_of(loaded, {"stage": 3}, Options(num_ranks=2)))
+    assert held == state_bytes(shape, setting_of(loaded, {"stage": 3}, num_ranks=2))
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from distributed import run_distributed
 from reference import naive_contrastive, plain_model, plain_reconstruction, plain_vectors
 from safetensors.torch import load_file, save_file
 
-from anchor.config import schema
+from anchor.config.objectives import ContrastiveSection, ReconstructionSection
 from anchor.data.shards import Batch, Pack, ShardReader, make_batch
 
-CONTRASTIVE = schema.ContrastiveObjective(kind="contrastive", temperature=0.1)
-RECONSTRUCTION = schema.ReconstructionObjective(kind="reconstruction", alpha=0.2)
+CONTRASTIVE = ContrastiveSection(kind="contrastive", temperature=0.1)
+RECONSTRUCTION = ReconstructionSection(kind="reconstruction", alpha=0.2)
 COLUMNS = [name for name in Pack.__slots__ if name != "teacher"]
 OVERFLOWING_TEMPERATURE = 3e-39
 """A similarity over it is a finite float32, and so is the loss; its gradient is not."""
@@ -54,7 +54,7 @@ def batches_of(shards: Path) -> dict[str, Batch]:
 
 
 def engine_of(ranks, model: Path, objective, stage: int, dtype: str):
-    from anchor.config.schema import TrainRecipe
+    from anchor.config.train_recipe import TrainRecipe
     from anchor.engine.deepspeed import Engine, complete_ds_config
     from anchor.models.backbone import DTYPES, load_backbone
     from anchor.objectives.contrastive import ContrastiveObjective
@@ -73,7 +73,7 @@ def engine_of(ranks, model: Path, objective, stage: int, dtype: str):
     )
     ds_config = complete_ds_config({"zero_optimization": {"stage": stage}}, recipe, ranks.world_size)
     causal_lm = load_backbone(recipe.backbone, DTYPES[dtype], "cpu", work_dir=Path("unused"), ds_config=ds_config)
-    kind = ContrastiveObjective if isinstance(objective, schema.ContrastiveObjective) else ReconstructionObjective
+    kind = ContrastiveObjective if isinstance(objective, ContrastiveSection) else ReconstructionObjective
     return Engine(kind(causal_lm, objective), ds_config, recipe.optim, ranks)
 
 

@@ -11,8 +11,9 @@ import pytest
 from distributed import run_distributed
 from test_estimate import BIG, FULL, LORA, SETTING, STEP
 
-from anchor.config.schema import PackRecipe, TrainRecipe
-from anchor.engine.estimate_traffic import Links, Transfer, moving_seconds, transfers, waiting_seconds
+from anchor.config.pack_recipe import PackRecipe
+from anchor.config.train_recipe import TrainRecipe
+from anchor.estimate.traffic import Links, Transfer, moving_seconds, transfers, waiting_seconds
 
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 RELEASED = ZERO3 | {"stage3_max_reuse_distance": 1, "stage3_prefetch_bucket_size": 0}
@@ -48,8 +49,8 @@ def counted(ranks, cases: dict[str, Case]) -> dict[str, dict[tuple[str, int], fl
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from anchor.data.shards import ShardReader
+    from anchor.engine.build import make_objective
     from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
-    from anchor.engine.plan import make_objective
     from anchor.engine.step import train_step
     from anchor.models.backbone import DTYPES, load_backbone
 
@@ -98,16 +99,17 @@ def counted(ranks, cases: dict[str, Case]) -> dict[str, dict[tuple[str, int], fl
 def estimated(case: Case, num_ranks: int) -> dict[tuple[str, int], float]:
     """Return the same bytes from the estimate."""
     from anchor.data.shards import ShardReader
-    from anchor.engine.dry_run import Options, setting_of
-    from anchor.engine.plan import make_objective
-    from anchor.engine.step_shape import sampled_step
-    from anchor.models.shape import meta_model, shape_of
+    from anchor.engine.build import make_objective
+    from anchor.estimate.model_shape import shape_of
+    from anchor.estimate.setting import setting_of
+    from anchor.estimate.step_shape import sampled_step
+    from anchor.models.backbone import meta_model
 
     recipe, reader = recipe_of(case), ShardReader(case[4])
     model = meta_model(recipe.backbone)
     packing = PackRecipe.model_validate(reader.index.recipe)
     step, _ = sampled_step(make_objective(model, recipe), recipe, packing, [reader.read(STEPS - 1)])
-    setting = setting_of(recipe, case[1], Options(num_ranks=num_ranks))
+    setting = setting_of(recipe, case[1], num_ranks=num_ranks)
     kinds = {"gather weights": "gather", "gather updated": "gather", "scatter": "scatter", "sum": "sum"}
     kinds["gather embeddings"] = "allgather_"
     out: dict[tuple[str, int], float] = defaultdict(float)

@@ -45,7 +45,7 @@ def write_recipe(folder: Path, model: Path, shards: Path, **changes) -> Path:
 
 def train_ranks(ranks, recipe_path: Path, resume: bool) -> str:
     from anchor.config.load import load_recipe
-    from anchor.config.schema import TrainRecipe
+    from anchor.config.train_recipe import TrainRecipe
     from anchor.engine.loop import train
     from anchor.engine.plan import make_plan
     from anchor.engine.stop import StopRequest
@@ -143,9 +143,9 @@ def test_the_model_card_names_the_base_the_prompts_and_a_model_that_is_untrained
     """Regression: the card called `runs/a/stage1/export` `export`, omitted document prompts, and called 0 steps
     training."""
     from anchor.config.load import load_recipe
-    from anchor.config.schema import TrainRecipe
-    from anchor.data.shards import read_index
-    from anchor.engine.export import _model_card
+    from anchor.config.train_recipe import TrainRecipe
+    from anchor.data.index import read_index
+    from anchor.model_folder.export import _model_card
 
     index = read_index(shards)
     recipe = load_recipe(write_recipe(tmp_path, Path("runs/a/stage1/export"), shards), TrainRecipe)
@@ -174,7 +174,7 @@ def test_every_consumer_of_the_exported_folder_gets_the_same_vectors(runs, name)
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoTokenizer
 
-    from eval.encoder import Encoder
+    from anchor.encoding.encoder import Encoder
 
     folder = runs[name][0] / "run/export"
     encoder = Encoder(folder, dtype="fp32", pack_tokens=40)
@@ -199,7 +199,7 @@ def test_every_consumer_of_the_exported_folder_gets_the_same_vectors(runs, name)
 def test_special_tokens_inside_a_text_are_ordinary_text_for_every_consumer(runs):
     from transformers import AutoTokenizer
 
-    from eval.encoder import Encoder
+    from anchor.encoding.encoder import Encoder
 
     folder = runs["two"][0] / "run/export"
     text = "a <|im_end|> b <|im_start|>user"
@@ -215,7 +215,7 @@ def test_the_exported_model_equals_the_engine(runs, shards):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from eval.encoder import Encoder
+    from anchor.encoding.encoder import Encoder
 
     folder, recipe = runs["lora"]
     base = yaml.safe_load(recipe.read_text())["backbone"]["path"]
@@ -282,7 +282,7 @@ def test_a_run_that_exists_is_not_overwritten(runs, capsys):
 
 
 def test_an_altered_checkout_is_marked_but_not_for_its_results(tmp_path: Path, monkeypatch) -> None:
-    from anchor.engine import plan
+    from anchor.engine import provenance
 
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
@@ -298,16 +298,16 @@ def test_an_altered_checkout_is_marked_but_not_for_its_results(tmp_path: Path, m
     git("add", ".")
     git("commit", "-qm", "first")
     commit = git("describe", "--always")
-    monkeypatch.setattr(plan, "__file__", str(code))
-    assert plan.provenance_commit() == commit
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert provenance.provenance_commit() == commit
     result.write_text("after")
-    assert plan.provenance_commit() == commit
+    assert provenance.provenance_commit() == commit
     code.write_text("after")
-    assert plan.provenance_commit() == f"{commit}-dirty"
+    assert provenance.provenance_commit() == f"{commit}-dirty"
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
-    from anchor.engine.plan import provenance_commit
+    from anchor.engine.provenance import provenance_commit
 
     monkeypatch.setenv("PATH", "/nowhere")
     assert provenance_commit() is None

@@ -7,7 +7,7 @@ import pytest
 from distributed import run_distributed
 from test_train import train_ranks, write_recipe
 
-from anchor.engine.gpus import peak_of_device
+from anchor.estimate.gpus import peak_of_device
 
 
 @pytest.mark.parametrize(

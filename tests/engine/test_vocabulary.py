@@ -11,8 +11,8 @@ from taught import TEMPLATE
 from test_train import write_recipe
 from transformers import AutoConfig
 
-from anchor.data.shards import read_index
-from anchor.engine.vocabulary import check_exported_template, check_vocabulary
+from anchor.data.index import read_index
+from anchor.engine.checks import check_exported_template, check_vocabulary
 from anchor.errors import ModelError
 from anchor.train import main
 

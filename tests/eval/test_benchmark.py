@@ -16,16 +16,18 @@ from distributed import run_distributed
 from mteb.results import TaskResult
 from retrieval import write_retrieval
 
+from anchor.encoding.encoder import Encoder
+from anchor.encoding.ranks import RankedEncoder
 from anchor.errors import ConfigError, DataError
 from eval.__main__ import main
-from eval.benchmark import MtebEncoder, run_tasks
-from eval.cache import VectorCache
-from eval.embed import Options, embed
-from eval.encoder import Encoder
-from eval.prompts import load_prompts
-from eval.ranks import RankedEncoder
-from eval.table import main_scores
-from eval.tasks import (
+from eval.embedding.embed import Options, embed
+from eval.embedding.texts import Source
+from eval.embedding.vectors import read_folder
+from eval.reporting.table import main_scores
+from eval.scoring.benchmark import MtebEncoder, run_tasks
+from eval.scoring.cache import VectorCache
+from eval.scoring.prompts import load_prompts
+from eval.scoring.tasks import (
     find_benchmark,
     hub_datasets,
     local_retrieval_task,
@@ -34,8 +36,6 @@ from eval.tasks import (
     tasks_by_name,
     with_data,
 )
-from eval.texts import Source
-from eval.vectors import read_folder
 
 MTEB_DATA = Path(__file__).parents[3] / "shared/data/mteb"
 
@@ -174,7 +174,7 @@ def test_another_length_is_another_result(export_dir, tmp_path):
 
 
 def test_bright_below_the_papers_length_is_warned_of(export_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("eval.benchmark.run_tasks", lambda *_, **__: {})
+    monkeypatch.setattr("eval.scoring.benchmark.run_tasks", lambda *_, **__: {})
     monkeypatch.setattr("eval.__main__._show", lambda *_, **__: None)
     command = ["mteb", str(export_dir), "--tasks", "BrightPonyRetrieval", "--output", str(tmp_path / "out")]
     for more, warned in ([], False), (["--prompts", "llm2vec_gen"], True):
@@ -189,7 +189,7 @@ class Killed(BaseException):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_killed_evaluation_embeds_nothing_twice(export_dir, retrieval_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.cache.BLOCK_TEXTS", 8)
+    monkeypatch.setattr("eval.scoring.cache.BLOCK_TEXTS", 8)
     asked: list[str] = []
     real = Encoder.states
 

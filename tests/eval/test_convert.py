@@ -17,12 +17,12 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from anchor.encoding.opening import open_encoder
 from anchor.errors import ConfigError, DataError, ModelError
-from anchor.models.special_tokens import Description, read_description
+from anchor.model_folder.description import Description, read_description
 from eval.__main__ import main
-from eval.convert import convert
+from eval.conversion.convert import convert
 from eval.decode import Decoder
-from eval.opening import open_encoder
 
 # Peft warns that rows of a tied, enlarged embedding are saved, and transformers of random new rows: as the authors do.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,14 +12,14 @@ from conftest import english_pairs, write_jsonl
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from anchor.encoding.encoder import Encoder
 from anchor.errors import ConfigError, DataError, ModelError
 from anchor.models.centres import CENTRES_NAME
 from anchor.models.reconstructor import generate_from_prefixes
 from eval.__main__ import main
 from eval.decode import Decoded, Decoder, means, overlap, read_pairs, write_decoded
-from eval.embed import Options, embed
-from eval.encoder import Encoder
-from eval.texts import Source
+from eval.embedding.embed import Options, embed
+from eval.embedding.texts import Source
 
 PAIRS = english_pairs(5)
 TEXTS = [row["positive"] for row in PAIRS]

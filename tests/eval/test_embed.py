@@ -12,12 +12,12 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from safetensors import SafetensorError
 
+from anchor.encoding.encoder import Encoder
 from anchor.errors import ConfigError, DataError, exit_on_user_error
 from eval.__main__ import main
-from eval.embed import Options, embed
-from eval.encoder import Encoder
-from eval.texts import Source
-from eval.vectors import Part, read_folder, write_part
+from eval.embedding.embed import Options, embed
+from eval.embedding.texts import Source
+from eval.embedding.vectors import Part, read_folder, write_part
 
 ROWS = [{"id": f"n{i}", "text": row["positive"]} for i, row in enumerate(english_pairs(50))]
 TEXTS = [row["text"] for row in ROWS]
@@ -93,7 +93,7 @@ def test_a_killed_run_embeds_nothing_twice(encoder, source, tmp_path, monkeypatc
 
 def test_an_unfinished_run_of_another_job_and_damaged_parts_are_refused(encoder, source, tmp_path, monkeypatch):
     out, options = tmp_path / "out", Options(shard_texts=10)
-    monkeypatch.setattr("eval.embed._merge", lambda *_: None)  # stop before the end
+    monkeypatch.setattr("eval.embedding.embed._merge", lambda *_: None)  # stop before the end
     embed(encoder, source, out, options)
     monkeypatch.undo()
     with pytest.raises(ConfigError) as error:
@@ -118,7 +118,7 @@ def test_an_unfinished_run_of_another_job_and_damaged_parts_are_refused(encoder,
 
 def test_a_rank_to_which_the_folder_is_not_there_yet_writes_its_parts(encoder, source, tmp_path, monkeypatch):
     # On a network disk another host may not yet see what rank 0 has made; the first write failed there.
-    monkeypatch.setattr("eval.embed.rank_and_size", lambda: (1, 2))
+    monkeypatch.setattr("eval.embedding.embed.rank_and_size", lambda: (1, 2))
     embed(encoder, source, tmp_path / "out", Options(shard_texts=10))
     parts = sorted(path.name for path in (tmp_path / "out/.parts").iterdir())
     assert parts == ["part-000001.safetensors", "part-000003.safetensors"]
@@ -127,7 +127,7 @@ def test_a_rank_to_which_the_folder_is_not_there_yet_writes_its_parts(encoder, s
 def test_rank_0_alone_keeps_the_ids_and_refuses_one_that_is_given_twice(encoder, tmp_path, monkeypatch):
     source = Source(write_jsonl(tmp_path / "texts.jsonl", [{"id": "a", "text": text} for text in "xy"]))
     for rank in (0, 1):
-        monkeypatch.setattr("eval.embed.rank_and_size", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("eval.embedding.embed.rank_and_size", lambda rank=rank: (rank, 2))
         with pytest.raises(DataError, match="given twice") if rank == 0 else nullcontext():
             embed(encoder, source, tmp_path / "out", Options(shard_texts=1))
 
@@ -292,7 +292,12 @@ def test_killed_while_the_new_vectors_replace_the_old_the_run_goes_on_and_embeds
     [
         ("npy", "os.posix_fallocate", OSError(28, "No space left on device"), "merged/embeddings.npy"),
         ("parquet", "pyarrow.parquet.ParquetWriter.write_table", OSError(28, "Error"), "merged/embeddings.parquet"),
-        ("npy", "eval.vectors.save_file", SafetensorError("I/O error: x (os error 28)"), "part-000000.safetensors.tmp"),
+        (
+            "npy",
+            "eval.embedding.vectors.save_file",
+            SafetensorError("I/O error: x (os error 28)"),
+            "part-000000.safetensors.tmp",
+        ),
     ],
 )
 def test_a_full_disk_is_one_line_and_the_run_goes_on(

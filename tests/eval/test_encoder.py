@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import english_pairs
 
+from anchor.encoding.encoder import Encoder
+from anchor.encoding.opening import open_encoder
+from anchor.encoding.ranks import RankedEncoder
 from anchor.errors import ConfigError, ModelError
-from eval import cache
 from eval.__main__ import _warn_of_fp32
-from eval.embed import Options
-from eval.encoder import Encoder
-from eval.opening import open_encoder
-from eval.ranks import RankedEncoder
+from eval.embedding.embed import Options
+from eval.scoring import cache
 
 TEXTS = [row["positive"] for row in english_pairs(40)] + ["", "word " * 200]
 
@@ -50,7 +50,7 @@ def test_each_call_of_a_command_has_several_blocks_so_that_most_are_tokenised_me
 def test_vectors_do_not_depend_on_blocks(export_dir, monkeypatch):
     encoder = Encoder(export_dir, dtype="fp32")
     whole = encoder.encode([str(number) for number in range(20)])
-    monkeypatch.setattr("eval.encoder.BLOCK_TEXTS", 8)
+    monkeypatch.setattr("anchor.encoding.encoder.BLOCK_TEXTS", 8)
     np.testing.assert_allclose(encoder.encode([str(number) for number in range(20)]), whole, atol=1e-5)
     assert np.abs(whole[0] - whole[1]).max() > 0.01
 

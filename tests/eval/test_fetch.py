@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import write_jsonl
 
+from anchor.encoding.encoder import Encoder
 from anchor.errors import ConfigError, DataError
-from eval.advbench import AdvBenchIR, passages
-from eval.benchmark import run_tasks
-from eval.encoder import Encoder
-from eval.fetch import fetch, verify
-from eval.tasks import hub_datasets, named_tasks, with_data
+from eval.scoring.advbench import AdvBenchIR, passages
+from eval.scoring.benchmark import run_tasks
+from eval.scoring.fetch import fetch, verify
+from eval.scoring.tasks import hub_datasets, named_tasks, with_data
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_another_revision_is_neither_taken_nor_replaced(advbench_root, tmp_path,
     names = AdvBenchIR.hub_paths
     wanted = [(names[0], "abc"), (names[1], None)]
     for module in ("fetch", "tasks"):
-        monkeypatch.setattr(f"eval.{module}.hub_datasets", lambda _: wanted)
+        monkeypatch.setattr(f"eval.scoring.{module}.hub_datasets", lambda _: wanted)
     folder = out / names[0]
     assert with_data([AdvBenchIR()], out) == (
         [],

@@ -10,8 +10,8 @@ import torch
 from conftest import english_pairs
 from tokenizers import Tokenizer
 
-from anchor.engine.folder_files import config_for_all, prompts_and_limit
-from eval.encoder import Encoder
+from anchor.encoding.encoder import Encoder
+from anchor.model_folder.consumer_files import config_for_all, prompts_and_limit
 
 TEXTS = [row["positive"] for row in english_pairs(6)]
 

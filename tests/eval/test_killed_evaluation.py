@@ -16,20 +16,20 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from retrieval import write_retrieval
 
-from eval.benchmark import run_tasks
-from eval.embed import Options, embed
-from eval.encoder import Encoder
-from eval.prompts import load_prompts
-from eval.tasks import local_retrieval_task
-from eval.texts import Source
-from eval.vectors import read_folder
+from anchor.encoding.encoder import Encoder
+from eval.embedding.embed import Options, embed
+from eval.embedding.texts import Source
+from eval.embedding.vectors import read_folder
+from eval.scoring.benchmark import run_tasks
+from eval.scoring.prompts import load_prompts
+from eval.scoring.tasks import local_retrieval_task
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 240.0
 # The command line itself, with blocks so small that there are many.
-PROGRAM = "import sys, eval.cache, eval.__main__ as e; eval.cache.BLOCK_TEXTS = 4; e.main(sys.argv[1:])"
+PROGRAM = "import sys, eval.scoring.cache, eval.__main__ as e; eval.scoring.cache.BLOCK_TEXTS = 4; e.main(sys.argv[1:])"
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 

@@ -10,12 +10,12 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from retrieval import write_retrieval
 
+from anchor.encoding.encoder import Encoder
 from anchor.errors import DataError
 from eval.__main__ import main
-from eval.benchmark import run_tasks
-from eval.encoder import Encoder
-from eval.report_data import retrieval_pairs
-from eval.tasks import local_retrieval_task
+from eval.reporting.report_data import retrieval_pairs
+from eval.scoring.benchmark import run_tasks
+from eval.scoring.tasks import local_retrieval_task
 
 
 def test_a_folder_is_read_as_it_is_now_not_as_one_of_its_name_was_before(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from anchor.errors import ConfigError
-from eval.prompts import load_prompts, shipped_names
+from eval.scoring.prompts import load_prompts, shipped_names
 
 
 def tasks_of(benchmark: str) -> set[str]:

@@ -14,8 +14,8 @@ import pytest
 from conftest import write_jsonl
 from distributed import run_distributed
 
-from eval.encoder import TextEncoder
-from eval.ranks import RankedEncoder
+from anchor.encoding.encoder import TextEncoder
+from anchor.encoding.ranks import RankedEncoder
 
 ROOT = Path(__file__).parents[2]
 # NCCL leaves a process group when all ranks do; gloo does so alone.

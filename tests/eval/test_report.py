@@ -14,11 +14,11 @@ import pytest
 from conftest import english_pairs, write_jsonl
 from PIL import Image
 
+from anchor.encoding.encoder import Encoder
 from anchor.errors import ConfigError, DataError
 from eval.__main__ import main
-from eval.encoder import Encoder
-from eval.report import Looks, write_report
-from eval.report_data import flat_map, read_run, retrieval_pairs
+from eval.reporting.report import Looks, write_report
+from eval.reporting.report_data import flat_map, read_run, retrieval_pairs
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -151,7 +151,7 @@ def test_the_star_of_harmful_queries_goes_to_the_safer_model(tmp_path):
 def test_the_command_writes_a_benchmark_table_beside_published_rows(tmp_path, capsys):
     from test_table import made_up_results
 
-    from eval.tasks import find_benchmark
+    from eval.scoring.tasks import find_benchmark
 
     results = tmp_path / "run/mteb"
     for result in made_up_results(find_benchmark("MTEB(eng, v1)"), leave_out=("SciFact",)):

@@ -15,17 +15,18 @@ from retrieval import write_retrieval
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from anchor.data.shards import read_index
-from anchor.engine.export_special_tokens import Collected, write
+from anchor.data.index import read_index
+from anchor.encoding.encoder import Encoder
+from anchor.encoding.opening import open_encoder
+from anchor.encoding.soft_prompts import SoftPromptsEncoder
 from anchor.errors import ConfigError, ModelError
-from anchor.models.special_tokens import SpecialTokens, base_fingerprint
+from anchor.model_folder.description import base_fingerprint
+from anchor.model_folder.special_tokens_export import Collected, write
+from anchor.models.special_tokens import SpecialTokens
 from eval.__main__ import main
 from eval.decode import Decoder
-from eval.encoder import Encoder
-from eval.opening import open_encoder
-from eval.report import Looks, write_report
-from eval.soft_prompts import SoftPromptsEncoder
-from eval.vectors import read_folder
+from eval.embedding.vectors import read_folder
+from eval.reporting.report import Looks, write_report
 
 P, TEACHER = 3, 24
 PAIRS = english_pairs(12)

@@ -9,7 +9,7 @@ from mteb.results import BenchmarkResults, ModelResult, TaskResult
 
 from anchor.errors import ConfigError, DataError
 from eval.__main__ import main
-from eval.table import (
+from eval.reporting.table import (
     absent_line,
     benchmark_table,
     main_scores,
@@ -19,7 +19,7 @@ from eval.table import (
     summarise,
     task_results,
 )
-from eval.tasks import LITE_TASKS, find_benchmark
+from eval.scoring.tasks import LITE_TASKS, find_benchmark
 
 
 def made_up_results(benchmark, leave_out=()) -> list[TaskResult]:
@@ -201,7 +201,7 @@ def test_labels_are_shown_as_they_are_and_equal_ones_refused(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_compared_is_named_before_anything_is_scored(tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.setattr("eval.opening.open_encoder", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("anchor.encoding.opening.open_encoder", lambda *_, **__: pytest.fail("opened"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["mteb", "nowhere", *words])

@@ -10,7 +10,7 @@ from conftest import write_jsonl
 from anchor.data.row_files import open_output
 from anchor.errors import ConfigError, DataError
 from eval.decode import read_pairs
-from eval.texts import Source, read_texts
+from eval.embedding.texts import Source, read_texts
 
 
 def test_parquet_plain_text_and_other_columns_are_read(tmp_path):

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anchor.data.tokenization import load_tokenizer
+from anchor.data.tokenizer_files import load_tokenizer
+from anchor.encoding.encoder import Encoder
+from anchor.encoding.opening import open_encoder
 from anchor.errors import AnchorError, ConfigError, ModelError
 from anchor.models.backbone import read_config
-from data_prep.dense import load_model
-from eval.encoder import Encoder
-from eval.opening import open_encoder
+from data_prep.mining.dense import load_model
 
 ROOT = Path(__file__).parents[2]
 PICKLED = "its weights are a pickle (.bin) that is damaged or asks for more than tensors; save them as safetensors"

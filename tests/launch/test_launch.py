@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from anchor.config.load import load_recipe
-from anchor.config.schema import PackRecipe, TrainRecipe
+from anchor.config.pack_recipe import PackRecipe
+from anchor.config.train_recipe import TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 # test_study.py loads them.

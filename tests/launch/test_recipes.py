@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from anchor.config.load import load_recipe
-from anchor.config.schema import ContrastiveObjective, FullTraining, LoraTraining, PackRecipe, TrainRecipe
-from anchor.config.schema import ReconstructionObjective as Reconstruction
+from anchor.config.objectives import ContrastiveSection
+from anchor.config.objectives import ReconstructionSection as Reconstruction
+from anchor.config.pack_recipe import PackRecipe
+from anchor.config.train_recipe import FullTraining, LoraTraining, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launch/recipes"
@@ -68,7 +70,7 @@ def test_the_recipes_hold_the_papers_numbers(model: str) -> None:
     )
     assert first.optim.decay_steps == round(3 * 1_500_000 / STAGE1_PAIRS[model])
     for one in (second, baseline):
-        assert isinstance(one.objective, ContrastiveObjective)
+        assert isinstance(one.objective, ContrastiveSection)
         assert isinstance(one.backbone.trained, LoraTraining)
         assert (one.objective.temperature, one.optim.lr, one.optim.warmup_steps, one.optim.total_steps) == (
             *(0.02, 2e-4),
@@ -90,7 +92,7 @@ def test_the_recipes_hold_the_papers_numbers(model: str) -> None:
 def test_the_recipes_fit_eight_gpus_of_80_gb_as_the_readme_says(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anchor.engine.dry_run import Options, dry_run
+    from anchor.dry_run.report import Options, dry_run
 
     for name in ("launch", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -9,14 +9,9 @@ from pathlib import Path
 import pytest
 
 from anchor.config.load import load_recipe
-from anchor.config.schema import (
-    FilesSource,
-    FrozenTraining,
-    PackRecipe,
-    SelfSupervisedObjective,
-    SpecialTokensTemplate,
-    TrainRecipe,
-)
+from anchor.config.objectives import SelfSupervisedSection
+from anchor.config.pack_recipe import FilesSource, PackRecipe, SpecialTokensTemplate
+from anchor.config.train_recipe import FrozenTraining, TrainRecipe
 from data_prep.options import make_parser
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +36,7 @@ def commands(program: str) -> list[list[str]]:
 def test_the_recipes_hold_the_papers_numbers(model: str) -> None:
     train = load_recipe(RECIPES / model / "self_supervised.yaml", TrainRecipe)
     pack = load_recipe(RECIPES / model / "pack_self_supervised.yaml", PackRecipe)
-    assert isinstance(train.objective, SelfSupervisedObjective)
+    assert isinstance(train.objective, SelfSupervisedSection)
     assert isinstance(train.backbone.trained, FrozenTraining)
     assert (train.objective.alignment_weight, train.objective.reconstruction_weight) == (1.0, 1.0)
     assert train.objective.contrastive is None

@@ -13,7 +13,7 @@ import torch
 from reference import plain_hidden, plain_model, relative, segments_of
 from torch.nn.attention.varlen import varlen_attn
 
-from anchor.config import schema
+from anchor.config.train_recipe import BackboneSection
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Pack
 from anchor.errors import ConfigError, ModelError
@@ -198,8 +198,8 @@ def test_the_last_token_moves_the_first_only_where_attention_is_bidirectional(ti
     assert torch.equal(before[9:], after[9:])
 
 
-def backbone_section(path, direction: str) -> schema.BackboneSection:
-    return schema.BackboneSection.model_validate(
+def backbone_section(path, direction: str) -> BackboneSection:
+    return BackboneSection.model_validate(
         {"path": str(path), "trained": {"kind": "full"}, "attention": "segments", "direction": direction}
     )
 

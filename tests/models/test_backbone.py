@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from anchor.config.schema import BackboneSection
+from anchor.config.train_recipe import BackboneSection
 from anchor.errors import ConfigError, ModelError
+from anchor.estimate.model_shape import shape_of
 from anchor.models.backbone import load_backbone
 from anchor.models.head import output_layer
-from anchor.models.shape import shape_of
 from anchor.objectives.language_model import LanguageModelObjective
 
 

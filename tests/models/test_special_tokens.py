@@ -17,16 +17,10 @@ from torch.utils._pytree import tree_leaves
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Pack
 from anchor.errors import ModelError
+from anchor.model_folder.description import base_fingerprint, check_base
+from anchor.model_folder.special_tokens import load_special_tokens, load_special_tokens_embedder
 from anchor.models.backbone import load_causal_lm
-from anchor.models.special_tokens import (
-    WEIGHTS_NAME,
-    SpecialTokens,
-    SpecialTokensEmbedder,
-    base_fingerprint,
-    check_base,
-    load_special_tokens,
-)
-from anchor.models.special_tokens_folder import load_special_tokens_embedder
+from anchor.models.special_tokens import WEIGHTS_NAME, SpecialTokens, SpecialTokensEmbedder
 
 P, D = 3, 12
 

@@ -11,7 +11,7 @@ from reference import naive_contrastive, relative
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anchor.config import schema
+from anchor.config.objectives import ContrastiveTermSection
 from anchor.data.shards import Pack, make_batch
 from anchor.errors import ConfigError
 from anchor.objectives.contrastive import ContrastiveTerm
@@ -178,7 +178,7 @@ REPEATS = make_pack([(1, 11, 21), (2, 12, 3), (3, 13, 23), (1, 14, 24), (5, 13, 
 
 
 def term_of(options: dict, chunk_rows: int | None = None) -> ContrastiveTerm:
-    return ContrastiveTerm(schema.ContrastiveTerm(temperature=0.2, **options), 8, chunk_rows=chunk_rows)
+    return ContrastiveTerm(ContrastiveTermSection(temperature=0.2, **options), 8, chunk_rows=chunk_rows)
 
 
 def vectors() -> torch.Tensor:
@@ -211,7 +211,7 @@ def test_loss_and_gradient_equal_those_of_sentence_transformers(hard_negatives):
     """Compare in float64, where only the equation matters: all texts differ, and each query has one positive."""
     pairs, columns = 6, 2 + hard_negatives
     batch = make_batch([make_pack([tuple(range(i * columns, (i + 1) * columns)) for i in range(pairs)])], "x")
-    section = schema.ContrastiveTerm(temperature=0.05)
+    section = ContrastiveTermSection(temperature=0.05)
     theirs = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=1 / 0.05)
 
     def rows() -> torch.Tensor:
@@ -281,7 +281,7 @@ def test_the_margin_leaves_out_what_is_closer_than_the_positive_and_says_how_man
     batch = make_batch([make_pack([(1, 11, 21, 31, 41)])], "x")
     cosines = torch.tensor([1.0, 0.6, 0.65, 0.75, -1.0], dtype=torch.float64)
     rows = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
-    section = schema.ContrastiveTerm(temperature=0.5, false_negative_margin=0.1)
+    section = ContrastiveTermSection(temperature=0.5, false_negative_margin=0.1)
     loss, shares = ContrastiveTerm(section, 2).loss(rows, batch, 0, 1)
     assert float(loss) == pytest.approx(math.log(1 + math.exp(0.1) + math.exp(-3.2)), rel=1e-9)
     assert float(shares["embedding/over_margin_documents"]) == 1
@@ -294,7 +294,7 @@ def test_all_similarities_in_one_softmax_equal_gte_by_hand():
     batch = make_batch([make_pack([(1, 11), (2, 12)])], "x")
     angles = torch.tensor([0.0, 0.3, 1.2, 1.9], dtype=torch.float64)  # q_1 d_1 q_2 d_2
     rows = torch.stack([angles.cos(), angles.sin()], dim=1)
-    section = schema.ContrastiveTerm(temperature=0.5, negatives=ALL)
+    section = ContrastiveTermSection(temperature=0.5, negatives=ALL)
     loss, _ = ContrastiveTerm(section, 2).loss(rows, batch, 0, 1)
 
     def e(a: float, b: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from distributed import run_distributed
 from reference import plain_model, relative, segments_of
 
-from anchor.config.schema import TrainRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import to_tensors
 from anchor.data.packing import decode_plan
 from anchor.data.shards import Batch, ShardReader, make_batch
@@ -123,8 +123,8 @@ def recipe_of(model: Path, shards: Path) -> TrainRecipe:
 
 
 def engine_metrics(ranks, model: Path, shards: Path) -> dict[str, float]:
+    from anchor.engine.build import make_objective
     from anchor.engine.deepspeed import Engine, complete_ds_config, init_communication
-    from anchor.engine.plan import make_objective
     from anchor.engine.step import train_step
     from anchor.models.backbone import load_backbone
 
@@ -149,8 +149,8 @@ def test_a_step_on_two_ranks_has_the_loss_and_gradient_norm_of_plain_transformer
 
 
 def test_a_dry_run_counts_the_head_of_a_language_model(tiny_model_dir, make_shards):
-    from anchor.config.schema import PackRecipe
-    from anchor.engine.step_shape import bounded_step, sampled_step
+    from anchor.config.pack_recipe import PackRecipe
+    from anchor.estimate.step_shape import bounded_step, sampled_step
 
     shards = make_shards(pairs=8, pack_multiple=2, num_rows=8)
     reader, objective = ShardReader(shards), objective_of(tiny_model_dir)

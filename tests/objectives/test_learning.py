@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from anchor.config import schema
+from anchor.config.objectives import ReconstructionSection
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Pack, make_batch
 from anchor.models.backbone import load_causal_lm
@@ -55,9 +55,7 @@ PACK = pack_of_pairs()
 def test_64_pairs_are_learnt_until_every_document_decodes_to_its_query(tiny_model_dir, decode_prefix, vector, dropout):
     torch.manual_seed(0)
     model = load_causal_lm(str(tiny_model_dir), torch.float32, "anchor_segments")
-    section = schema.ReconstructionObjective(
-        kind="reconstruction", alpha=0.5, input_dropout=dropout, anchor_vector=vector
-    )
+    section = ReconstructionSection(kind="reconstruction", alpha=0.5, input_dropout=dropout, anchor_vector=vector)
     objective = ReconstructionObjective(model, section, None, decode_prefix)
     pairs = np.repeat(np.arange(PAIRS), 2)
     parts = [make_batch([PACK.select(pairs % 4 == part)], "x") for part in range(4)]

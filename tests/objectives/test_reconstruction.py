@@ -7,8 +7,9 @@ import pytest
 import torch
 from reference import plain_contrastive, plain_hidden, plain_model, plain_reconstruction, relative, segments_of
 
-from anchor.config import schema
 from anchor.config.load import validate
+from anchor.config.objectives import ReconstructionSection
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import to_tensors
 from anchor.data.decode_prefix import template_prefix_ids
 from anchor.data.packing import partners_of, wrong_partners_of
@@ -26,7 +27,7 @@ def objective_of(
 ) -> ReconstructionObjective:
     model = load_causal_lm(str(folder), dtype, "anchor_segments").eval()
     target = "body" if prefix is None else "instruction_and_body"
-    section = schema.ReconstructionObjective(kind="reconstruction", alpha=alpha, target=target, **fields)
+    section = ReconstructionSection(kind="reconstruction", alpha=alpha, target=target, **fields)
     return ReconstructionObjective(model, section, prefix, tuple(decode_prefix))
 
 
@@ -221,7 +222,7 @@ def test_targets_with_the_instruction_begin_behind_the_template(tiny_model_dir, 
 
 
 def test_the_joint_loss_is_reconstruction_plus_weighted_contrast_of_the_same_states(tiny_model_dir, make_shards):
-    section = schema.ReconstructionObjective.model_validate(
+    section = ReconstructionSection.model_validate(
         {"kind": "reconstruction", "alpha": 0.2, "contrastive": {"weight": 0.3, "temperature": 0.1}}
     )
     batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
@@ -262,10 +263,10 @@ def test_reconstruction_refuses_a_bidirectional_backbone():
         "optim": {"lr": 1e-3, "warmup_steps": 0, "total_steps": 1},
         "engine": {"deepspeed": "zero3.json", "dtype": "bf16"},
     }
-    validate(recipe, schema.TrainRecipe, "x.yaml")
+    validate(recipe, TrainRecipe, "x.yaml")
     recipe["objective"] = {"kind": "reconstruction", "alpha": 0.2}
     with pytest.raises(ConfigError) as error:
-        validate(recipe, schema.TrainRecipe, "x.yaml")
+        validate(recipe, TrainRecipe, "x.yaml")
     assert str(error.value) == (
         "x.yaml: backbone.direction is bidirectional, but objective.kind reconstruction decodes with the same weights, "
         "where every target would see itself; use backbone.direction: causal or objective.kind: contrastive"

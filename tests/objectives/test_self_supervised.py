@@ -7,11 +7,12 @@ import torch
 from reference import naive_contrastive, plain_model, relative, segments_of
 from taught import DIMENSION, TEMPLATE, TOKENS, plain_embeddings, plain_losses, teach_at_random
 
-from anchor.config import schema
 from anchor.config.load import validate
+from anchor.config.objectives import JointContrastiveSection, SelfSupervisedSection
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Batch, ShardReader
-from anchor.engine.special_tokens import make_self_supervised
+from anchor.engine.build import make_self_supervised
 from anchor.errors import ConfigError
 from anchor.models.backbone import load_causal_lm
 from anchor.models.special_tokens import SpecialTokens
@@ -30,7 +31,7 @@ def shards(make_shards):
 
 def objective_of(folder, shards, changes: dict | None = None, dtype: torch.dtype = torch.float64):
     model = load_causal_lm(str(folder), dtype, "anchor_segments").requires_grad_(False).eval()
-    section = schema.SelfSupervisedObjective.model_validate(PAPER | (changes or {}))
+    section = SelfSupervisedSection.model_validate(PAPER | (changes or {}))
     return make_self_supervised(model, section, ShardReader(shards).index, seed=0)
 
 
@@ -136,7 +137,7 @@ def test_the_joint_loss_adds_contrast_of_the_same_embeddings(tiny_model_dir, sha
     assert {s["role"] for s in segments} == {0, 1, 2}
     wanted = [torch.nn.functional.normalize(plain_embeddings(plain, special, s["ids"])[1], dim=0) for s in segments]
     texts = [int(text) for pack in batch.packs for text in pack.text_ids]
-    section = schema.JointContrastive.model_validate(CONTRASTIVE)
+    section = JointContrastiveSection.model_validate(CONTRASTIVE)
     expected = naive_contrastive(torch.stack(wanted), [s["role"] for s in segments], texts, section)
     alignment, reconstruction = plain_losses(plain, special, batch)
     total = float((alignment + reconstruction + 0.3 * expected).detach())
@@ -197,7 +198,7 @@ RECIPE = {
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(change, expected):
-    validate(RECIPE, schema.TrainRecipe, "x.yaml")
+    validate(RECIPE, TrainRecipe, "x.yaml")
     with pytest.raises(ConfigError) as error:
-        validate(RECIPE | change, schema.TrainRecipe, "x.yaml")
+        validate(RECIPE | change, TrainRecipe, "x.yaml")
     assert str(error.value) == expected

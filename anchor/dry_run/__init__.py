@@ -1,0 +1,1 @@
+"""Dry run: what a recipe will need, without a GPU or weights."""

@@ -1,0 +1,1 @@
+"""Estimate a step's memory, work and traffic: pure arithmetic, before a run and for its utilisation."""

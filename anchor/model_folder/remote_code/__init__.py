@@ -1,0 +1,1 @@
+"""Code that exports copy into a folder for other libraries to run. The project itself never runs it."""

@@ -1,0 +1,1 @@
+"""Measurements, each one command; `bench.study` compares arms of training over seeds."""

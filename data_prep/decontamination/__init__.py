@@ -1,0 +1,1 @@
+"""Find training pairs that repeat evaluation texts."""

@@ -1,0 +1,1 @@
+"""Make pairs of real text from the documentation of installed packages."""

@@ -1,0 +1,1 @@
+"""Report on a folder of shards, and verify it."""

@@ -1,0 +1,1 @@
+"""Pack pairs: rows -> tokenised pairs -> batches -> shard files."""

@@ -1,0 +1,1 @@
+"""Collect a language model's own answers to questions."""

@@ -1,0 +1,1 @@
+"""Add a teacher's embeddings to shards."""

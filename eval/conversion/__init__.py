@@ -1,0 +1,1 @@
+"""Convert folders in LLM2Vec-Gen's published layout."""

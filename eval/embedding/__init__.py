@@ -1,0 +1,1 @@
+"""Embed texts into a folder of vectors."""

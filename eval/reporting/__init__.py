@@ -1,0 +1,1 @@
+"""Tables and one offline HTML report of runs and results."""

@@ -1,0 +1,1 @@
+"""Score a model on mteb tasks, local retrieval folders and AdvBench-IR."""
