@@ -27,6 +27,7 @@ from anchor.engine.grad_cache import pooled_backward
 from anchor.errors import exit_on_user_error
 from anchor.models.attention import implementation
 from anchor.models.backbone import DTYPES, load_causal_lm
+from anchor.objectives.base import Output
 from anchor.objectives.contrastive import ContrastiveObjective
 from bench.harness import alternate, arguments, report
 
@@ -53,7 +54,11 @@ def split(pack: Pack, pairs: int) -> list[Pack]:
 def ours(objective: ContrastiveObjective, batch: Batch, packs: list[PackTensors]) -> dict[str, float]:
     whole = Batch(tuple(p.pack for p in packs), batch.source, batch.query_target_tokens, batch.document_target_tokens)
     engine = cast(Engine, LocalEngine(objective))
-    shares = pooled_backward(engine, packs, whole, lambda i: objective(packs[i], whole))
+
+    def forward(i: int, *, embeddings_only: bool = False) -> Output:
+        return objective(packs[i], whole, embeddings_only)
+
+    shares = pooled_backward(engine, objective.pooled_loss, len(packs), whole, forward)
     objective.zero_grad()
     return {"loss": float(shares["loss/total_nats"])}
 

@@ -87,7 +87,7 @@ def measure(rank: int, options: Namespace, folder: str) -> None:
     packing = PackRecipe.model_validate(reader.index.recipe)
     shape = shape_of(meta_model(recipe.backbone))
     setting = setting_of(recipe, ds_config["zero_optimization"], num_ranks=options.ranks, device="cpu")
-    _, largest = sampled_step(objective, recipe, packing, [batch])
+    _, largest = sampled_step(objective, packing, [batch])
     estimated = memory(shape, replace(setting, ranks_per_node=options.ranks), largest)
     found = {"tokens": largest.pack_tokens, "measured_gib": measured, "estimated_gib": estimated.peak / 2**30}
     Path(folder, f"{rank}.json").write_text(json.dumps(found))

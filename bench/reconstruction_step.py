@@ -91,7 +91,7 @@ def packed_step(objective: ReconstructionObjective, batch: Batch, device: torch.
     """Run two packed passes per pack, with the chunked head."""
     total = 0.0
     for pack in batch.packs:
-        loss = objective(to_tensors(objective.prepare(pack), device), batch)[0]
+        loss = objective(to_tensors(objective.prepare(pack), device), batch).loss
         loss.backward()
         total += float(loss.detach())
     objective.zero_grad()
@@ -112,7 +112,7 @@ def model_flops(causal_lm: PreTrainedModel, objective: ReconstructionObjective, 
         }
     )
     packing = PackRecipe.model_validate(reader.index.recipe)
-    step, _ = sampled_step(objective, recipe, packing, [reader.read(0)])
+    step, _ = sampled_step(objective, packing, [reader.read(0)])
     return work(shape_of(causal_lm), setting_of(recipe, {"stage": 0}), step).model
 
 

@@ -13,7 +13,31 @@ Similarity = Literal["query_to_document", "query_to_query", "document_to_query",
 """One side of a pair, compared with one side of all pairs."""
 
 
-class ContrastiveTermSection(Section):
+class _ObjectiveSection(Section):
+    """What the dry run needs to know of an objective before there are shards."""
+
+    @property
+    def contrastive_term(self) -> "ContrastiveTermSection | None":
+        """The contrastive loss, or the term added to another loss."""
+        return getattr(self, "contrastive", None)
+
+    @property
+    def num_decoded_sides(self) -> int:
+        """Number of sides of a pair, 0 to 2, that a decode pass predicts."""
+        return 0
+
+    @property
+    def encodes_documents(self) -> bool:
+        """Whether documents are encoded, not only queries."""
+        return True
+
+    @property
+    def predicts_encoded(self) -> bool:
+        """Whether the head predicts every encoded token."""
+        return False
+
+
+class ContrastiveTermSection(_ObjectiveSection):
     """InfoNCE over the batch's documents and hard negatives; equations in `anchor/objectives/info_nce.py`."""
 
     temperature: Annotated[float, Field(gt=0.0)]
@@ -60,7 +84,7 @@ class JointContrastiveSection(ContrastiveTermSection):
     weights."""
 
 
-class ReconstructionSection(Section):
+class ReconstructionSection(_ObjectiveSection):
     """Stage I: the anchor state of one side reconstructs the other side."""
 
     kind: Literal["reconstruction"]
@@ -82,20 +106,32 @@ class ReconstructionSection(Section):
     contrastive: JointContrastiveSection | None = None
     """Contrastive term added to the loss, over the same encode pass. Hard negatives are then encoded too."""
 
+    @property
+    def num_decoded_sides(self) -> int:
+        return (self.alpha < 1) + (self.alpha > 0)
+
 
 class ContrastiveSection(ContrastiveTermSection):
     """Stage II: InfoNCE over the batch's documents and hard negatives."""
 
     kind: Literal["contrastive"]
 
+    @property
+    def contrastive_term(self) -> ContrastiveTermSection:
+        return self
 
-class LanguageModelSection(Section):
+
+class LanguageModelSection(_ObjectiveSection):
     """Next-token training on the bare texts of the pairs. This control shows how much of a gain is due to more text."""
 
     kind: Literal["language_model"]
 
+    @property
+    def predicts_encoded(self) -> bool:
+        return True
 
-class SelfSupervisedSection(Section):
+
+class SelfSupervisedSection(_ObjectiveSection):
     """LLM2Vec-Gen (arXiv:2603.10913): trained special tokens of a frozen LLM represent its answer to a query."""
 
     kind: Literal["self_supervised"]
@@ -111,8 +147,22 @@ class SelfSupervisedSection(Section):
     """Contrastive term added to the loss, over the embeddings of queries, positives and hard negatives. All of them
     are then encoded."""
 
+    @property
+    def num_decoded_sides(self) -> int:
+        return int(self.reconstruction_weight > 0)
+
+    @property
+    def encodes_documents(self) -> bool:
+        return self.contrastive is not None
+
     @model_validator(mode="after")
     def _something_is_minimised(self) -> "SelfSupervisedSection":
         if not self.alignment_weight and not self.reconstruction_weight:
             raise ValueError("alignment_weight and reconstruction_weight are both 0; the paper's are 1 and 1")
         return self
+
+
+ObjectiveSection = Annotated[
+    ReconstructionSection | ContrastiveSection | LanguageModelSection | SelfSupervisedSection,
+    Field(discriminator="kind"),
+]

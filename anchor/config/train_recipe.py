@@ -5,12 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from anchor.config.fields import ModelPathText, NonNegativeInt, PositiveInt, Section, Seed, UserPath
-from anchor.config.objectives import (
-    ContrastiveSection,
-    LanguageModelSection,
-    ReconstructionSection,
-    SelfSupervisedSection,
-)
+from anchor.config.objectives import ContrastiveSection, ObjectiveSection, SelfSupervisedSection
 
 
 class DataSection(Section):
@@ -144,10 +139,7 @@ class TrainRecipe(Section):
     """Training data."""
     backbone: BackboneSection
     """Model to train."""
-    objective: Annotated[
-        ReconstructionSection | ContrastiveSection | LanguageModelSection | SelfSupervisedSection,
-        Field(discriminator="kind"),
-    ]
+    objective: ObjectiveSection
     """Loss to minimise."""
     optim: OptimSection
     """Optimiser settings."""

@@ -47,6 +47,11 @@ class Index:
     teacher: dict[str, Any] | None = None
 
     @property
+    def first_special_id(self) -> int:
+        """Id of the first trained special token; the last one is the anchor token."""
+        return self.anchor_token_id - self.template["special_tokens"] + 1
+
+    @property
     def num_batches(self) -> int:
         return sum(shard["batches"] for shard in self.shards)
 

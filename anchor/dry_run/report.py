@@ -110,7 +110,7 @@ def dry_run(recipe: TrainRecipe, recipe_path: str, options: Options) -> dict[str
         check_backbone(model.config, recipe.backbone.path, reader.index, recipe.data.shards)
         objective = make_objective(model, recipe)
         sample = [reader.read(int(i)) for i in np.linspace(0, len(reader) - 1, min(len(reader), SAMPLED_BATCHES))]
-        step, largest = sampled_step(objective, recipe, packing, sample)
+        step, largest = sampled_step(objective, packing, sample)
     else:
         limit = f"{options.pack_recipe}: text.max_tokens"
         check_positions(model.config.to_dict(), recipe.backbone.path, packing.text.max_tokens, limit)

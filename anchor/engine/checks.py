@@ -18,11 +18,6 @@ from anchor.json_files import read_model_json
 _REMEDY = "pack with this model's tokenizer"
 
 
-def first_special_id(index: Index) -> int:
-    """Return the id of the first special token of shards that have some; the last one is the anchor token."""
-    return index.anchor_token_id - index.template["special_tokens"] + 1
-
-
 def check_template(recipe: TrainRecipe, index: Index, where: str) -> None:
     """Refuse shards whose template or teacher does not suit the recipe's objective.
 
@@ -60,7 +55,7 @@ def _check_names(recipe: TrainRecipe, index: Index, count: int) -> None:
     file = recipe.data.shards / "tokenizer/tokenizer.json"
     added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
     ids = {token["content"]: token["id"] for token in added}
-    first = first_special_id(index)
+    first = index.first_special_id
     found = [ids.get(name) for name in special_token_names(count)]
     if found != list(range(first, first + count)) or special_token_names(count + 1)[-1] in ids:
         raise ShardError(
@@ -132,7 +127,7 @@ def check_vocabulary(vocabulary: int, path: str, index: Index, shards: Path) -> 
         ModelError: a token of the shards has no embedding, or the folder's tokenizer gives its id to another token.
     """
     if "special_tokens" in index.template:
-        first, end = first_special_id(index), index.end_token_id
+        first, end = index.first_special_id, index.end_token_id
         if first > vocabulary or end is None or end >= vocabulary:
             raise ModelError(
                 f"{path}: {vocabulary} tokens, the shards have {first} before the special tokens and end texts with "
@@ -174,7 +169,7 @@ def _added_in_use(tokenizer: Tokenizer, index: Index) -> dict[str, int]:
     frame = tokenizer.encode("a")
     used = {i for i, of_template in zip(frame.ids, frame.special_tokens_mask, strict=True) if of_template}
     used |= set() if index.end_token_id is None else {index.end_token_id}
-    first = first_special_id(index) if "special_tokens" in index.template else None
+    first = index.first_special_id if "special_tokens" in index.template else None
     return {
         token.content: number
         for number, token in tokenizer.get_added_tokens_decoder().items()

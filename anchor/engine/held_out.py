@@ -24,7 +24,7 @@ from anchor.data.shards import Batch, Pack, ShardReader
 from anchor.engine.deepspeed import Engine
 from anchor.engine.step import objective_of, reduced
 from anchor.errors import ShardError
-from anchor.objectives.base import JointObjective, PooledObjective, SeparableObjective, Shares, add_shares
+from anchor.objectives.base import Output, Shares, add_shares
 
 _TOP = 10
 _TEACHER_KEYS = ("dimension", "normalized", "prompt", "sha256")
@@ -133,14 +133,13 @@ def _forward(engine: Engine, batch: Batch) -> tuple[list[Pack], list[Tensor], Sh
     """Return this rank's packs of a batch, their unit vectors, and its shares of the objective's metrics."""
     objective, ranks = objective_of(engine), engine.ranks
     packs = [objective.prepare(batch.packs[i]) for i in rank_packs(len(batch.packs), ranks.rank, ranks.world_size)]
-    outputs: list[Any] = [engine.forward(to_tensors(pack, ranks.device), batch) for pack in packs]
-    embeddings = [objective.embeddings(output) for output in outputs]
+    outputs: list[Output] = [engine.forward(to_tensors(pack, ranks.device), batch) for pack in packs]
+    embeddings = [output.embeddings for output in outputs if output.embeddings is not None]
     shares: Shares = {}
-    if isinstance(objective, PooledObjective):
-        shares = objective.loss(torch.cat(embeddings), batch, ranks.rank, ranks.world_size)[1]
-    if isinstance(objective, SeparableObjective | JointObjective):
-        for output in outputs:
-            shares = add_shares(shares, objective.metrics(output, batch))
+    if objective.pooled_loss is not None:
+        shares = objective.pooled_loss(torch.cat(embeddings), batch, ranks.rank, ranks.world_size)[1]
+    for output in outputs:
+        shares = add_shares(shares, output.metrics)
     return packs, embeddings, shares
 
 

@@ -8,7 +8,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from anchor.data.shards import Batch
 from anchor.engine.deepspeed import Engine
 from anchor.engine.grad_cache import pooled_backward
 from anchor.errors import TrainingError
-from anchor.objectives.base import Objective, PooledObjective, SeparableObjective, Shares, add_shares
+from anchor.objectives.base import Objective, Output, Shares, add_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +92,14 @@ def train_step(
     mine = rank_packs(len(prepared), ranks.rank, ranks.world_size)
     packs = [to_tensors(prepared[i], ranks.device) for i in mine]
 
-    def forward(i: int, *options: Any) -> Any:
+    def forward(i: int, *, embeddings_only: bool = False) -> Output:
         torch.manual_seed(_pack_seed(seed, step, mine[i]))
-        return engine.forward(packs[i], batch, *options)
+        return engine.forward(packs[i], batch, embeddings_only)
 
-    if isinstance(objective, PooledObjective):
-        shares = pooled_backward(engine, packs, batch, forward)
+    if objective.pooled_loss is not None:
+        shares = pooled_backward(engine, objective.pooled_loss, len(packs), batch, forward)
     else:
-        shares = _separable_backward(engine, len(packs), batch, forward)
+        shares = _local_backward(engine, len(packs), forward)
 
     metrics = reduced(shares | {_STOP: torch.tensor(float(stop_requested()), device=ranks.device)})
     stop = metrics.pop(_STOP) > 0
@@ -123,15 +122,14 @@ _STOP = "stop"
 """Name under which a request to stop travels with the metrics, so that it needs no extra collective."""
 
 
-def _separable_backward(engine: Engine, num_packs: int, batch: Batch, forward: Callable) -> Shares:
-    objective = engine.objective
-    if not isinstance(objective, SeparableObjective):
-        raise TypeError(f"{type(objective).__name__} is not separable")
+def _local_backward(engine: Engine, num_packs: int, forward: Callable[[int], Output]) -> Shares:
     total: Shares = {}
     for i in range(num_packs):
         output = forward(i)
-        engine.backward(output[0], last=i == num_packs - 1)
-        total = add_shares(total, objective.metrics(output, batch))
+        if output.loss is None:
+            raise TypeError("an objective without a pooled loss returned no local loss")
+        engine.backward(output.loss, last=i == num_packs - 1)
+        total = add_shares(total, output.metrics)
     return total
 
 

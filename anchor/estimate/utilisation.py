@@ -40,7 +40,7 @@ class Utilisation:
         cuda = ranks.device.type == "cuda"
         peak = given * 1e12 if given is not None else peak_of_device(torch.cuda.get_device_name()) if cuda else None
         self._peak = None if peak is None else peak * ranks.world_size
-        self._objective, self._recipe = objective, recipe
+        self._objective = objective
         self._packing = PackRecipe.model_validate(index.recipe)
         self._setting = setting_of(recipe, zero, num_ranks=ranks.world_size)
         self._shape = shape_of(next(m.causal_lm for m in objective.modules() if isinstance(m, Embedder)))
@@ -49,5 +49,5 @@ class Utilisation:
         """Return the fraction of the peak that a step over ``batch`` reached, or None if the peak is unknown."""
         if self._peak is None:
             return None
-        step, _ = sampled_step(self._objective, self._recipe, self._packing, [batch])
+        step, _ = sampled_step(self._objective, self._packing, [batch])
         return work(self._shape, self._setting, step).model / (seconds * self._peak)

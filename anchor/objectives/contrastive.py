@@ -13,12 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anchor import dist
-from anchor.config.objectives import ContrastiveSection, ContrastiveTermSection, Similarity
+from anchor.config.objectives import (
+    ContrastiveSection,
+    ContrastiveTermSection,
+    JointContrastiveSection,
+    Similarity,
+)
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import PackTensors
 from anchor.data.shards import Batch
 from anchor.errors import ConfigError
 from anchor.models.embedder import Embedder
-from anchor.objectives.base import PooledObjective, Shares
+from anchor.objectives.base import Objective, Output, PooledLoss, Shares, Whole
 from anchor.objectives.info_nce import RowTerms, Softmax, chunked_info_nce
 from anchor.objectives.pool import KnownMatches, OwnTexts, PoolLayout, pool_layout
 
@@ -30,7 +36,7 @@ _POSITIVE_FIRST: tuple[Similarity, ...] = (
 )
 
 
-class ContrastiveTerm:
+class ContrastiveTerm(PooledLoss):
     """The contrastive loss of a batch's embeddings. It has no parameters.
 
     Args:
@@ -54,7 +60,7 @@ class ContrastiveTerm:
     def loss(
         self, embeddings: Float[Tensor, "S D"], batch: Batch, rank: int, world_size: int
     ) -> tuple[Float[Tensor, ""], Shares]:
-        """Return this rank's share of the loss, and of the metrics at full dimension; see :class:`PooledObjective`."""
+        """Return this rank's share of the loss, and of the metrics at full dimension; see :class:`PooledLoss`."""
         layout = pool_layout(batch, rank, world_size)
         if self.section.mask_known_matches:
             masks = KnownMatches(layout, embeddings.device, self.section.negatives)
@@ -85,13 +91,19 @@ class ContrastiveTerm:
                 shares |= self._metrics(terms[0], layout.num_queries)
         return _mean(losses), shares
 
-    def joint_loss(
-        self, weight: float, embeddings: Float[Tensor, "S D"], batch: Batch, rank: int, world_size: int
+    def __call__(
+        self, embeddings: Float[Tensor, "S D"], batch: Batch, rank: int, world_size: int
     ) -> tuple[Float[Tensor, ""], Shares]:
-        """Return :meth:`loss` times ``weight``, for use with the separable loss of a :class:`JointObjective`."""
-        contrastive, shares = self.loss(embeddings, batch, rank, world_size)
-        weighted = weight * contrastive
-        return weighted, {"loss/total_nats": weighted.detach(), "loss/contrastive_nats": contrastive.detach()} | shares
+        """Return :meth:`loss` times the section's weight, if it has one; see :class:`PooledLoss`."""
+        loss, shares = self.loss(embeddings, batch, rank, world_size)
+        if isinstance(self.section, JointContrastiveSection):
+            shares = {"loss/contrastive_nats": loss.detach()} | shares
+            loss = self.section.weight * loss
+        return loss, {"loss/total_nats": loss.detach()} | shares
+
+    def gathered_segments(self, num_pairs: int, num_segments: float) -> float:
+        """Return how many of a batch's embeddings are gathered: documents, and queries if the loss needs them."""
+        return gathered_segments(self.section, num_pairs, num_segments)
 
     def _gathered(
         self, embeddings: Tensor, layout: PoolLayout
@@ -138,7 +150,13 @@ def _mean(losses: list[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
-class ContrastiveObjective(PooledObjective):
+def gathered_segments(section: ContrastiveTermSection, num_pairs: int, num_segments: float) -> float:
+    """Return how many of a batch's embeddings a contrastive term gathers from all ranks."""
+    queries = any(similarity.endswith("_to_query") for similarity in section.negatives)
+    return num_segments if queries else num_segments - num_pairs
+
+
+class ContrastiveObjective(Objective):
     """InfoNCE with hard negatives and the documents of all ranks.
 
     Args:
@@ -149,11 +167,14 @@ class ContrastiveObjective(PooledObjective):
     def __init__(self, causal_lm: PreTrainedModel, section: ContrastiveSection) -> None:
         super().__init__()
         self.embedder = Embedder(causal_lm)
-        self.term = ContrastiveTerm(section, causal_lm.config.hidden_size)
+        self.pooled_loss: ContrastiveTerm = ContrastiveTerm(section, causal_lm.config.hidden_size)
 
-    def forward(self, pack: PackTensors, batch: Batch) -> Tensor:
-        return self.embedder(pack)
+    def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Output:
+        return Output(self.embedder(pack), None, {})
 
-    def loss(self, embeddings: Tensor, batch: Batch, rank: int, world_size: int) -> tuple[Tensor, Shares]:
-        loss, shares = self.term.loss(embeddings, batch, rank, world_size)
-        return loss, {"loss/total_nats": loss.detach()} | shares
+
+def build(causal_lm: PreTrainedModel, recipe: TrainRecipe, whole: Whole) -> ContrastiveObjective:
+    """Build the recipe's objective around a backbone."""
+    if not isinstance(recipe.objective, ContrastiveSection):
+        raise TypeError(f"not a contrastive recipe: {recipe.objective.kind}")
+    return ContrastiveObjective(causal_lm, recipe.objective)

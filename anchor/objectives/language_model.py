@@ -7,21 +7,20 @@
 3. N counts the targets of the whole batch, so the mean is exact over ranks and packs without communication.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import PackTensors
 from anchor.data.packing import cu_seqlens
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Pack
 from anchor.models.embedder import Embedder, unit_vectors
 from anchor.models.head import Head, output_layer
-from anchor.objectives.base import SeparableObjective, Shares
+from anchor.objectives.base import Objective, Output, PackShape, Whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ def next_tokens(pack: Pack) -> NextTokens:
     return NextTokens(targets - 1, pack.input_ids[targets].astype(np.int64), queries[order])
 
 
-class LanguageModelObjective(SeparableObjective):
+class LanguageModelObjective(Objective):
     """Next-token cross-entropy over the texts of the pairs.
 
     Args:
@@ -82,27 +81,30 @@ class LanguageModelObjective(SeparableObjective):
                 counts[role] -= int(unprompted.sum())
         return counts[QUERY], counts[POSITIVE]
 
-    def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
+    def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Output:
         device, plan = pack.input_ids.device, next_tokens(pack.pack)
         # 1. Backbone pass.
         inputs = self.embedder.embed_tokens(pack.input_ids)
         hidden = self.embedder.hidden_states(inputs, pack.position_ids, pack.cu_seqlens, pack.max_length)
+        embeddings = unit_vectors(hidden[pack.cu_seqlens[1:].long() - 1]) if self.reads_embeddings else None
         # 2. and 3. Head, on the target rows only.
-        weight = torch.full((len(plan.rows),), 1.0 / sum(self.target_tokens(batch)), device=device)
+        num_queries, num_documents = self.target_tokens(batch)
+        weight = torch.full((len(plan.rows),), 1.0 / (num_queries + num_documents), device=device)
         loss, nll = self.head(
             hidden[torch.from_numpy(plan.rows).to(device)], torch.from_numpy(plan.targets).to(device), weight
         )
         queries = torch.from_numpy(plan.of_queries).to(device)
-        return loss, nll[queries].sum(), nll[~queries].sum(), hidden[pack.cu_seqlens[1:].long() - 1]
-
-    def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
-        return unit_vectors(output[3])
-
-    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
-        loss, query_nll, document_nll = output[:3]
-        queries, documents = self.target_tokens(batch)
-        return {
+        metrics = {
             "loss/total_nats": loss.detach(),
-            "loss/query_nats": query_nll / queries,
-            "loss/document_nats": document_nll / documents,
+            "loss/query_nats": nll[queries].sum() / num_queries,
+            "loss/document_nats": nll[~queries].sum() / num_documents,
         }
+        return Output(embeddings, loss, metrics)
+
+    def step_shape(self, pack: Pack) -> PackShape:
+        return replace(super().step_shape(pack), head_rows=len(next_tokens(pack).rows))
+
+
+def build(causal_lm: PreTrainedModel, recipe: TrainRecipe, whole: Whole) -> LanguageModelObjective:
+    """Build the objective around a backbone."""
+    return LanguageModelObjective(causal_lm)

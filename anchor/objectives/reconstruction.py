@@ -12,26 +12,65 @@ An optional term adds ``weight * InfoNCE`` of the same anchor states (:mod:`anch
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anchor.config.objectives import ReconstructionSection
+from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import PackTensors
+from anchor.data.decode_prefix import decode_prefix_of, template_prefix_ids
 from anchor.data.packing import wrong_partners_of
 from anchor.data.records import POSITIVE, QUERY
 from anchor.data.shards import Batch, Pack
 from anchor.models.embedder import unit_vectors
 from anchor.models.reconstructor import DecodeOptions, Reconstructor, TargetWeights
-from anchor.objectives.base import JointObjective, SeparableObjective, Shares
+from anchor.objectives.base import Objective, Output, PackShape, Shares, Whole
 from anchor.objectives.contrastive import ContrastiveTerm
 
 
-class _Reconstruction:
-    """Weights and metrics of the loss for a batch. It has no parameters."""
+class ReconstructionObjective(Objective):
+    """Reconstruct queries from their documents' anchors and documents from their queries'.
 
-    def __init__(self, section: ReconstructionSection, reconstructor: Reconstructor) -> None:
-        self.alpha, self.target, self.reconstructor = section.alpha, section.target, reconstructor
+    Hard negatives are read only by the contrastive term, if there is one.
+
+    Args:
+        causal_lm: the model, both encoder and decoder.
+        section: the recipe's ``objective``.
+        prefix_tokens: length of the template's prefix in the shards; targets include the instruction. If None, targets
+            are the bare texts.
+        decode_prefix_ids: tokens before the anchor vector in every decode row.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        section: ReconstructionSection,
+        prefix_tokens: int | None = None,
+        decode_prefix_ids: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        options = DecodeOptions(decode_prefix_ids, section.input_dropout, section.anchor_vector == "centred")
+        self.reconstructor = Reconstructor(causal_lm, prefix_tokens, options)
+        self.centres = self.reconstructor.centres
+        self.alpha, self.target = section.alpha, section.target
+        if section.contrastive is not None:
+            self.pooled_loss = ContrastiveTerm(section.contrastive, causal_lm.config.hidden_size)
+
+    def prepare(self, pack: Pack) -> Pack:
+        return pack if self.pooled_loss is not None else pack.select(pack.roles <= POSITIVE)
+
+    def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Output:
+        if embeddings_only:
+            return Output(self.reconstructor.embedder(pack), None, {})
+        loss, nll, anchors, dependence = self.reconstructor(pack, self.weights(batch))
+        embeddings = unit_vectors(anchors) if self.reads_embeddings else None
+        return Output(embeddings, loss, self._metrics(loss, nll, dependence, batch))
+
+    def step_shape(self, pack: Pack) -> PackShape:
+        rows = np.isin(pack.roles, [role for role, weight in self._directions() if weight])
+        bodies = (pack.body_ends - self.reconstructor.target_starts(pack))[rows].astype(np.int64)
+        prefix = len(self.reconstructor.options.decode_prefix_ids) + 1
+        return PackShape(pack.segment_lengths.astype(np.int64), bodies + prefix, int((bodies + 1).sum()))
 
     def target_tokens(self, batch: Batch) -> tuple[int, int]:
         """Return the number of target tokens in the batch's queries and in its positives, the divisors of the sums."""
@@ -52,22 +91,24 @@ class _Reconstruction:
         return counts[QUERY], counts[POSITIVE]
 
     def weights(self, batch: Batch) -> TargetWeights:
+        """Return the weight of a target token on each side."""
         query_tokens, document_tokens = self.target_tokens(batch)
         return TargetWeights(
             query=(1.0 - self.alpha) / query_tokens if self.alpha < 1 else None,
             document=self.alpha / document_tokens if self.alpha > 0 else None,
         )
 
-    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
-        loss, nll, _, dependence = output
+    def _directions(self) -> tuple[tuple[int, float], tuple[int, float]]:
+        """Return the roles to decode, each with its direction's weight."""
+        return (QUERY, 1 - self.alpha), (POSITIVE, self.alpha)
+
+    def _metrics(self, loss: Tensor, nll: Tensor, dependence: Tensor, batch: Batch) -> Shares:
         shares = {"loss/total_nats": loss.detach()}
         tokens, comparable = self.target_tokens(batch), (0, 0)
-        if not self.reconstructor.training:
+        if not self.training:
             comparable = self.comparable_tokens(batch)
-        for role, direction, weight in (
-            (QUERY, "document_to_query", 1 - self.alpha),
-            (POSITIVE, "query_to_document", self.alpha),
-        ):
+        for role, weight in self._directions():
+            direction = "document_to_query" if role == QUERY else "query_to_document"
             if weight:
                 shares[f"loss/{direction}_nats"] = nll[role] / tokens[role]
             if weight and comparable[role]:
@@ -76,81 +117,10 @@ class _Reconstruction:
         return shares
 
 
-class ReconstructionObjective(SeparableObjective):
-    """Reconstruct queries from their documents' anchors and documents from their queries'; ignore hard negatives.
-
-    Args:
-        causal_lm: the model, both encoder and decoder.
-        section: the recipe's ``objective``.
-        prefix_tokens: length of the template's prefix in the shards; targets include the instruction. If None, targets
-            are the bare texts.
-        decode_prefix_ids: tokens before the anchor vector in every decode row.
-    """
-
-    def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        section: ReconstructionSection,
-        prefix_tokens: int | None = None,
-        decode_prefix_ids: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__()
-        self.decode_prefix_ids = decode_prefix_ids
-        options = DecodeOptions(decode_prefix_ids, section.input_dropout, section.anchor_vector == "centred")
-        self.reconstructor = Reconstructor(causal_lm, prefix_tokens, options)
-        self.centres = self.reconstructor.centres
-        self._loss = _Reconstruction(section, self.reconstructor)
-
-    def prepare(self, pack: Pack) -> Pack:
-        return pack.select(pack.roles <= POSITIVE)
-
-    def forward(self, pack: PackTensors, batch: Batch) -> tuple[Tensor, ...]:
-        return self.reconstructor(pack, self._loss.weights(batch))
-
-    def embeddings(self, output: tuple[Tensor, ...]) -> Float[Tensor, "S D"]:
-        return unit_vectors(output[2])
-
-    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
-        return self._loss.metrics(output, batch)
-
-
-class JointReconstructionObjective(JointObjective):
-    """Reconstruction plus a contrastive term over the same encode pass. Only the contrastive term uses hard negatives.
-
-    Args:
-        causal_lm, section, prefix_tokens, decode_prefix_ids: as in :class:`ReconstructionObjective`;
-            ``section.contrastive`` must be set.
-
-    Raises:
-        ValueError: the section has no contrastive term.
-    """
-
-    def __init__(
-        self,
-        causal_lm: PreTrainedModel,
-        section: ReconstructionSection,
-        prefix_tokens: int | None = None,
-        decode_prefix_ids: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__()
-        if section.contrastive is None:
-            raise ValueError("no contrastive term; use ReconstructionObjective")
-        self.decode_prefix_ids = decode_prefix_ids
-        options = DecodeOptions(decode_prefix_ids, section.input_dropout, section.anchor_vector == "centred")
-        self.reconstructor = Reconstructor(causal_lm, prefix_tokens, options)
-        self.centres = self.reconstructor.centres
-        self._loss = _Reconstruction(section, self.reconstructor)
-        self._term = ContrastiveTerm(section.contrastive, causal_lm.config.hidden_size)
-        self._weight = section.contrastive.weight
-
-    def forward(self, pack: PackTensors, batch: Batch, embeddings_only: bool = False) -> Tensor | tuple[Tensor, ...]:
-        if embeddings_only:
-            return self.reconstructor.embedder(pack)
-        output = self.reconstructor(pack, self._loss.weights(batch))
-        return unit_vectors(output[2]), *output
-
-    def metrics(self, output: tuple[Tensor, ...], batch: Batch) -> Shares:
-        return self._loss.metrics(output[1:], batch)
-
-    def loss(self, embeddings: Tensor, batch: Batch, rank: int, world_size: int) -> tuple[Tensor, Shares]:
-        return self._term.joint_loss(self._weight, embeddings, batch, rank, world_size)
+def build(causal_lm: PreTrainedModel, recipe: TrainRecipe, whole: Whole) -> ReconstructionObjective:
+    """Build the recipe's objective around a backbone."""
+    section, shards = recipe.objective, recipe.data.shards
+    if not isinstance(section, ReconstructionSection):
+        raise TypeError(f"not a reconstruction recipe: {section.kind}")
+    prefix_tokens = len(template_prefix_ids(shards)) if section.target == "instruction_and_body" else None
+    return ReconstructionObjective(causal_lm, section, prefix_tokens, decode_prefix_of(recipe))

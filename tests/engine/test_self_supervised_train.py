@@ -22,7 +22,7 @@ from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import to_tensors
 from anchor.data.index import read_index
 from anchor.data.shards import Pack, ShardReader
-from anchor.engine.build import new_special_tokens
+from anchor.engine.deepspeed import whole
 from anchor.engine.plan import make_plan
 from anchor.errors import ModelError, ShardError
 from anchor.estimate.memory import state_bytes
@@ -31,6 +31,7 @@ from anchor.estimate.setting import setting_of
 from anchor.model_folder.description import base_fingerprint
 from anchor.model_folder.special_tokens import load_special_tokens, load_special_tokens_embedder
 from anchor.models.backbone import load_causal_lm, meta_model, read_config
+from anchor.objectives.self_supervised import new_special_tokens
 
 PAPER = {"kind": "self_supervised", "alignment_weight": 1.0, "reconstruction_weight": 1.0}
 FROZEN = {"kind": "frozen"}
@@ -322,7 +323,7 @@ def test_an_index_that_counts_other_special_tokens_is_refused(tmp_path, tiny_mod
 def test_new_special_tokens_are_the_same_partitioned_or_not(runs, tiny_model_dir):
     """The untrained export of a ZeRO-3 engine holds what one process computes from the whole matrix."""
     model = load_causal_lm(str(tiny_model_dir), torch.float32, "eager")
-    wanted = new_special_tokens(model, TOKENS, DIMENSION, 400, seed=0).state_dict()
+    wanted = new_special_tokens(model, TOKENS, DIMENSION, 400, 0, whole).state_dict()
     found = load_file(runs("untrained") / "export/special_tokens.safetensors")
     assert set(found) == set(wanted)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

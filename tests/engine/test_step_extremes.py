@@ -118,7 +118,7 @@ def overflows_of(ranks, model: Path, shards: Path) -> dict[str, tuple[str, list[
         train_step(engine, batch, step=0, seed=0, lr=1e-4)
         before = tensors(engine, stage)
         assert any(not torch.equal(a, b) for a, b in zip(start[-9:], before[-9:], strict=True))  # a step does move them
-        term = engine.objective.term
+        term = engine.objective.pooled_loss
         term.section = term.section.model_copy(update={"temperature": OVERFLOWING_TEMPERATURE})
         message = ""
         try:
@@ -217,7 +217,7 @@ def norm_overflow_of(ranks, model: Path, shards: Path) -> str:
 
     init_communication()
     engine = engine_of(ranks, model, CONTRASTIVE, 2, "bf16")
-    term = engine.objective.term
+    term = engine.objective.pooled_loss
     term.section = term.section.model_copy(update={"temperature": 1e-36})
     try:
         train_step(engine, ShardReader(shards).read(0), step=1, seed=0, lr=1e-3)

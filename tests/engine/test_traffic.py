@@ -108,7 +108,7 @@ def estimated(case: Case, num_ranks: int) -> dict[tuple[str, int], float]:
     recipe, reader = recipe_of(case), ShardReader(case[4])
     model = meta_model(recipe.backbone)
     packing = PackRecipe.model_validate(reader.index.recipe)
-    step, _ = sampled_step(make_objective(model, recipe), recipe, packing, [reader.read(STEPS - 1)])
+    step, _ = sampled_step(make_objective(model, recipe), packing, [reader.read(STEPS - 1)])
     setting = setting_of(recipe, case[1], num_ranks=num_ranks)
     kinds = {"gather weights": "gather", "gather updated": "gather", "scatter": "scatter", "sum": "sum"}
     kinds["gather embeddings"] = "allgather_"

@@ -37,9 +37,9 @@ def objective_of(folder: Path, dtype: torch.dtype = torch.float64) -> LanguageMo
 
 def packed(objective: LanguageModelObjective, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     outputs = [objective(to_tensors(objective.prepare(pack), CPU), batch) for pack in batch.packs]
-    shares = [objective.metrics(output, batch) for output in outputs]
+    shares = [output.metrics for output in outputs]
     assert len(shares) > 1
-    loss = torch.stack([output[0] for output in outputs]).sum()
+    loss = torch.stack([output.loss for output in outputs]).sum()
     return loss, {name: float(torch.stack([s[name] for s in shares]).sum()) for name in shares[0]}
 
 
@@ -156,7 +156,7 @@ def test_a_dry_run_counts_the_head_of_a_language_model(tiny_model_dir, make_shar
     reader, objective = ShardReader(shards), objective_of(tiny_model_dir)
     recipe, packing = recipe_of(tiny_model_dir, shards), PackRecipe.model_validate(reader.index.recipe)
     batch = reader.read(0)
-    step, _ = sampled_step(objective, recipe, packing, [batch])
+    step, _ = sampled_step(objective, packing, [batch])
     bound = bounded_step(recipe, packing)
     assert step.step_predicted_tokens == sum(objective.target_tokens(batch)) > 0
     assert bound.step_predicted_tokens == 2 * 8 * 64 >= step.step_predicted_tokens

@@ -66,7 +66,7 @@ def test_64_pairs_are_learnt_until_every_document_decodes_to_its_query(tiny_mode
         part = step % 4
         torch.manual_seed(step)
         optimizer.param_groups[0]["lr"] = LR * min((step + 1) / 20, 1.1 - step / STEPS)
-        loss = objective(tensors[part], parts[part])[0]
+        loss = objective(tensors[part], parts[part]).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
@@ -79,9 +79,11 @@ def test_64_pairs_are_learnt_until_every_document_decodes_to_its_query(tiny_mode
     objective.eval()
     batch = make_batch([PACK], "x")
     with torch.no_grad():
-        output = objective(to_tensors(PACK, torch.device("cpu")), batch)
-    metrics = objective.metrics(output, batch)
-    vectors = output[2] if objective.centres is None else objective.centres.vectors(output[2], PACK, training=False)
+        whole = to_tensors(PACK, torch.device("cpu"))
+        metrics = objective(whole, batch).metrics
+        embedder = objective.reconstructor.embedder
+        anchors = embedder.anchor_states(whole, embedder.embed_tokens(whole.input_ids))
+    vectors = anchors if objective.centres is None else objective.centres.vectors(anchors, PACK, training=False)
     documents = vectors[torch.from_numpy(PACK.roles == 1)]
     said = generate_from_prefixes(model, documents[:, None], END, decode_prefix_ids=decode_prefix, max_new_tokens=4)
     right = [said[pair] == [10 + pair] for pair in range(PAIRS)]

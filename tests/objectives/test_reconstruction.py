@@ -17,7 +17,7 @@ from anchor.data.shards import Pack, ShardReader, make_batch
 from anchor.errors import ConfigError
 from anchor.models.backbone import load_causal_lm
 from anchor.objectives.base import add_shares
-from anchor.objectives.reconstruction import JointReconstructionObjective, ReconstructionObjective
+from anchor.objectives.reconstruction import ReconstructionObjective
 
 CPU = torch.device("cpu")
 
@@ -36,9 +36,9 @@ def packed_loss(objective: ReconstructionObjective, batch):
     for number, pack in enumerate(batch.packs):
         torch.manual_seed(number)
         outputs.append(objective(to_tensors(objective.prepare(pack), CPU), batch))
-    shares = [objective.metrics(output, batch) for output in outputs]
+    shares = [output.metrics for output in outputs]
     assert len(shares) > 1
-    return sum(o[0] for o in outputs), {name: float(sum(s[name] for s in shares)) for name in shares[0]}
+    return sum(output.loss for output in outputs), {name: float(sum(s[name] for s in shares)) for name in shares[0]}
 
 
 @pytest.mark.parametrize("model_dir", ["tiny_model_dir", "tiny_untied_model_dir"])
@@ -227,19 +227,19 @@ def test_the_joint_loss_is_reconstruction_plus_weighted_contrast_of_the_same_sta
     )
     batch = ShardReader(make_shards(pairs=8, pack_multiple=2, num_rows=8)).read(0)
     model = load_causal_lm(str(tiny_model_dir), torch.float64, "anchor_segments").eval()
-    objective = JointReconstructionObjective(model, section)
+    objective = ReconstructionObjective(model, section)
     packs = [to_tensors(objective.prepare(pack), CPU) for pack in batch.packs]
     outputs = [objective(pack, batch) for pack in packs]
-    embeddings = torch.cat([output[0] for output in outputs])
-    alone = torch.cat([objective(pack, batch, True) for pack in packs])
+    embeddings = torch.cat([output.embeddings for output in outputs])
+    alone = torch.cat([objective(pack, batch, True).embeddings for pack in packs])
     assert torch.equal(embeddings, alone)
-    contrast, shares = objective.loss(embeddings, batch, 0, 1)
+    contrast, shares = objective.pooled_loss(embeddings, batch, 0, 1)
     for output in outputs:
-        shares = add_shares(shares, objective.metrics(output, batch))
+        shares = add_shares(shares, output.metrics)
     plain = plain_model(tiny_model_dir, torch.float64)
     expected = [plain_reconstruction(plain, batch, 0.2), plain_contrastive(plain, batch, 0.1)]
     value = float((expected[0] + 0.3 * expected[1]).detach())
-    assert float((sum(output[1] for output in outputs) + contrast).detach()) == pytest.approx(value, rel=1e-6)
+    assert float((sum(output.loss for output in outputs) + contrast).detach()) == pytest.approx(value, rel=1e-6)
     assert float(shares["loss/total_nats"]) == pytest.approx(value, rel=1e-6)
     assert float(shares["loss/contrastive_nats"]) == pytest.approx(float(expected[1].detach()), rel=1e-6)
     assert "embedding/positive_cosine" in shares

@@ -2,6 +2,8 @@
 nothing depends on how the batch is packed; a loss without weight costs nothing; the joint loss is the sum of its parts;
 nothing of the backbone has a gradient."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from reference import naive_contrastive, plain_model, relative, segments_of
@@ -12,11 +14,11 @@ from anchor.config.objectives import JointContrastiveSection, SelfSupervisedSect
 from anchor.config.train_recipe import TrainRecipe
 from anchor.data.batches import to_tensors
 from anchor.data.shards import Batch, ShardReader
-from anchor.engine.build import make_self_supervised
 from anchor.errors import ConfigError
 from anchor.models.backbone import load_causal_lm
 from anchor.models.special_tokens import SpecialTokens
 from anchor.objectives.base import add_shares
+from anchor.objectives.self_supervised import SelfSupervisedObjective, new_special_tokens
 
 CPU = torch.device("cpu")
 PAPER = {"kind": "self_supervised", "alignment_weight": 1.0, "reconstruction_weight": 1.0}
@@ -32,7 +34,10 @@ def shards(make_shards):
 def objective_of(folder, shards, changes: dict | None = None, dtype: torch.dtype = torch.float64):
     model = load_causal_lm(str(folder), dtype, "anchor_segments").requires_grad_(False).eval()
     section = SelfSupervisedSection.model_validate(PAPER | (changes or {}))
-    return make_self_supervised(model, section, ShardReader(shards).index, seed=0)
+    index = ShardReader(shards).index
+    count = index.template["special_tokens"]
+    special = new_special_tokens(model, count, DIMENSION, index.first_special_id, 0, lambda _: nullcontext())
+    return SelfSupervisedObjective(model, special, section, index.end_token_id)
 
 
 def special_of(objective) -> SpecialTokens:
@@ -44,9 +49,9 @@ def packed(objective, batch: Batch):
     outputs = [objective(to_tensors(objective.prepare(pack), CPU), batch) for pack in batch.packs]
     shares: dict = {}
     for output in outputs:
-        shares = add_shares(shares, objective.metrics(output, batch))
+        shares = add_shares(shares, output.metrics)
     assert len(outputs) > 1
-    return sum(o[0] for o in outputs), {name: float(value) for name, value in shares.items()}, outputs
+    return sum(output.loss for output in outputs), {name: float(value) for name, value in shares.items()}, outputs
 
 
 @pytest.mark.parametrize("model_dir", ["tiny_model_dir", "tiny_untied_model_dir"])
@@ -75,17 +80,15 @@ def test_losses_and_gradients_equal_one_pair_at_a_time(model_dir, weights, reque
 
 
 def test_the_reported_cosine_is_that_of_embedding_and_teacher(tiny_model_dir, shards):
-    objective, batch = objective_of(tiny_model_dir, shards), ShardReader(shards).read(0)
+    objective, batch = objective_of(tiny_model_dir, shards).eval(), ShardReader(shards).read(0)
     _, metrics, outputs = packed(objective, batch)
     for pack, output in zip(batch.packs, outputs, strict=True):
-        vectors, prepared = objective.embeddings(output), objective.prepare(pack)
+        vectors, prepared = output.embeddings, objective.prepare(pack)
         teacher = torch.from_numpy(pack.teacher.astype("float32"))
         assert torch.allclose(vectors[prepared.roles == 1].float(), teacher, atol=1e-3)
         assert torch.allclose(vectors.norm(dim=1), torch.ones(()).to(vectors.dtype), atol=1e-6)
     found = [
-        (objective.embeddings(o)[objective.prepare(p).roles == 0] * torch.from_numpy(p.teacher.astype("float64"))).sum(
-            1
-        )
+        (o.embeddings[objective.prepare(p).roles == 0] * torch.from_numpy(p.teacher.astype("float64"))).sum(1)
         for p, o in zip(batch.packs, outputs, strict=True)
     ]
     assert metrics["embedding/teacher_cosine"] == pytest.approx(float(torch.cat(found).mean()), abs=1e-3)
@@ -127,11 +130,11 @@ def test_the_joint_loss_adds_contrast_of_the_same_embeddings(tiny_model_dir, sha
     batch = ShardReader(shards).read(0)
     packs = [to_tensors(objective.prepare(pack), CPU) for pack in batch.packs]
     outputs = [objective(pack, batch) for pack in packs]
-    vectors = torch.cat([output[0] for output in outputs])
-    assert torch.equal(vectors, torch.cat([objective(pack, batch, True) for pack in packs]))
-    contrast, shares = objective.loss(vectors, batch, 0, 1)
+    vectors = torch.cat([output.embeddings for output in outputs])
+    assert torch.equal(vectors, torch.cat([objective(pack, batch, True).embeddings for pack in packs]))
+    contrast, shares = objective.pooled_loss(vectors, batch, 0, 1)
     for output in outputs:
-        shares = add_shares(shares, objective.metrics(output, batch))
+        shares = add_shares(shares, output.metrics)
     special, plain = special_of(objective), plain_model(tiny_model_dir, torch.float64)
     segments = [s for pack in batch.packs for s in segments_of(pack)]
     assert {s["role"] for s in segments} == {0, 1, 2}
