@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, see anchor/config/schema.py: PackRecipe")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, see anchor/config/pack_recipe.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of the recipe's value")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes; the result is the same")
     parser.add_argument(

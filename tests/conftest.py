@@ -66,13 +66,19 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+_QUICK = {"config", "data", "models", "objectives"}
+"""Folders of the tests that start no training and no other process to speak of: `-m quick`."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, and those of the two hosts too, which start first: they wait most."""
+    """Keep a file's tests in one process, and those of the two hosts too, which start first: they wait most."""
     hosts = Path(__file__).parent / "cluster"
     items.sort(key=lambda item: hosts not in item.path.parents)
     for item in items:
         item.add_marker(pytest.mark.xdist_group("hosts" if hosts in item.path.parents else item.path.stem))
+        if item.path.parent.name in _QUICK and not {"slow", "gpu"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")

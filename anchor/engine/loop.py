@@ -197,7 +197,6 @@ class _Run:
             **result.metrics,
             "data/pairs": batch.num_pairs,
             "data/tokens": result.num_tokens,
-            "data/padding_fraction": 0.0,
             "speed/pairs_per_second": batch.num_pairs / seconds,
             "speed/tokens_per_second": result.num_tokens / seconds,
             "time/step_seconds": seconds,

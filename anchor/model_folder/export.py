@@ -186,7 +186,7 @@ def _write_weights(folder: Path, causal_lm: PreTrainedModel, weights: dict[str, 
         shell = type(causal_lm)(causal_lm.config)
     shell.config.dtype = DTYPES[recipe.engine.dtype]
     shell.generation_config = causal_lm.generation_config
-    shell.save_pretrained(folder, state_dict=dict(_with_ties(shell, weights)))
+    shell.save_pretrained(folder, state_dict=dict(_in_order(shell, weights)))
 
 
 def _write_adapter(folder: Path, adapter: dict[str, Tensor], recipe: TrainRecipe) -> None:
@@ -199,7 +199,7 @@ def _write_adapter(folder: Path, adapter: dict[str, Tensor], recipe: TrainRecipe
         config.save_pretrained(str(folder / "adapter"))
 
 
-def _with_ties(shell: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _in_order(shell: nn.Module, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights in the order of the shell's state; a tied matrix appears once."""
     for name in shell.state_dict():
         if name in weights:

@@ -17,7 +17,7 @@ from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.benchmarks.benchmark import Benchmark
 
-from anchor.errors import ConfigError, DataError
+from anchor.errors import ConfigError
 from eval.scoring.advbench import ADVBENCH, AdvBenchIR, own_metadata
 from eval.scoring.local_data import data_hash, distinct_path, holds_files, read_checksums
 from eval.scoring.retrieval_folder import check_retrieval, retrieval_path
@@ -62,19 +62,6 @@ def find_benchmark(name: str) -> Benchmark:
         hint = f"did you mean '{near[0]}'?" if near else "`mteb available-benchmarks` lists them"
         raise ConfigError(f"--benchmark: no benchmark is called '{name}'; {hint}")
     return mteb.get_benchmark(name)
-
-
-def tasks_by_name(names: Sequence[str], data_root: Path | None) -> list[AbsTask]:
-    """Return tasks by name; with ``data_root`` they read their data from ``data_root/<hub path>``.
-
-    Raises:
-        ConfigError: unknown task, or a task that is not of text alone.
-        DataError: data is missing under ``data_root``; the message names all such tasks.
-    """
-    tasks, missing = with_data(named_tasks(names), data_root)
-    if missing:
-        raise DataError(f"{data_root}: no data for {', '.join(missing)}")
-    return tasks
 
 
 def named_tasks(names: Sequence[str]) -> list[AbsTask]:

@@ -41,7 +41,7 @@ done
 [ -x .venv/bin/python ] || fail "no .venv here; run launch/setup.sh first"
 output=$(.venv/bin/python -c 'import sys
 from anchor.config.load import load_recipe
-from anchor.config.schema import TrainRecipe
+from anchor.config.train_recipe import TrainRecipe
 from anchor.errors import exit_on_user_error
 with exit_on_user_error():
     sys.stdout.write(str(load_recipe(sys.argv[1], TrainRecipe).output_dir))' "$recipes/stage2.yaml")
