@@ -67,7 +67,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 _QUICK = {"config", "data", "models", "objectives"}
-"""Folders of the tests that start no training and no other process to speak of: `-m quick`."""
+"""Folders whose tests train no model; `-m quick` runs them."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups and pytest the marks

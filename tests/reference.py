@@ -82,7 +82,7 @@ def plain_reconstruction(
 
 
 def naive_contrastive(vectors: Tensor, roles, text_ids, section) -> Tensor:
-    """Every option of the contrastive loss, one cosine at a time; ``section`` is a ``schema.ContrastiveTerm``.
+    """Every option of the contrastive loss, one cosine at a time; ``section`` is a ``ContrastiveTermSection``.
 
     Args:
         vectors: unit vectors of the batch's segments.

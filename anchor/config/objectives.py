@@ -14,30 +14,30 @@ Similarity = Literal["query_to_document", "query_to_query", "document_to_query",
 
 
 class _ObjectiveSection(Section):
-    """What the dry run needs to know of an objective before there are shards."""
+    """Section of an objective, with the properties that a dry run needs before the shards exist."""
 
     @property
     def contrastive_term(self) -> "ContrastiveTermSection | None":
-        """The contrastive loss, or the term added to another loss."""
+        """Return the contrastive loss, or the term added to another loss; None without one."""
         return getattr(self, "contrastive", None)
 
     @property
     def num_decoded_sides(self) -> int:
-        """Number of sides of a pair, 0 to 2, that a decode pass predicts."""
+        """Return the number of sides of a pair, 0 to 2, that a decode pass predicts."""
         return 0
 
     @property
     def encodes_documents(self) -> bool:
-        """Whether documents are encoded, not only queries."""
+        """Return whether documents are encoded, not only queries."""
         return True
 
     @property
     def predicts_encoded(self) -> bool:
-        """Whether the head predicts every encoded token."""
+        """Return whether the head predicts every encoded token."""
         return False
 
 
-class ContrastiveTermSection(_ObjectiveSection):
+class ContrastiveTermSection(Section):
     """InfoNCE over the batch's documents and hard negatives; equations in `anchor/objectives/info_nce.py`."""
 
     temperature: Annotated[float, Field(gt=0.0)]
@@ -111,7 +111,7 @@ class ReconstructionSection(_ObjectiveSection):
         return (self.alpha < 1) + (self.alpha > 0)
 
 
-class ContrastiveSection(ContrastiveTermSection):
+class ContrastiveSection(ContrastiveTermSection, _ObjectiveSection):
     """Stage II: InfoNCE over the batch's documents and hard negatives."""
 
     kind: Literal["contrastive"]

@@ -3,11 +3,10 @@
 1. Check the recipe, DeepSpeed file, shards, number of ranks and model configuration against one another.
 2. Find the shape of a step from a sample of the shards' batches. Before packing, a pack recipe gives an upper bound
    instead: every text is as long as ``text.max_tokens`` allows.
-3. Compute memory, work, communication and disk by arithmetic (:mod:`anchor.estimate.memory`, ``estimate_work``).
+3. Compute memory, work, communication and disk by arithmetic (:mod:`anchor.estimate`).
 """
 
 import json
-import logging
 import math
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -40,8 +39,6 @@ from anchor.estimate.work import (
     work,
 )
 from anchor.models.backbone import meta_model
-
-log = logging.getLogger(__name__)
 
 SAMPLED_BATCHES = 8
 USABLE_FRACTION = 0.9

@@ -1,4 +1,4 @@
-"""Load the engine that trains a plan: backbone, objective, DeepSpeed."""
+"""Build the engine that trains a plan: backbone, objective, DeepSpeed."""
 
 import logging
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Checks of a backbone against shards: tokens, positions, and the template of an exported folder."""
+"""Check shards against the recipe's objective, and a backbone against the shards: template, tokens and positions."""
 
 import json
 from pathlib import Path

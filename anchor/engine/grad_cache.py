@@ -2,8 +2,8 @@
 
 1. Run the forward of every pack without gradient, and keep only the embeddings.
 2. Compute the loss over all embeddings of the step, and its gradient with respect to this rank's embeddings.
-3. Run the forward of every pack again with gradient, and feed that gradient in. A local loss is computed
-   only here: ``d(sum_p S_p + P(e_1, e_2, ...)) = sum_p ( dS_p + dP/de_p . de_p )``.
+3. Run the forward of every pack again with gradient, and feed that gradient in. A local loss is computed only
+   here: ``d(sum_p S_p + P(e_1, e_2, ...)) = sum_p ( dS_p + dP/de_p . de_p )``.
 
 The pool is always the whole batch, yet only one pack's activations are in memory. Dropout is the same in both forwards:
 each is seeded by (seed, step, pack) and begins with the encode pass.

@@ -1,4 +1,4 @@
-"""Check a recipe against its shards, and record where a run comes from."""
+"""Check a recipe against its shards."""
 
 import logging
 from dataclasses import dataclass
@@ -13,8 +13,6 @@ from anchor.engine.deepspeed import read_ds_config
 from anchor.engine.held_out import HeldOut
 
 log = logging.getLogger(__name__)
-
-_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "pyarrow")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What an estimate depends on: the shape of one optimiser step, and the settings of the run."""
+"""Inputs of an estimate: the shape of one optimiser step, and the settings of the run."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Estimate a run's work, time and disk before it starts, in the notation of ``estimate.py``.
+"""Estimate a run's work, time and disk before it starts, in the notation of ``memory.py``.
 
 **Work** (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): 2 FLOPs per matrix element and token forward, 4 backward
 (2 if the matrix is frozen). Attention costs ``4 a l^2`` forward and twice that backward, per layer and segment of l

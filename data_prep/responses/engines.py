@@ -7,7 +7,6 @@ answers.
 
 import importlib
 import importlib.util
-import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,8 +15,6 @@ import numpy as np
 from anchor.data.shards import text_id
 from anchor.errors import ConfigError
 from anchor.models.generation import Answer, Generator, Sampling
-
-log = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"transformers": 16_384, "vllm": 1_048_576}
 """Default token budget of a batch. transformers computes a batch at once; vLLM splits it into its own batches."""

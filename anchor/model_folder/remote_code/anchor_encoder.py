@@ -138,7 +138,7 @@ def _check_fingerprint(decoder: Any, stored: object, expected: str, place: str, 
 
 
 def _fingerprint(parameters: Sequence[Tensor]) -> str:
-    """Return the fingerprint of ``anchor.models.special_tokens``, repeated because a model folder lacks that module."""
+    """Return the fingerprint of ``anchor.model_folder.description``, which a model folder lacks."""
     digest = xxhash.xxh3_64()
     for parameter in parameters:
         rows = parameter if parameter.dim() == 1 else parameter[:64]
